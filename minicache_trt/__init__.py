@@ -1,0 +1,1 @@
+"""Engines with a cross-layer compressed, paged KV cache from Hugging Face checkpoints."""

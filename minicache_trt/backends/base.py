@@ -1,0 +1,39 @@
+"""The protocol every backend implements."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.runtime.batch import Batch, Int32
+
+
+class Engine(Protocol):
+    """A model with its cache pools on one device.
+
+    ``element_bytes`` is the size of a compute-type number in the pools (4 for fp32).
+    """
+
+    model: ModelConfig
+    plan: CompressionPlan
+    build: BuildConfig
+    element_bytes: int
+
+    def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
+        """Create zeroed pools with that many blocks (block 0 included) and return the bytes allocated."""
+        ...
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        """Append the batch's keys and values to the full tier, attend, and return logits ``[N, vocab]``.
+
+        The array may be overwritten by the next call.
+        """
+        ...
+
+    def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:
+        """Compress full-tier blocks ``source_blocks [N]`` into compressed blocks ``target_blocks [N]``, all streams."""
+        ...

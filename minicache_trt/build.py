@@ -1,0 +1,197 @@
+"""From a checkpoint to an engine directory, and from an engine directory to a running engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+
+from minicache_trt.backends import open_backend
+from minicache_trt.backends.base import Engine
+from minicache_trt.checkpoint.quantize import write_quantized
+from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
+from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.engine_directory import (
+    CHECKPOINT,
+    COMPRESSOR,
+    DECODER,
+    QUANTIZED,
+    EngineInfo,
+    link_or_copy,
+    read_engine,
+    staged,
+    write_config,
+)
+from minicache_trt.errors import UserError
+from minicache_trt.model.graph import build_compressor, build_decoder
+from minicache_trt.model.weights import GraphWeights
+
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+"""Bits of a code in the weight-only formats."""
+
+Report = Callable[[str, int, int], None]
+"""Progress: stage, done, total."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """``linked`` is False when the weights had to be copied (another file system)."""
+
+    directory: Path
+    model: ModelConfig
+    plan: CompressionPlan
+    build: BuildConfig
+    linked: bool
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A `Report` that reports nothing."""
+
+
+Configure = Callable[[ModelConfig], tuple[CompressionPlan, BuildConfig]]
+"""From the model's shape, once it is known, to what to build."""
+
+DEFAULT_MAX_SEQ_LEN = 4096
+
+
+def default_max_seq_len(config: ModelConfig) -> int:
+    """The context an engine is built for unless told otherwise: the model's own, at most 4,096 tokens."""
+    return min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings, config.sliding_window or DEFAULT_MAX_SEQ_LEN)
+
+
+def build_engine(
+    model: str,
+    output: str | Path,
+    configure: Configure,
+    *,
+    load_format: str = "auto",
+    revision: str | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> BuildResult:
+    """Build an engine directory.
+
+    Parameters
+    ----------
+    model : str
+        Preset, hub id or local checkpoint.
+    output : str or Path
+        Directory to create; it appears only when it is complete.
+    configure : callable
+    load_format : str
+        ``auto`` or ``dummy`` (the model's shape without its weights).
+    revision : str, optional
+        Branch, tag or commit of a hub id.
+    overwrite : bool
+        Replace an engine that is already there.
+    report : callable
+
+    Raises
+    ------
+    UserError
+        Anything the user can mend; nothing is left behind.
+    """
+    output = Path(output)
+    with staged(output, overwrite) as staging, tempfile.TemporaryDirectory(prefix=".dummy.", dir=output.parent) as work:
+        report("checkpoint", 0, 1)
+        checkpoint = load_checkpoint(model, revision=revision, load_format=load_format, work_dir=work)
+        plan, build = configure(checkpoint.config)
+        plan.validate(checkpoint.config)
+        _check_limits(checkpoint.config, build)
+        report("checkpoint", 1, 1)
+        linked = _write(staging, checkpoint, plan, build, report)
+        report("fingerprint", 0, 1)
+        write_config(staging, EngineInfo(checkpoint.config, plan, build, _source(checkpoint)))
+        report("fingerprint", 1, 1)
+    return BuildResult(output, checkpoint.config, plan, build, linked)
+
+
+def load_engine(path: str | Path, num_threads: int | None = None, backend: str | None = None) -> Engine:
+    """Load an engine directory on the backend it was built for, or on another that can read it.
+
+    Parameters
+    ----------
+    path : str or Path
+    num_threads : int, optional
+        Threads of one step. Default: all cores.
+    backend : str, optional
+        A key of `minicache_trt.backends.BACKENDS`; default: the engine's own.
+
+    Raises
+    ------
+    UserError
+        The directory is damaged or of another version, or the backend cannot run it.
+    """
+    info = read_engine(path)
+    return open_backend(backend or info.build.backend)(Path(path), info, num_threads)
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, object]:
+    return {
+        "name": checkpoint.source,
+        "directory": None if checkpoint.dummy else str(checkpoint.directory.absolute()),
+        "revision": checkpoint.revision,
+        "checksum": checkpoint.checksum(),
+        "dummy": checkpoint.dummy,
+    }
+
+
+def _check_limits(config: ModelConfig, build: BuildConfig) -> None:
+    if build.max_seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"max_seq_len {build.max_seq_len} is beyond the model's {config.max_position_embeddings} positions",
+            f"use --max-seq-len {config.max_position_embeddings} or less",
+        )
+    if config.sliding_window is not None and build.max_seq_len > config.sliding_window:
+        raise UserError(
+            f"max_seq_len {build.max_seq_len} is beyond the model's sliding window of {config.sliding_window} tokens",
+            f"use --max-seq-len {config.sliding_window} or less: within it the window changes nothing",
+        )
+
+
+def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: BuildConfig, report: Report) -> bool:
+    """Everything but config.json; True if no weight file had to be copied."""
+    linked = True
+    target = staging / CHECKPOINT
+    target.mkdir()
+    files = checkpoint.weight_files()
+    for done, file in enumerate(files):
+        report("weights", done, len(files))
+        linked &= link_or_copy(file, target / file.name)
+    report("weights", len(files), len(files))
+    index = checkpoint.directory / INDEX_FILE
+    for file in (checkpoint.directory / "config.json", *checkpoint.sidecar_files(), *([index] if index.exists() else [])):
+        shutil.copyfile(file, target / file.name)
+    quantized: dict[str, WeightView] = {}
+    bits = WEIGHT_BITS.get(build.weights)
+    if bits is not None:
+        linears = linear_views(checkpoint.config, checkpoint.weights)
+        path = staging / QUANTIZED
+        quantized = write_quantized(path, linears, bits, partial(report, "quantize"))
+    locations = {file.name: f"{CHECKPOINT}/{file.name}" for file in files} | {QUANTIZED: QUANTIZED}
+    weights = GraphWeights(checkpoint.config, checkpoint.weights, locations, quantized, bits)
+    report("graphs", 0, 2)
+    ir.save(build_decoder(checkpoint.config, plan, weights), staging / DECODER)
+    report("graphs", 1, 2)
+    if plan.compresses:
+        ir.save(build_compressor(checkpoint.config, plan), staging / COMPRESSOR)
+    report("graphs", 2, 2)
+    return linked
+
+
+def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:
+    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included."""
+    linears = {
+        name.removesuffix(".weight"): view for name, view in views.items() if len(view.shape) == 2 and name != "embed.weight"
+    }
+    if config.tie_word_embeddings:
+        linears["lm_head"] = views["embed.weight"]
+    return linears

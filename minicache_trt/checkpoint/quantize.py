@@ -1,0 +1,144 @@
+"""Weight-only quantization of linear layers: symmetric round-to-nearest, blocks of 32 inputs, streamed to disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from minicache_trt.checkpoint.weights import WeightView
+
+QUANTIZATION_BLOCK = 32
+"""Inputs that share one scale."""
+
+Progress = Callable[[int, int], None]
+"""Called with weights done and weights in all."""
+
+
+class Sized(Protocol):
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def block_scales(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Blocks ``[out, blocks, block]`` (the last one padded with zeros) and their scales ``[out, blocks]``.
+
+    The entry of largest magnitude maps to -2^(bits-1), the one code without a counterpart, so the whole range is used.
+    """
+    rows, columns = weight.shape
+    block = QUANTIZATION_BLOCK
+    blocks = -(-columns // block)
+    padded = np.zeros((rows, blocks * block), np.float32)
+    padded[:, :columns] = weight
+    grouped = padded.reshape(rows, blocks, block)
+    largest = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)[..., 0]
+    return grouped, largest / -float(1 << (bits - 1))
+
+
+def quantize_weight(
+    weight: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Codes uint8 ``[out, blocks, block * bits / 8]`` (low bits first, zero point 2^(bits-1)) and scales ``[out, blocks]``."""
+    grouped, scales = block_scales(weight, bits)
+    zero = 1 << (bits - 1)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.clip(np.rint(grouped * inverse[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    if bits == 8:
+        return codes, scales
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8), scales
+
+
+def dequantize_weight(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int, columns: int
+) -> NDArray[np.float32]:
+    """``[out, columns]`` as the engine's weight-only linear layers see it."""
+    wide = codes if bits == 8 else np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+    values = (wide.astype(np.float32) - float(1 << (bits - 1))) * scales[..., None]
+    return values.reshape(len(codes), -1)[:, :columns]
+
+
+def write_quantized(
+    path: Path, linears: Mapping[str, WeightView], bits: int, progress: Progress
+) -> dict[str, WeightView]:
+    """Quantize linear layers one at a time into a safetensors file.
+
+    Parameters
+    ----------
+    path : Path
+        File to create.
+    linears : mapping
+        Name of a linear layer to its weight ``[out, in]``.
+    bits : int
+        Bits per code, 4 or 8.
+    progress : callable
+
+    Returns
+    -------
+    dict of WeightView
+        ``<name>.codes`` and ``<name>.scales`` in the new file. Memory in use is that of the largest weight.
+    """
+    header: dict[str, dict[str, object]] = {}
+    offset = 0
+    for name, view in linears.items():
+        rows, blocks = view.shape[0], -(-view.shape[1] // QUANTIZATION_BLOCK)
+        for kind, dtype, shape, size in (
+            ("codes", "U8", [rows, blocks, QUANTIZATION_BLOCK * bits // 8], 1),
+            ("scales", "F32", [rows, blocks], 4),
+        ):
+            end = offset + math.prod(shape) * size
+            header[f"{name}.{kind}"] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 64)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for done, view in enumerate(linears.values()):
+            progress(done, len(linears))
+            for part in quantize_weight(view.numpy().astype(np.float32), bits):
+                file.write(np.ascontiguousarray(part).data)
+        progress(len(linears), len(linears))
+    return quantized_views(path)
+
+
+def quantized_views(path: Path) -> dict[str, WeightView]:
+    """Views of a file `write_quantized` wrote."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    base = 8 + size
+    return {
+        name: WeightView(
+            name,
+            path,
+            base + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            {"U8": "uint8", "F32": "float32"}[entry["dtype"]],
+        )
+        for name, entry in header.items()
+    }
+
+
+def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArray[np.float32]]:
+    """float32 ``[out, in]`` of every linear layer in a file `write_quantized` wrote, by name.
+
+    Parameters
+    ----------
+    path : Path
+    weights : mapping
+        Anything with a ``shape`` by canonical name: the last blocks of a row may be padded.
+    """
+    result = {}
+    with safe_open(path, framework="numpy") as file:
+        for name in sorted({key.rpartition(".")[0] for key in file.keys()}):
+            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+            original = weights.get(f"{name}.weight", weights["embed.weight"])
+            bits = 8 * codes.shape[-1] // QUANTIZATION_BLOCK
+            result[name] = dequantize_weight(codes, scales, bits, original.shape[-1])
+    return result

@@ -1,0 +1,154 @@
+"""Compression methods by name, each a function from a model's shape to a plan."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.config import BLOCK_SIZE, ModelConfig
+from minicache_trt.errors import UserError
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Settings of the merging methods; the defaults are the paper's (arXiv 2405.14366 section 4).
+
+    Parameters
+    ----------
+    merge_start : int, optional
+        First merged layer S, in [0, num_layers - 2]; default num_layers // 2.
+    t : float
+        SLERP weight of the later layer.
+    gamma : float
+        Share of each block's tokens retained exactly.
+    norm : str
+        ``head`` or ``token``, see `Stream`.
+    sink_tokens : int
+        First positions always retained (counted within the gamma share).
+    """
+
+    merge_start: int | None = None
+    t: float = 0.6
+    gamma: float = 0.05
+    norm: str = "head"
+    sink_tokens: int = 0
+
+
+Formats = dict[str, Segment]
+"""Segment of each part: keys ``key`` and ``value``."""
+
+
+def _exact(config: ModelConfig) -> Formats:
+    segment = Segment(config.head_dim, "model")
+    return {"key": segment, "value": segment}
+
+
+def _kivi(config: ModelConfig, fmt: str) -> Formats:
+    """KIVI's scheme: keys per channel over a block, values per token (arXiv 2402.02750)."""
+    return {"key": Segment(config.head_dim, fmt, "channel"), "value": Segment(config.head_dim, fmt, "token")}
+
+
+def _groups(config: ModelConfig, start: int) -> Iterator[tuple[int, ...]]:
+    yield from ((layer,) for layer in range(start))
+    for layer in range(start, config.num_layers, 2):
+        yield (layer, layer + 1) if layer + 1 < config.num_layers else (layer,)
+
+
+def _streams(config: ModelConfig, merge: str, formats: Formats, options: MethodOptions) -> tuple[Stream, ...]:
+    merging = merge != "none"
+    start = config.num_layers if not merging else _merge_start(config, options)
+    streams = []
+    for layers in _groups(config, start):
+        for part, segment in formats.items():
+            if len(layers) == 1:
+                streams.append(Stream(part, layers, (segment,)))
+            else:
+                streams.append(
+                    Stream(
+                        part,
+                        layers,
+                        (segment,),
+                        merge=merge,
+                        t=options.t,
+                        norm=options.norm,
+                        retained=round(options.gamma * BLOCK_SIZE),
+                        sink_tokens=options.sink_tokens,
+                    )
+                )
+    return tuple(streams)
+
+
+def _merge_start(config: ModelConfig, options: MethodOptions) -> int:
+    start = config.num_layers // 2 if options.merge_start is None else options.merge_start
+    if not 0 <= start <= config.num_layers - 2:
+        raise UserError(
+            f"merge start {start} is out of range: the model has {config.num_layers} layers",
+            f"choose a layer from 0 to {config.num_layers - 2}",
+        )
+    return start
+
+
+def full(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """No compression."""
+    return ()
+
+
+def mean(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """Arithmetic mean of adjacent layers from the merge start on."""
+    return _streams(config, "mean", _exact(config), options)
+
+
+def kivi4(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """4-bit KIVI on every layer, no merging (arXiv 2402.02750)."""
+    return _streams(config, "none", _kivi(config, "int4"), options)
+
+
+def kivi2(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """2-bit KIVI on every layer, no merging (arXiv 2402.02750)."""
+    return _streams(config, "none", _kivi(config, "int2"), options)
+
+
+def minicache(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """The paper's plan with 16-bit directions (arXiv 2405.14366)."""
+    return _streams(config, "slerp", _exact(config), options)
+
+
+def minicache4(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """The paper's plan with 4-bit KIVI on the directions and on the single layers."""
+    return _streams(config, "slerp", _kivi(config, "int4"), options)
+
+
+METHODS: dict[str, Callable[[ModelConfig, MethodOptions], tuple[Stream, ...]]] = {
+    method.__name__: method for method in (full, mean, kivi4, kivi2, minicache, minicache4)
+}
+MERGING_METHODS = ("mean", "minicache", "minicache4")
+
+
+def make_plan(config: ModelConfig, method: str, options: MethodOptions | None = None) -> CompressionPlan:
+    """Plan of a named method for a model.
+
+    Raises
+    ------
+    UserError
+        Unknown method, an option out of range, or a merge start given to a method that merges nothing.
+    """
+    options = options or MethodOptions()
+    if method not in METHODS:
+        close = difflib.get_close_matches(method, METHODS, n=1)
+        raise UserError(
+            f"unknown method {method!r}" + (f", did you mean {close[0]!r}?" if close else ""),
+            f"methods: {', '.join(METHODS)}",
+        )
+    if options.merge_start is not None and method not in MERGING_METHODS:
+        raise UserError(
+            f"method {method!r} merges no layers, so it takes no merge start",
+            f"methods that merge: {', '.join(MERGING_METHODS)}",
+        )
+    if not 0.0 <= options.gamma <= 0.5:
+        raise UserError(f"gamma: expected a number in [0, 0.5], got {options.gamma}")
+    try:
+        return CompressionPlan(method, METHODS[method](config, options)).validate(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error

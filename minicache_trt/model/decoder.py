@@ -1,0 +1,27 @@
+"""The decoder, written once: eager in PyTorch, or a graph, depending on the `Ops` given."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from minicache_trt.config import ModelConfig
+from minicache_trt.model.ops import Ops
+
+T = TypeVar("T")
+
+
+def decoder(config: ModelConfig, ops: Ops[T], input_ids: T, positions: T, logit_index: T) -> T:
+    """Logits ``[N, vocab]`` of the packed rows ``logit_index``; inputs as in `minicache_trt.contract`."""
+    x = ops.embed(input_ids)
+    rotation = ops.rotation(positions)
+    for layer in range(config.num_layers):
+        name = f"layers.{layer}"
+        h = ops.rms_norm(x, f"{name}.input_norm")
+        q = ops.rotary(ops.linear(h, f"{name}.attention.q"), rotation, config.num_heads)
+        k = ops.rotary(ops.linear(h, f"{name}.attention.k"), rotation, config.num_kv_heads)
+        v = ops.linear(h, f"{name}.attention.v")
+        x = ops.add(x, ops.linear(ops.paged_attention(q, k, v, layer), f"{name}.attention.o"))
+        h = ops.rms_norm(x, f"{name}.post_attention_norm")
+        h = ops.gated(ops.linear(h, f"{name}.mlp.gate"), ops.linear(h, f"{name}.mlp.up"))
+        x = ops.add(x, ops.linear(h, f"{name}.mlp.down"))
+    return ops.linear(ops.rms_norm(ops.take(x, logit_index), "norm"), "lm_head")

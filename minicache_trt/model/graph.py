@@ -1,0 +1,171 @@
+"""The two graphs of an engine: the decoder (prefill and decode in one) and the compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import fields
+
+import onnx_ir as ir
+
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import ModelConfig
+from minicache_trt.contract import (
+    COMPRESSOR_INPUTS,
+    DOMAIN,
+    LOGITS,
+    OP_VERSION,
+    PoolSpec,
+    StreamLayout,
+    compressed_pools,
+    decoder_inputs,
+    full_pools,
+    plan_layout,
+)
+from minicache_trt.functions.compress_blocks import compress_blocks
+from minicache_trt.functions.paged_attention import LayerStreams, paged_attention, step_inputs
+from minicache_trt.functions.tape import OPSETS, Emitter
+from minicache_trt.model.decoder import decoder
+from minicache_trt.model.onnx_ops import OnnxOps
+from minicache_trt.model.weights import GraphWeights
+
+IR_VERSION = 10
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": OP_VERSION}
+"""On every call of a custom op: a TensorRT that knows the plugin takes it, everything else inlines the function."""
+
+_POOL_TYPES = {"model": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
+
+
+class _Functions:
+    """One function per distinct variant of an op; variants share the op's name and differ in their overload."""
+
+    def __init__(self) -> None:
+        self._variants: dict[tuple[str, Hashable], ir.Function] = {}
+        self._counts: dict[str, int] = {}
+
+    def get(self, op: str, variant: Hashable, build: Callable[[], ir.Function]) -> ir.Function:
+        key = (op, variant)
+        if key not in self._variants:
+            function = build()
+            count = self._counts.get(op, 0)
+            self._counts[op] = count + 1
+            function.overload = str(count) if count else ""
+            self._variants[key] = function
+        return self._variants[key]
+
+    def all(self) -> list[ir.Function]:
+        return list(self._variants.values())
+
+
+def _variant(layout: StreamLayout) -> Hashable:
+    """Equal for streams that store and compute alike, whichever layers they hold."""
+    stream = layout.stream
+    return tuple(getattr(stream, field.name) for field in fields(stream) if field.name != "layers")
+
+
+def _call(g: Emitter, function: ir.Function, inputs: list[ir.Value], name: str) -> list[ir.Value]:
+    """A call node; ``name`` is path-like, as ``layers.3.attention``."""
+    values = g.op_multi(function.name, *inputs, outputs=len(function.outputs), attrs=PLUGIN_ATTRIBUTES, domain=DOMAIN)
+    node = values[0].producer()
+    assert node is not None
+    node.overload, node.name = function.overload, name
+    return list(values)
+
+
+def _pool_value(pool: PoolSpec, blocks: str) -> ir.Value:
+    return ir.val(pool.name, dtype=_POOL_TYPES[pool.dtype], shape=[blocks, *pool.shape])
+
+
+def _output(value: ir.Value, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+    return value
+
+
+def layer_streams(plan: CompressionPlan, layouts: tuple[StreamLayout, ...], layer: int) -> LayerStreams:
+    """Key and value stream of one layer."""
+    (key, key_member), (value, value_member) = plan.find("key", layer), plan.find("value", layer)
+    return LayerStreams(layouts[key], key_member, layouts[value], value_member)
+
+
+def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeights) -> ir.Model:
+    """Graph of the decoder.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    plan : CompressionPlan
+    weights : GraphWeights
+        Emits weights and linear layers; its initializers end up in the graph.
+
+    Returns
+    -------
+    ir.Model
+        Inputs and outputs as `minicache_trt.contract` names them. Full pools are both input and output: bind one
+        buffer to both.
+    """
+    g = weights.emitter
+    steps = {
+        name: ir.val(name, dtype=ir.DataType.INT32, shape=list(shape)) for name, shape in decoder_inputs(plan).items()
+    }
+    full = [_pool_value(pool, "Nf") for pool in full_pools(config)]
+    compressed = {pool.name: _pool_value(pool, "Nc") for pool in compressed_pools(plan, config)}
+    layouts = plan_layout(plan, config)
+    functions = _Functions()
+    updated: list[ir.Value] = []
+
+    def attention(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
+        streams = layer_streams(plan, layouts, layer) if plan.compresses else None
+        variant: Hashable = None
+        inputs = [q, k, v, full[layer], *(steps[name] for name in step_inputs(plan.compresses))]
+        if streams is not None:
+            variant = (_variant(streams.key), streams.key_member, _variant(streams.value), streams.value_member)
+            inputs += [compressed[tensor] for _, tensor in streams.pool_names()]
+        function = functions.get(
+            "PagedAttention", variant, lambda: paged_attention("PagedAttention", config, streams)
+        )
+        out, kv = _call(g, function, inputs, f"layers.{layer}.attention")
+        pool = full_pools(config)[layer]
+        updated.append(_output(kv, pool.output_name, ir.DataType.FLOAT, ["Nf", *pool.shape]))
+        return out
+
+    ops = OnnxOps(g, config, weights.weight, weights.table, weights.linear, attention)
+    logits = decoder(config, ops, steps["input_ids"], steps["positions"], steps["logit_index"])
+    _output(logits, LOGITS, ir.DataType.FLOAT, ["N", config.vocab_size])
+    inputs = [*steps.values(), *full, *compressed.values()]
+    return _model("decoder", g, inputs, [logits, *updated], weights.initializers, functions)
+
+
+def build_compressor(config: ModelConfig, plan: CompressionPlan) -> ir.Model:
+    """Graph of the compressor: full blocks into every stream's compressed blocks, all streams at once."""
+    g = Emitter("compressor")
+    steps = {name: ir.val(name, dtype=ir.DataType.INT32, shape=list(shape)) for name, shape in COMPRESSOR_INPUTS.items()}
+    full = [_pool_value(pool, "Nf") for pool in full_pools(config)]
+    functions = _Functions()
+    pools: list[ir.Value] = []
+    outputs: list[ir.Value] = []
+    for layout in plan_layout(plan, config):
+        own = [_pool_value(pool, "Nc") for pool in layout.pools.values()]
+        function = functions.get(
+            "CompressBlocks", _variant(layout), lambda layout=layout: compress_blocks("CompressBlocks", config, layout)
+        )
+        inputs = [*steps.values(), *(full[layer] for layer in layout.stream.layers), *own]
+        values = _call(g, function, inputs, f"streams.{layout.index}.compress")
+        for value, pool in zip(values, layout.pools.values(), strict=True):
+            outputs.append(_output(value, pool.output_name, _POOL_TYPES[pool.dtype], ["Nc", *pool.shape]))
+        pools += own
+    return _model("compressor", g, [*steps.values(), *full, *pools], outputs, [], functions)
+
+
+def _model(
+    name: str,
+    g: Emitter,
+    inputs: list[ir.Value],
+    outputs: list[ir.Value],
+    initializers: list[ir.Value],
+    functions: _Functions,
+) -> ir.Model:
+    graph = ir.Graph(
+        inputs, outputs, nodes=g.nodes, initializers=initializers, opset_imports=dict(OPSETS), name=name
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="minicache-trt", functions=functions.all())
+
+

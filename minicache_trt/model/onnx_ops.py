@@ -1,0 +1,78 @@
+"""`Ops` that emit ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from minicache_trt.config import ModelConfig
+from minicache_trt.functions.tape import Emitter
+from minicache_trt.model.rope import inverse_frequencies
+
+Linear = Callable[[ir.Value, str], ir.Value]
+Attention = Callable[[ir.Value, ir.Value, ir.Value, int], ir.Value]
+Weight = Callable[[str], ir.Value]
+
+
+class OnnxOps:
+    """Values are float32 unless they are ids or positions.
+
+    Parameters
+    ----------
+    g : Emitter
+    config : ModelConfig
+    weight : callable
+        float32 value of a named weight.
+    table : callable
+        A named weight in its stored type (the embedding is gathered before it is cast).
+    linear : callable
+        ``x @ W.T (+ bias)`` in the engine's weight format.
+    attention : callable
+        Emits the call of `PagedAttention`.
+    """
+
+    def __init__(
+        self, g: Emitter, config: ModelConfig, weight: Weight, table: Weight, linear: Linear, attention: Attention
+    ) -> None:
+        self._g = g
+        self._config = config
+        self._weight = weight
+        self._table = table
+        self._linear = linear
+        self._attention = attention
+
+    def embed(self, ids: ir.Value) -> ir.Value:
+        return self._g.float32(self._g.op("Gather", self._table("embed.weight"), ids, attrs={"axis": 0}))
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self._linear(x, name)
+
+    def rms_norm(self, x: ir.Value, name: str) -> ir.Value:
+        attrs = {"epsilon": self._config.rms_norm_eps, "axis": -1}
+        return self._g.op("RMSNormalization", x, self._weight(f"{name}.weight"), attrs=attrs)
+
+    def rotation(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines with a batch axis of one in front, computed from positions: no table, no longest position."""
+        g = self._g
+        frequency = inverse_frequencies(self._config.rope, self._config.head_dim).numpy()
+        angle = g.op("Mul", g.unsqueeze(g.float32(positions), 1), g.floats(frequency[None]))
+        return g.unsqueeze(g.op("Cos", angle), 0), g.unsqueeze(g.op("Sin", angle), 0)
+
+    def rotary(self, x: ir.Value, rotation: tuple[ir.Value, ir.Value], heads: int) -> ir.Value:
+        g = self._g
+        rotated = g.op("RotaryEmbedding", g.unsqueeze(x, 0), *rotation, attrs={"num_heads": heads})
+        return g.op("Squeeze", rotated, g.constant([0]))
+
+    def paged_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
+        return self._attention(q, k, v, layer)
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self._g.op("Add", a, b)
+
+    def gated(self, gate: ir.Value, up: ir.Value) -> ir.Value:
+        g = self._g
+        return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+
+    def take(self, x: ir.Value, rows: ir.Value) -> ir.Value:
+        return self._g.op("Gather", x, rows, attrs={"axis": 0})

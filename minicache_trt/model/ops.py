@@ -1,0 +1,46 @@
+"""The vocabulary a decoder is written in; one implementation computes, another emits a graph."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Ops(Protocol[T]):
+    """Operations on packed tokens. Weights are named as in `minicache_trt.checkpoint`, without their last component.
+
+    Shapes: ``x`` is ``[T, hidden]``; ``heads`` vectors of head_dim lie side by side in ``[T, heads * head_dim]``.
+    """
+
+    def embed(self, ids: T) -> T:
+        """Rows of the embedding table, ``[T, hidden]``."""
+        ...
+
+    def linear(self, x: T, name: str) -> T:
+        """``x @ W.T (+ bias)``, W ``[out, in]``."""
+        ...
+
+    def rms_norm(self, x: T, name: str) -> T: ...
+
+    def rotation(self, positions: T) -> tuple[T, T]:
+        """Cosines and sines ``[T, head_dim / 2]`` of the model's rotary embedding."""
+        ...
+
+    def rotary(self, x: T, rotation: tuple[T, T], heads: int) -> T:
+        """Rotate each head's vector, halves paired (the convention of Hugging Face's Llama)."""
+        ...
+
+    def paged_attention(self, q: T, k: T, v: T, layer: int) -> T:
+        """Append k and v to the full tier, attend over both tiers; ``[T, num_heads * head_dim]``."""
+        ...
+
+    def add(self, a: T, b: T) -> T: ...
+
+    def gated(self, gate: T, up: T) -> T:
+        """``silu(gate) * up``."""
+        ...
+
+    def take(self, x: T, rows: T) -> T:
+        """Rows of ``x``."""
+        ...

@@ -1,0 +1,57 @@
+"""`Ops` that compute with PyTorch, eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minicache_trt.config import ModelConfig
+from minicache_trt.model.rope import inverse_frequencies
+
+Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class TorchOps:
+    """Parameters: the model's shape, its weights by canonical name, and the attention over the cache."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], attention: Attention) -> None:
+        self._config = config
+        self._weights = weights
+        self._attention = attention
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self._weights["embed.weight"][ids]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        tied = name == "lm_head" and self._config.tie_word_embeddings
+        return F.linear(x, self._weights["embed.weight" if tied else f"{name}.weight"], self._weights.get(f"{name}.bias"))
+
+    def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
+        return self._weights[f"{name}.weight"] * scaled.to(x.dtype)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        frequency = inverse_frequencies(self._config.rope, self._config.head_dim).to(positions.device)
+        angle = positions.float()[:, None] * frequency
+        return angle.cos(), angle.sin()
+
+    def rotary(self, x: Tensor, rotation: tuple[Tensor, Tensor], heads: int) -> Tensor:
+        cos, sin = (part[:, None].to(x.dtype) for part in rotation)
+        first, second = x.unflatten(-1, (heads, -1)).chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(1)
+
+    def paged_attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return self._attention(q, k, v, layer)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def take(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x[rows]

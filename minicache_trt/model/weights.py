@@ -1,0 +1,105 @@
+"""Weights of a graph: views into linked safetensors files, or weight-only quantized copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from minicache_trt.checkpoint.quantize import QUANTIZATION_BLOCK
+from minicache_trt.checkpoint.weights import WeightView
+from minicache_trt.config import ModelConfig
+from minicache_trt.functions.tape import Emitter
+
+_TYPES = {
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "float32": ir.DataType.FLOAT,
+    "uint8": ir.DataType.UINT8,
+}
+
+
+class GraphWeights:
+    """Emits weights and linear layers on one tape.
+
+    Nothing is loaded: a weight is an external tensor, an offset in a file of the engine directory.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    views : mapping
+        Canonical name to view.
+    locations : mapping
+        Name of a view's file to its path relative to the engine directory.
+    quantized : mapping
+        ``<linear>.codes`` (uint8 ``[out, blocks, bytes]``) and ``<linear>.scales`` (float32 ``[out, blocks]``) of the
+        weight-only format; empty for fp32.
+    bits : int, optional
+        Bits of a weight-only code.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        views: Mapping[str, WeightView],
+        locations: Mapping[str, str],
+        quantized: Mapping[str, WeightView] | None = None,
+        bits: int | None = None,
+    ) -> None:
+        self.emitter = Emitter("decoder")
+        self._config = config
+        self._views = views
+        self._quantized = quantized or {}
+        self._locations = locations
+        self._bits = bits
+        self._tables: dict[str, ir.Value] = {}
+        self._floats: dict[str, ir.Value] = {}
+
+    @property
+    def initializers(self) -> list[ir.Value]:
+        return list(self._tables.values())
+
+    def _external(self, name: str, view: WeightView) -> ir.Value:
+        if name not in self._tables:
+            tensor = ir.ExternalTensor(
+                self._locations[view.file.name],
+                view.offset,
+                view.nbytes,
+                _TYPES[view.dtype],
+                shape=ir.Shape(view.shape),
+                name=name,
+            )
+            value = ir.Value(name=name, shape=ir.Shape(view.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self._tables[name] = value
+        return self._tables[name]
+
+    def table(self, name: str) -> ir.Value:
+        """A weight in its stored type."""
+        return self._external(name, self._views[name])
+
+    def weight(self, name: str) -> ir.Value:
+        """A weight as float32; the runtime folds the cast when it loads the graph."""
+        if self._views[name].dtype == "float32":
+            return self.table(name)
+        if name not in self._floats:
+            self._floats[name] = self.emitter.float32(self.table(name))
+        return self._floats[name]
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        """``x @ W.T (+ bias)`` with W as the checkpoint stores it, ``[out, in]``."""
+        bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._views else None
+        if f"{name}.codes" in self._quantized:
+            return self._quantized_linear(x, name, bias)
+        tied = name == "lm_head" and self._config.tie_word_embeddings
+        weight = self.weight("embed.weight" if tied else f"{name}.weight")
+        return self.emitter.op("Gemm", x, weight, *([bias] if bias is not None else []), attrs={"transB": 1})
+
+    def _quantized_linear(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
+        tied = name == "lm_head" and self._config.tie_word_embeddings
+        rows, columns = self._views["embed.weight" if tied else f"{name}.weight"].shape
+        codes = self._external(f"{name}.codes", self._quantized[f"{name}.codes"])
+        scales = self._external(f"{name}.scales", self._quantized[f"{name}.scales"])
+        attrs = {"K": columns, "N": rows, "bits": self._bits, "block_size": QUANTIZATION_BLOCK, "accuracy_level": 4}
+        # Inputs 4 to 6 are zero points (absent: symmetric), group index (absent) and bias.
+        inputs = [x, codes, scales, *([None, None, bias] if bias is not None else [])]
+        return self.emitter.op("MatMulNBits", *inputs, attrs=attrs, domain="com.microsoft")

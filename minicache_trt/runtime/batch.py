@@ -1,0 +1,100 @@
+"""One step's inputs, in the order and with the names of the contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicache_trt.contract import PREFILL_TILE
+from minicache_trt.runtime.scheduler import ScheduledStep, Work
+from minicache_trt.runtime.tiered_cache import TieredCache
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """int32 arrays of `minicache_trt.contract.DECODER_INPUTS`; see there for shapes and meaning.
+
+    Invariants: the first ``len(decode_rows)`` sequences have one token each; every table has at least one column;
+    unused table entries are 0; ``prefill_rows`` has T in its padding and a width of at most `PREFILL_TILE` or a
+    multiple of it.
+    """
+
+    input_ids: Int32
+    positions: Int32
+    query_start: Int32
+    context_len: Int32
+    compressed_len: Int32
+    slot_mapping: Int32
+    full_table: Int32
+    compressed_table: Int32
+    decode_rows: Int32
+    prefill_rows: Int32
+    logit_index: Int32
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
+    """Pack a step with reserved blocks into the decoder's inputs.
+
+    Parameters
+    ----------
+    step : ScheduledStep
+        At least one item; one-token items first.
+    cache : TieredCache
+        Owner of the sequences' tables.
+
+    Returns
+    -------
+    Batch
+        ``logit_index`` lists, item after item, the last `Work.num_logits` rows of each.
+    """
+    work = step.work
+    sequences = [item.sequence for item in work]
+    counts = np.array([item.num_tokens for item in work], np.int32)
+    query_start = np.zeros(len(work) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    ends = query_start[1:].tolist()
+    num_decodes = int(np.count_nonzero(counts == 1))
+    logit_rows = [row for item, end in zip(work, ends, strict=True) for row in range(end - item.num_logits, end)]
+    return Batch(
+        input_ids=_concatenate([item.sequence.token_ids[item.start : item.end] for item in work]),
+        positions=_concatenate([range(item.start, item.end) for item in work]),
+        query_start=query_start,
+        context_len=np.array([item.end for item in work], np.int32),
+        compressed_len=np.array([sequence.compressed_len for sequence in sequences], np.int32),
+        slot_mapping=np.concatenate([cache.slots(item.sequence, item.start, item.end) for item in work]),
+        full_table=_table([sequence.full_table for sequence in sequences]),
+        compressed_table=_table([sequence.compressed_table for sequence in sequences]),
+        decode_rows=np.arange(num_decodes, dtype=np.int32),
+        prefill_rows=_prefill_rows(work[num_decodes:], query_start[num_decodes:]),
+        logit_index=np.array(logit_rows, np.int32),
+    )
+
+
+def _concatenate(parts: list[list[int]] | list[range]) -> Int32:
+    return np.concatenate([np.asarray(part, np.int32) for part in parts])
+
+
+def _table(rows: list[list[int]]) -> Int32:
+    table = np.zeros((len(rows), max(1, *map(len, rows))), np.int32)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    return table
+
+
+def _prefill_rows(chunks: tuple[Work, ...], query_start: Int32) -> Int32:
+    width = max((chunk.num_tokens for chunk in chunks), default=0)
+    if width > PREFILL_TILE:
+        width = -(-width // PREFILL_TILE) * PREFILL_TILE
+    rows = np.full((len(chunks), width), query_start[-1], np.int32)
+    for index, (start, end) in enumerate(pairwise(query_start.tolist())):
+        rows[index, : end - start] = np.arange(start, end)
+    return rows

@@ -1,0 +1,171 @@
+"""What a caller asks for, what comes back, and the scheduler's state of one sequence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop; field names of vLLM's and TensorRT-LLM's class.
+
+    Filters apply in the order of Hugging Face's generation: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Parameters
+    ----------
+    max_tokens : int
+        Most tokens to generate.
+    temperature : float
+        Divides the logits; 0 takes the most likely token (greedy).
+    top_k : int
+        Candidates kept, 0 or -1 for all. Ties with the last one are kept.
+    top_p : float
+        Smallest set of candidates whose probabilities add up to at least this, in (0, 1].
+    min_p : float
+        Candidates less likely than this share of the most likely one are dropped, in [0, 1].
+    repetition_penalty : float
+        Positive logits of tokens in prompt or output are divided by it, negative ones multiplied
+        (arXiv 1909.05858); 1 is off.
+    seed : int, optional
+        Makes the request repeatable, whatever it runs next to.
+    stop : str or list of str, optional
+        Generation ends at the first of these; the text is cut before it.
+    stop_token_ids : list of int, optional
+        Generation ends after one of these; the text does not contain it.
+    ignore_eos : bool
+        Go on after the model's end-of-sequence tokens.
+    logprobs : int, optional
+        Return this many most likely tokens (and the chosen one) for each generated token.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _expect(self.max_tokens >= 1, "max_tokens", "a positive number", self.max_tokens)
+        finite = math.isfinite(self.temperature)
+        _expect(finite and self.temperature >= 0, "temperature", "a finite number of at least 0", self.temperature)
+        _expect(self.top_k >= -1, "top_k", "a positive number, or 0 or -1 for all", self.top_k)
+        _expect(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
+        _expect(0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p)
+        penalty = self.repetition_penalty
+        _expect(math.isfinite(penalty) and penalty > 0, "repetition_penalty", "a positive finite number", penalty)
+        _expect(self.seed is None or self.seed >= 0, "seed", "a number of at least 0", self.seed)
+        _expect("" not in self.stop_strings, "stop", "strings that are not empty", self.stop)
+        _expect(self.logprobs is None or self.logprobs >= 0, "logprobs", "a number of at least 0", self.logprobs)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural log of a token's probability under the raw logits, and its rank among all tokens (1 is the best)."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """Generated tokens of one request.
+
+    Parameters
+    ----------
+    token_ids : list of int
+        All sampled tokens, a final stop token included.
+    cumulative_logprob : float, optional
+        Sum over ``token_ids``; None unless logprobs were asked for.
+    logprobs : list of dict, optional
+        For each token: token id to `Logprob`.
+    finish_reason : str, optional
+        ``stop``, ``length``, ``error``, or None while running.
+    stop_reason : int or str, optional
+        The stop token or string; the message for ``error``; None for the end-of-sequence token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request with its completions (one); ``prompt`` is None when token ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Scheduler and cache state of one sequence; compared and hashed by identity.
+
+    Positions [0, compressed_len) are in the compressed tier, [compressed_len, num_computed) in the full tier; see
+    `minicache_trt.contract`. Tokens from ``num_computed`` on are still to be computed. Preemption empties the tables
+    and sets both counts to 0; the tokens stay.
+
+    Parameters
+    ----------
+    token_ids : list of int
+        Prompt, then output.
+    prompt_len : int
+        Tokens of the prompt; decides the demotion schedule.
+    max_len : int
+        Tokens this sequence can grow to.
+    logits_start : int, optional
+        Logits are wanted for every position from here on. Default: only for the last known token.
+    """
+
+    token_ids: list[int]
+    prompt_len: int
+    max_len: int
+    logits_start: int | None = None
+    full_table: list[int] = field(default_factory=list)
+    compressed_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    compressed_len: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens not computed yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    def logit_positions(self, start: int, end: int) -> range:
+        """Positions of the chunk [start, end) whose logits are wanted."""
+        if self.logits_start is not None:
+            return range(max(start, min(self.logits_start, end)), end)
+        return range(end - 1 if end == self.num_tokens else end, end)

@@ -1,0 +1,189 @@
+"""Parsed configs against the transformers configuration classes, and every refusal."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig, MistralConfig
+
+from minicache_trt.checkpoint import parse_config, resolve_config
+from minicache_trt.config import ModelConfig
+from minicache_trt.errors import UserError
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CLASSES = {"llama": (LlamaConfig, "LlamaForCausalLM"), "mistral": (MistralConfig, "MistralForCausalLM")}
+
+VARIANTS = [
+    ("llama", {}),
+    ("llama", {"rope_theta": 500000.0}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("llama", {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 128}, "rope_theta": 500000}),
+    ("llama", {"rope_scaling": LLAMA3}),
+    ("llama", {"rope_scaling": {"rope_type": "default"}}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}}),
+    ("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 1e6, "original_max_position_embeddings": 64}}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}, "rope_theta": 7.0}),
+    ("llama", {"num_key_value_heads": None}),
+    ("llama", {"head_dim": None}),
+    ("llama", {"head_dim": 48}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"rms_norm_eps": 1e-05, "bos_token_id": None, "eos_token_id": None}),
+    ("llama", {"eos_token_id": [5, 6], "sliding_window": 32}),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": None, "attention_bias": True}),
+    ("mistral", {"sliding_window": 4096, "num_key_value_heads": 4}),
+]
+
+
+def assert_parity(config: ModelConfig, reference) -> None:
+    rope = reference.rope_parameters
+    assert config.num_layers == reference.num_hidden_layers
+    assert config.hidden_size == reference.hidden_size
+    assert config.intermediate_size == reference.intermediate_size
+    assert config.num_heads == reference.num_attention_heads
+    assert config.num_kv_heads == reference.num_key_value_heads
+    assert config.head_dim == reference.head_dim
+    assert config.vocab_size == reference.vocab_size
+    assert config.max_position_embeddings == reference.max_position_embeddings
+    assert config.rms_norm_eps == reference.rms_norm_eps
+    assert config.tie_word_embeddings == reference.tie_word_embeddings
+    assert config.bos_token_id == reference.bos_token_id
+    eos = reference.eos_token_id
+    assert config.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    is_llama = isinstance(reference, LlamaConfig)
+    assert config.qkv_bias == config.output_bias == (is_llama and reference.attention_bias)
+    assert config.mlp_bias == (is_llama and reference.mlp_bias)
+    assert config.sliding_window == (None if is_llama else reference.sliding_window)
+    assert config.rope.theta == rope["rope_theta"]
+    assert config.rope.scaling == rope["rope_type"].replace("default", "none")
+    for name, key in {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position": "original_max_position_embeddings",
+    }.items():
+        if key in rope:
+            assert getattr(config.rope, name) == rope[key]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@pytest.mark.parametrize("written_by", ["hand", "transformers"])
+def test_parity_with_transformers(tmp_path, raw_config, family, changes, written_by):
+    config_class, architecture = CLASSES[family]
+    raw = {**raw_config, "architectures": [architecture], "model_type": family, **changes}
+    if family == "mistral" and "num_key_value_heads" not in changes:
+        raw["num_attention_heads"] = 8
+        raw.pop("num_key_value_heads")
+        raw["hidden_size"] = 128
+    reference = config_class.from_dict(json.loads(json.dumps(raw)))
+    if written_by == "transformers":
+        reference.save_pretrained(tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = resolve_config(str(tmp_path))
+    assert config.family == family and config.dtype == "float16"
+    assert_parity(config, reference)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": None, "torch_dtype": "float32"}, "float32"),
+        ({"dtype": None, "torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"dtype": "float32", "torch_dtype": "float16"}, "float32"),
+        ({"dtype": None}, "float16"),
+    ],
+)
+def test_dtype(write_config, keys, dtype):
+    assert resolve_config(str(write_config(**keys))).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        ([2, 3], None, (2, 3)),
+        (9, {"eos_token_id": [1, 8, 9]}, (1, 8, 9)),
+        ([4, 5], {"eos_token_id": 5}, (5, 4)),
+        (4, {"eos_token_id": None}, (4,)),
+        (4, {}, (4,)),
+        (None, {"eos_token_id": 128009}, (128009,)),
+        (None, None, (2,)),
+    ],
+)
+def test_end_of_sequence(write_config, config_eos, generation, expected):
+    directory = write_config(eos_token_id=config_eos)
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    assert resolve_config(str(directory)).eos_token_ids == expected
+
+
+def test_architectures_absent(write_config):
+    assert resolve_config(str(write_config(architectures=None, model_type="mistral"))).family == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None, "vocab_size": None}, "missing hidden_size, vocab_size"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers: expected int, got '2'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: expected int, got True"),
+        ({"num_hidden_layers": 0}, "num_layers: expected a positive number, got 0"),
+        ({"num_attention_heads": 0}, "not a multiple of num_attention_heads 0"),
+        ({"num_attention_heads": 5}, "hidden_size 64 is not a multiple of num_attention_heads 5"),
+        ({"num_key_value_heads": 3}, r"num_heads: expected a multiple of num_kv_heads \(3\)"),
+        ({"num_key_value_heads": 0}, "num_kv_heads: expected a positive number, got 0"),
+        ({"head_dim": 20}, "head_dim: expected a multiple of 16, got 20"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings: expected a positive number, got 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: expected float, got 'small'"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype: expected float16, bfloat16, float32, got 'float8_e4m3fn'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected bool, got 'no'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id: expected an id, a list of ids or null, got '</s>'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized checkpoints \(gptq\) are not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected equal layers"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "type 'dynamic' is not .*types: default, linear, llama3",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: expected float, got nothing"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor: expected float, got nothing"),
+        ({"rope_scaling": {"type": ["linear"]}}, r"RoPE type \['linear'\] is not supported"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected dict, got 'linear'"),
+        ({"rope_theta": -1.0}, "rope_theta: expected a positive number, got -1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, got 0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "RoPE that differs between layers"),
+    ],
+)
+def test_refusals(write_config, changes, message):
+    directory = write_config(**changes)
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_config(str(directory))
+    assert str(directory / "config.json") in caught.value.cause
+    assert caught.value.remedy and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": None, "model_type": "qwen9"},
+    ],
+)
+def test_unknown_architecture(write_config, raw_config, changes):
+    with pytest.raises(UserError) as caught:
+        resolve_config(str(write_config(**changes)))
+    seen = {**raw_config, **changes}
+    assert repr(seen["architectures"]) in caught.value.cause and repr(seen["model_type"]) in caught.value.cause
+    assert "llama (LlamaForCausalLM, model_type llama); mistral (MistralForCausalLM" in caught.value.remedy
+
+
+def test_parse_does_not_change_its_input(raw_config):
+    before = json.dumps(raw_config)
+    parse_config(raw_config, path="config.json")
+    assert json.dumps(raw_config) == before

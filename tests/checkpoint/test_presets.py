@@ -1,0 +1,61 @@
+"""Presets against transformers, against published parameter counts, and against a download that must not happen."""
+
+import math
+
+import huggingface_hub
+import pytest
+from transformers import AutoConfig
+
+from minicache_trt.checkpoint import PRESETS, list_presets, resolve_config, weight_shapes
+
+PARAMETERS = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "smollm2-135m": 134_515_008,
+    "tinyllama-1.1b": 1_100_048_384,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a preset's config needs no download")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+@pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
+def test_parameter_counts(name, expected):
+    assert sum(math.prod(shape) for shape in weight_shapes(resolve_config(name)).values()) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_parses_as_transformers_does(name):
+    preset = PRESETS[name]
+    config = resolve_config(name.upper())
+    reference = AutoConfig.for_model(**preset.raw_config)
+    assert config == preset.config
+    assert config.family == preset.raw_config["model_type"]
+    assert config.head_dim == reference.head_dim
+    assert config.rope.theta == reference.rope_parameters["rope_theta"]
+    assert config.rope.factor == reference.rope_parameters.get("factor", 1.0)
+    assert preset.hub_id.count("/") == 1
+
+
+def test_listing_is_sorted_and_complete():
+    names = [preset.name for preset in list_presets()]
+    assert names == sorted(PRESETS)
+
+
+def test_chat_models_share_the_shape_of_their_base():
+    for name in ("llama2-7b", "llama3-8b", "llama3.1-8b", "llama3.2-1b"):
+        base, chat = resolve_config(name), resolve_config(f"{name}-{'chat' if 'llama2' in name else 'instruct'}")
+        assert weight_shapes(base) == weight_shapes(chat) and base.rope == chat.rope
