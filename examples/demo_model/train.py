@@ -216,16 +216,19 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
     master = [p.detach().clone().requires_grad_() for p in model.parameters()]  # fp32
     for p in model.parameters():
         p.data = p.data.bfloat16()
-    groups = [
-        {"params": [p for p in master if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in master if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    embedding = model.get_input_embeddings().weight
+    hidden = [m for p, m in zip(model.parameters(), master, strict=True) if p.dim() == 2 and p is not embedding]
+    others = [m for p, m in zip(model.parameters(), master, strict=True) if p.dim() == 1 or p is embedding]
+    optimizers = (
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.01, adjust_lr_fn="original"),
+    )
     step, spent = 0, 0.0
     if args.state.exists():
         state = torch.load(args.state)
         step, spent = state["step"], state["spent"]
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         with torch.no_grad():
             for p, m, saved in zip(model.parameters(), master, state["master"], strict=True):
                 m.copy_(saved)
@@ -237,7 +240,7 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
     losses: list[float] = []
     # Done after --steps steps or --minutes minutes; the schedule follows whichever is nearer.
     while (progress := max(step / args.steps, (time.monotonic() - start) / 60 / args.minutes)) < 1:
-        rate = args.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        rate = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         inputs, targets = make_batch(streams, args.seed, step)
         logits = model.lm_head(model.model(input_ids=inputs).last_hidden_state)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -245,9 +248,9 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
         for p, m in zip(model.parameters(), master, strict=True):
             m.grad, p.grad = p.grad.float(), None
         torch.nn.utils.clip_grad_norm_(master, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * peak
+            optimizer.step()
         with torch.no_grad():
             for p, m in zip(model.parameters(), master, strict=True):
                 p.copy_(m)
@@ -256,13 +259,14 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
         now = time.monotonic()
         if step % args.log_steps == 0:
             print(
-                f"step {step} loss {np.mean(losses):.3f} lr {rate:.2e} "
+                f"step {step} loss {np.mean(losses):.3f} rate {rate:.3f} "
                 f"tok/s {len(losses) * BATCH_TOKENS / (now - last):.0f} minutes {(now - start) / 60:.1f}",
                 flush=True,
             )
             losses, last = [], now
         if now - saved_at > 60 * args.save_minutes:
-            state = {"step": step, "spent": now - start, "master": master, "optimizer": optimizer.state_dict()}
+            saved = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"step": step, "spent": now - start, "master": master, "optimizers": saved}
             torch.save(state, args.state)
             export(master, tokenizer, args.output)
             saved_at = now
@@ -307,7 +311,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8000, help=f"step budget, {BATCH_TOKENS} tokens each")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="time between intermediate checkpoints")
     parser.add_argument("--log-steps", type=int, default=50, help="steps between progress lines")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak rate of AdamW: embedding, norms")
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="peak rate of Muon: weight matrices")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")

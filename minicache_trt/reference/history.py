@@ -86,8 +86,9 @@ def tiered_attention(
 ) -> tuple[Tensor, None]:
     """Append the new tokens to the history and attend to all of it, causally.
 
-    ``query [1, Hq, T, D]``, ``key`` and ``value [1, H, T, D]`` are the new tokens, after RoPE; returns ``[1, T, Hq, D]``.
-    Signature and keyword arguments are those of transformers' attention functions; the mask is not used.
+    ``query [1, Hq, T, D]``, ``key`` and ``value [1, H, T, D]`` are the new tokens, after RoPE; the result is
+    ``[1, T, Hq, D]``. Signature and keyword arguments are those of transformers' attention functions; the mask is not
+    used.
     """
     layer = module.layer_idx
     if not isinstance(layer, int):
@@ -100,13 +101,14 @@ def tiered_attention(
     tiles = []
     for start in range(0, query.shape[2], QUERY_TILE):
         tile = query[0, :, start : start + QUERY_TILE]
-        distance = (first + start + torch.arange(tile.shape[1]))[:, None] - torch.arange(keys.shape[1])
+        end = first + start + tile.shape[1]
+        distance = torch.arange(first + start, end)[:, None] - torch.arange(end)
         hidden = distance < 0
         if sliding_window is not None:
             hidden |= distance >= sliding_window
-        logits = (tile @ keys.transpose(1, 2) * scaling).to(torch.promote_types(query.dtype, torch.float32))
-        weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-        tiles.append(weights.to(values.dtype) @ values)
+        logits = (tile @ keys[:, :end].transpose(1, 2) * scaling).to(torch.promote_types(query.dtype, torch.float32))
+        weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        tiles.append(weights.to(values.dtype) @ values[:, :end])
     return torch.cat(tiles, dim=1).transpose(0, 1)[None].contiguous(), None
 
 

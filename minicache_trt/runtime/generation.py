@@ -168,8 +168,8 @@ class Scoring:
 
     def advance(self, item: Work, logits: Logits) -> int | None:
         """Keep the item's logits and feed the next given token."""
-        positions = self.sequence.logit_positions(item.start, item.end)
-        self.logits[positions.start - self._start : positions.stop - self._start] = logits if len(positions) else 0
+        if item.num_logits:
+            self.logits[item.end - item.num_logits - self._start : item.end - self._start] = logits
         self.finished = item.end == len(self._token_ids)
         if self.finished or item.end < self.sequence.num_tokens:
             return None

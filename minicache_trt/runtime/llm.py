@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -138,15 +139,17 @@ class LLM:
         UserError
             When a prompt or parameter cannot be used; nothing has run then.
         """
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
         generations = self._generations(prompts, sampling_params)
-        bar = _progress_bar(len(generations)) if use_tqdm else None
         pending = [generation for generation in generations if not generation.finished]
-        for advanced in self._runner.run(pending):
-            for generation in advanced:
-                if on_token is not None and generation.event is not None:
-                    on_token(generation.event)
-            if bar is not None:
-                bar(sum(generation.finished for generation in advanced))
+        bar = tqdm(total=len(pending), desc="requests", unit="request", disable=not use_tqdm)
+        with closing(self._runner.run(pending)) as steps, bar:
+            for advanced in steps:
+                for generation in advanced:
+                    if on_token is not None and generation.event is not None:
+                        on_token(generation.event)
+                bar.update(sum(generation.finished for generation in advanced))
         return [generation.output() for generation in generations]
 
     def generate_stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[str]:
@@ -157,10 +160,10 @@ class LLM:
         UserError
             Before the first piece, when the prompt cannot be used; in the middle, when the model's logits cannot.
         """
-        generation, *others = self._generations(prompt, sampling_params)
-        if others:
-            raise UserError(f"generate_stream: expected one prompt, got {1 + len(others)}", "use generate")
-        return self._stream(generation)
+        generations = self._generations(prompt, sampling_params)
+        if len(generations) != 1:
+            raise UserError(f"generate_stream: expected one prompt, got {len(generations)}", "use generate")
+        return self._stream(generations[0])
 
     def score(
         self, token_ids: Sequence[list[int]], prompt_lens: Sequence[int] | None = None, start: int = 0
@@ -241,9 +244,10 @@ class LLM:
     def _stream(self, generation: Generation) -> Iterator[str]:
         if generation.finished:
             return
-        for _ in self._runner.run([generation]):
-            if generation.event is not None and generation.event.text:
-                yield generation.event.text
+        with closing(self._runner.run([generation])) as steps:
+            for _ in steps:
+                if generation.event is not None and generation.event.text:
+                    yield generation.event.text
         if generation.finish_reason == "error":
             raise UserError(f"the request ended early: {generation.output().outputs[0].stop_reason}")
 
@@ -269,14 +273,3 @@ def _engine_directory(
         return plan or make_plan(config, method), build
 
     return build_engine(str(model), work_dir / "engine", configure, load_format=load_format).directory
-
-
-def _progress_bar(total: int) -> Callable[[int], None]:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    bar = tqdm(total=total, desc="requests", unit="request")
-
-    def advance(count: int) -> None:
-        bar.update(count)
-
-    return advance

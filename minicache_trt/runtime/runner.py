@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from time import perf_counter
 from typing import Protocol, TypeVar
 
@@ -79,7 +79,7 @@ class Runner:
         self.scheduler = Scheduler(self.cache, build.max_batch_size, build.max_num_tokens)
         self.statistics = self._new_statistics()
 
-    def run(self, jobs: list[AnyJob]) -> Iterator[list[AnyJob]]:
+    def run(self, jobs: list[AnyJob]) -> Generator[list[AnyJob], None, None]:
         """Run jobs to their end; after each step, yields those that computed something in it.
 
         Closing the iterator early drops the jobs and frees their blocks.

@@ -58,8 +58,9 @@ def sample(logits: Logits, params: SamplingParams, history: list[int], generator
         _penalise(scores, history, params.repetition_penalty)
     if params.temperature == 0:
         return int(np.argmax(scores))
-    # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    scores = (scores - scores.max()) / params.temperature
+    # The maximum becomes 0, so a tiny temperature can only push the others to -infinity, which is probability 0.
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max()) / params.temperature
     tokens = _candidates(scores, params)
     cumulative = np.cumsum(np.exp(scores[tokens]))
     draw = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")

@@ -1,0 +1,88 @@
+"""`PagedAttention`: the ONNX function against its PyTorch twin, and the twin against attention spelled out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minicache_trt.compression.methods import make_plan
+from minicache_trt.config import BLOCK_SIZE, ModelConfig
+from minicache_trt.functions.paged_attention import paged_attention as build_function
+from minicache_trt.functions.paged_attention import step_inputs
+from minicache_trt.model.graph import layer_streams
+from minicache_trt.model.torch_attention import paged_attention
+from tests.support.onnx_function import run_function
+from tests.support.plans import mixed_plan, named_plans
+from tests.support.steps import random_pools, step
+
+CONFIG = ModelConfig("llama", 4, 64, 64, 6, 2, 80, 100, 4096)
+MHA = ModelConfig("llama", 4, 64, 64, 2, 2, 64, 100, 4096)
+PLANS = {"full": make_plan(CONFIG, "full")} | named_plans(CONFIG) | {"mixed": mixed_plan(CONFIG)}
+# (length after the step, compressed length, tokens): decodes first, then prefill chunks.
+STEPS = {
+    "mixed": [(70, 64, 1), (200, 128, 1), (190, 64, 126), (300, 64, 150), (20, 0, 20)],
+    "decodes": [(65, 64, 1), (200, 128, 1), (3, 0, 1)],
+    "prefills": [(190, 64, 126), (20, 0, 20)],
+    "first token": [(1, 0, 1)],
+    "tiles": [(500, 0, 300), (400, 128, 257)],
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", STEPS)
+def test_function_agrees_with_twin(name: str, kind: str) -> None:
+    torch.manual_seed(1)
+    plan = PLANS[name]
+    batch = step([(n, c if plan.compresses else 0, tokens) for n, c, tokens in STEPS[kind]])
+    pools = random_pools(CONFIG, plan)
+    for layer in (0, 3):
+        q, k, v = (torch.randn(batch.num_tokens, heads * 80) for heads in (6, 2, 2))
+        streams = layer_streams(plan, pools.layouts, layer) if plan.compresses else None
+        inputs = [q, k, v, pools.tensors[f"kv.{layer}"].clone()]
+        arrays = [x.numpy() for x in inputs] + [getattr(batch, name) for name in step_inputs(plan.compresses)]
+        if streams is not None:
+            arrays += [pools.tensors[tensor].numpy() for _, tensor in streams.pool_names()]
+        out, kv = run_function(build_function("PagedAttention", CONFIG, streams), arrays)
+        expected = paged_attention(pools, batch, q, k, v, layer)
+        np.testing.assert_allclose(out, expected.numpy(), atol=5e-6)
+        np.testing.assert_array_equal(kv, pools.tensors[f"kv.{layer}"].numpy())
+
+
+def test_twin_is_attention_over_the_named_slots() -> None:
+    """Uncompressed, token by token, straight from the definition."""
+    torch.manual_seed(2)
+    plan = make_plan(MHA, "full")
+    batch, pools = step([(70, 0, 1), (90, 0, 30)]), random_pools(MHA, plan)
+    q, k, v = (torch.randn(batch.num_tokens, 128, dtype=torch.float32) for _ in range(3))
+    out = paged_attention(pools, batch, q, k, v, 2)
+    kv = pools.tensors["kv.2"].double()
+    for t in range(batch.num_tokens):
+        s = int(np.searchsorted(batch.query_start, t, side="right")) - 1
+        for head in range(2):
+            vectors = [
+                kv[int(batch.full_table[s, p // BLOCK_SIZE]), :, head, p % BLOCK_SIZE]
+                for p in range(int(batch.positions[t]) + 1)
+            ]
+            keys, values = (torch.stack([pair[place] for pair in vectors]) for place in range(2))
+            weights = (keys @ q[t, 64 * head : 64 * head + 64].double() / math.sqrt(64)).softmax(0)
+            torch.testing.assert_close(out[t, 64 * head : 64 * head + 64].double(), weights @ values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_never_reach_the_pools(bad: float) -> None:
+    torch.manual_seed(3)
+    plan = PLANS["minicache4"]
+    batch, pools = step([(70, 64, 1), (90, 64, 26)]), random_pools(CONFIG, plan)
+    q, k, v = (torch.randn(batch.num_tokens, heads * 80) for heads in (6, 2, 2))
+    k[0, 3], v[5, 7] = bad, bad
+    streams = layer_streams(plan, pools.layouts, 1)
+    arrays = [x.numpy() for x in (q, k, v, pools.tensors["kv.1"])]
+    arrays += [getattr(batch, name) for name in step_inputs(True)]
+    arrays += [pools.tensors[tensor].numpy() for _, tensor in streams.pool_names()]
+    _, kv = run_function(build_function("PagedAttention", CONFIG, streams), arrays)
+    paged_attention(pools, batch, q, k, v, 1)
+    assert np.isfinite(kv).all() and pools.tensors["kv.1"].isfinite().all()
+    np.testing.assert_array_equal(kv, pools.tensors["kv.1"].numpy())

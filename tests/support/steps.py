@@ -1,0 +1,63 @@
+"""Random cache contents and one ragged step over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from minicache_trt.compression.codec import compress_blocks
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import BLOCK_SIZE, ModelConfig
+from minicache_trt.contract import PREFILL_TILE, full_pools, plan_layout
+from minicache_trt.model.torch_attention import Pools
+from minicache_trt.runtime.batch import Batch
+
+
+def random_pools(config: ModelConfig, plan: CompressionPlan, full_blocks: int = 48, compressed_blocks: int = 16) -> Pools:
+    tensors = {pool.name: torch.randn(full_blocks, *pool.shape) for pool in full_pools(config)}
+    for layout in plan_layout(plan, config):
+        shape = (len(layout.stream.layers), compressed_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        fields = compress_blocks(layout, torch.randn(shape), torch.arange(compressed_blocks) % 3)
+        tensors |= {layout.pools[kind].name: values.contiguous() for kind, values in fields.items()}
+    return Pools.of(config, plan, tensors)
+
+
+def step(sequences: Sequence[tuple[int, int, int]], seed: int = 0) -> Batch:
+    """A batch for sequences given as (length after the step, compressed length, tokens in the step), decodes first."""
+    rng = np.random.default_rng(seed)
+    full_ids, compressed_ids = iter(rng.permutation(47) + 1), iter(rng.permutation(15) + 1)
+    counts = [tokens for *_, tokens in sequences]
+    starts = np.cumsum([0, *counts])
+    total, decodes = int(starts[-1]), sum(tokens == 1 for tokens in counts)
+    full = np.zeros((len(sequences), max(-(-(n - c) // BLOCK_SIZE) for n, c, _ in sequences)), np.int32)
+    compressed = np.zeros((len(sequences), max(1, *(c // BLOCK_SIZE for _, c, _ in sequences))), np.int32)
+    width = max(counts[decodes:], default=0)
+    width = width if width <= PREFILL_TILE else -(-width // PREFILL_TILE) * PREFILL_TILE
+    prefill = np.full((len(sequences) - decodes, width), total, np.int32)
+    positions, slots = [], []
+    for s, (n, c, tokens) in enumerate(sequences):
+        for j in range(-(-(n - c) // BLOCK_SIZE)):
+            full[s, j] = next(full_ids)
+        for j in range(c // BLOCK_SIZE):
+            compressed[s, j] = next(compressed_ids)
+        if s >= decodes:
+            prefill[s - decodes, :tokens] = np.arange(starts[s], starts[s + 1])
+        for p in range(n - tokens, n):
+            positions.append(p)
+            slots.append(full[s, (p - c) // BLOCK_SIZE] * BLOCK_SIZE + (p - c) % BLOCK_SIZE)
+    i32 = np.int32
+    return Batch(
+        input_ids=np.zeros(total, i32),
+        positions=np.array(positions, i32),
+        query_start=starts.astype(i32),
+        context_len=np.array([n for n, *_ in sequences], i32),
+        compressed_len=np.array([c for _, c, _ in sequences], i32),
+        slot_mapping=np.array(slots, i32),
+        full_table=full,
+        compressed_table=compressed,
+        decode_rows=np.arange(decodes, dtype=i32),
+        prefill_rows=prefill,
+        logit_index=np.zeros(1, i32),
+    )
