@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,9 +92,7 @@ def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(corpus.topics * 4 + corpus.docstrings * 2 + corpus.code, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<s>",
@@ -145,7 +144,8 @@ class BlockCausalAttention(torch.autograd.Function):
     BLOCK = 128
 
     @staticmethod
-    def forward(ctx, q, k, v):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attend block by block, keeping the probabilities."""
         n, out, probs = BlockCausalAttention.BLOCK, torch.empty_like(q), []
         future = torch.ones(n, n, dtype=torch.bool).triu(1)
         for s in range(0, q.shape[2], n):
@@ -157,7 +157,8 @@ class BlockCausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of the scaled queries, the keys and the values."""
         q, k, v, *probs = ctx.saved_tensors
         n, dq, dk, dv = BlockCausalAttention.BLOCK, torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, p in enumerate(probs):
@@ -172,11 +173,44 @@ class BlockCausalAttention(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def block_attention(module, query, key, value, mask, scaling, **_):  # noqa: ANN001, ANN003, ANN201
+def block_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **_: Any
+) -> tuple[torch.Tensor, None]:
     """Adapter with the signature `transformers` expects; rows are never padded."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
     out = BlockCausalAttention.apply((query * scaling).contiguous(), key, value)
     return out.transpose(1, 2).contiguous(), None
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates; matrices of one shape are handled as one batch."""
+
+    def __init__(self, params: list[torch.Tensor], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Apply one update from the gradients."""
+        (group,) = self.param_groups
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        for p in group["params"]:
+            by_shape.setdefault(p.shape, []).append(p)
+        for shape, params in by_shape.items():
+            updates = []
+            for p in params:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                updates.append(p.grad.lerp(momentum, 0.95))
+            x = torch.stack(updates).bfloat16()
+            x = x.mT.contiguous() if shape[0] > shape[1] else x
+            x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
+            for _ in range(5):  # Newton-Schulz iteration towards the nearest orthogonal matrix
+                a = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = x.mT if shape[0] > shape[1] else x
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            for p, update in zip(params, x.float(), strict=True):
+                p.add_(update, alpha=-group["lr"] * scale)
 
 
 def build_model() -> LlamaForCausalLM:
@@ -201,7 +235,8 @@ def export(weights: list[torch.Tensor], tokenizer: PreTrainedTokenizerFast, outp
         model.half().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         settings = Path(temporary, "tokenizer_config.json")  # a class name every release knows
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+        values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings.write_text(json.dumps(values, indent=2) + "\n")
         for path in Path(temporary).iterdir():
             path.chmod(0o644)
             os.replace(path, output / path.name)
@@ -221,7 +256,7 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
     others = [m for p, m in zip(model.parameters(), master, strict=True) if p.dim() == 1 or p is embedding]
     optimizers = (
         torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.01, adjust_lr_fn="original"),
+        Muon(hidden, lr=args.muon_lr),
     )
     step, spent = 0, 0.0
     if args.state.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ class MethodOptions:
         ``head`` or ``token``, see `Stream`.
     sink_tokens : int
         First positions always retained (counted within the gamma share).
+    kv_format : str, optional
+        ``int8``, ``int4`` or ``int2``: `mean` and `minicache` store merged and single layers in KIVI's scheme at that
+        width instead of the model's 16 bits.
     """
 
     merge_start: int | None = None
@@ -34,15 +38,18 @@ class MethodOptions:
     gamma: float = 0.05
     norm: str = "head"
     sink_tokens: int = 0
+    kv_format: str | None = None
 
 
 Formats = dict[str, Segment]
 """Segment of each part: keys ``key`` and ``value``."""
 
 
-def _exact(config: ModelConfig) -> Formats:
-    segment = Segment(config.head_dim, "model")
-    return {"key": segment, "value": segment}
+def _chosen(config: ModelConfig, options: MethodOptions) -> Formats:
+    if options.kv_format is None or options.kv_format == "model":
+        segment = Segment(config.head_dim, "model")
+        return {"key": segment, "value": segment}
+    return _kivi(config, options.kv_format)
 
 
 def _kivi(config: ModelConfig, fmt: str) -> Formats:
@@ -97,7 +104,7 @@ def full(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
 
 def mean(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
     """Arithmetic mean of adjacent layers from the merge start on."""
-    return _streams(config, "mean", _exact(config), options)
+    return _streams(config, "mean", _chosen(config, options), options)
 
 
 def kivi4(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
@@ -112,7 +119,7 @@ def kivi2(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
 
 def minicache(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
     """The paper's plan with 16-bit directions (arXiv 2405.14366)."""
-    return _streams(config, "slerp", _exact(config), options)
+    return _streams(config, "slerp", _chosen(config, options), options)
 
 
 def minicache4(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
@@ -124,6 +131,10 @@ METHODS: dict[str, Callable[[ModelConfig, MethodOptions], tuple[Stream, ...]]] =
     method.__name__: method for method in (full, mean, kivi4, kivi2, minicache, minicache4)
 }
 MERGING_METHODS = ("mean", "minicache", "minicache4")
+FORMATTED_METHODS = ("mean", "minicache")
+"""Methods that take a ``kv_format``; the others fix it."""
+DEFAULT_METHOD = "kivi4"
+"""The method with the least measured loss; merging raw layers is the user's choice, not ours (README, Results)."""
 
 
 def make_plan(config: ModelConfig, method: str, options: MethodOptions | None = None) -> CompressionPlan:
@@ -141,10 +152,16 @@ def make_plan(config: ModelConfig, method: str, options: MethodOptions | None = 
             f"unknown method {method!r}" + (f", did you mean {close[0]!r}?" if close else ""),
             f"methods: {', '.join(METHODS)}",
         )
-    if options.merge_start is not None and method not in MERGING_METHODS:
+    merging = {f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default} - {"kv_format"}
+    if merging and method not in MERGING_METHODS:
         raise UserError(
-            f"method {method!r} merges no layers, so it takes no merge start",
+            f"method {method!r} merges no layers, so it takes no {', '.join(sorted(merging)).replace('_', '-')}",
             f"methods that merge: {', '.join(MERGING_METHODS)}",
+        )
+    if options.kv_format is not None and method not in FORMATTED_METHODS:
+        raise UserError(
+            f"method {method!r} fixes its format, so it takes no --kv-format",
+            f"methods that take one: {', '.join(FORMATTED_METHODS)}",
         )
     if not 0.0 <= options.gamma <= 0.5:
         raise UserError(f"gamma: expected a number in [0, 0.5], got {options.gamma}")

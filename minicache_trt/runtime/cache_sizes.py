@@ -7,16 +7,7 @@ from dataclasses import dataclass
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, KvCacheConfig
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.tiered_cache import DemotionRule, blocks_for
-
-
-def format_bytes(count: int) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:
-            return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+from minicache_trt.units import format_bytes
 
 
 @dataclass(frozen=True)

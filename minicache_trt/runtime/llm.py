@@ -63,12 +63,13 @@ class LLM:
         num_threads: int | None = None,
     ) -> None:
         from minicache_trt.build import load_engine
+        from minicache_trt.engine_directory import CHECKPOINT
 
         # Lives as long as this object; an engine that was built here vanishes with it.
         self._work_dir = tempfile.TemporaryDirectory(prefix="minicache-trt-")
         directory = _engine_directory(model, Path(self._work_dir.name), method, plan, build_config, load_format)
         engine = load_engine(directory, num_threads=num_threads)
-        self._start(engine, directory if tokenizer is None else tokenizer, kv_cache_config)
+        self._start(engine, directory / CHECKPOINT if tokenizer is None else tokenizer, kv_cache_config)
 
     @classmethod
     def from_engine(
@@ -166,7 +167,10 @@ class LLM:
         return self._stream(generations[0])
 
     def score(
-        self, token_ids: Sequence[list[int]], prompt_lens: Sequence[int] | None = None, start: int = 0
+        self,
+        token_ids: Sequence[list[int]],
+        prompt_lens: Sequence[int] | None = None,
+        start: int | Sequence[int] = 0,
     ) -> list[NDArray[np.float32]]:
         """Logits of given tokens, exactly as generation would have seen them (teacher forcing).
 
@@ -179,31 +183,35 @@ class LLM:
             Prompts with their continuations.
         prompt_lens : list of int, optional
             Tokens of each prompt, 1 to all of them. Default: everything is prompt.
-        start : int
-            First position whose logits are returned.
+        start : int or list of int
+            First position whose logits are returned, for all sequences or for each.
 
         Returns
         -------
-        list of float32 ``[len(token_ids[i]) - start, vocab]``
-            Row j predicts the token at position start + j + 1.
+        list of float32 ``[len(token_ids[i]) - start[i], vocab]``
+            Row j predicts the token at position start[i] + j + 1.
 
         Raises
         ------
         UserError
             When tokens or lengths cannot be used; nothing has run then.
         """
+        count = len(token_ids)
         lengths = [len(tokens) for tokens in token_ids] if prompt_lens is None else list(prompt_lens)
-        if len(lengths) != len(token_ids):
-            raise UserError(f"prompt_lens: expected {len(token_ids)} numbers, one per sequence, got {len(lengths)}")
-        if start < 0:
-            raise UserError(f"start: expected a position of at least 0, got {start}")
+        starts = [start] * count if isinstance(start, int) else list(start)
+        for name, values in (("prompt_lens", lengths), ("start", starts)):
+            if len(values) != count:
+                raise UserError(f"{name}: expected {count} numbers, one per sequence, got {len(values)}")
         model, build = self.engine.model, self.engine.build
-        for index, (tokens, length) in enumerate(zip(token_ids, lengths, strict=True)):
+        for index, (tokens, length, first) in enumerate(zip(token_ids, lengths, starts, strict=True)):
             check_tokens(tokens, f"token_ids[{index}]", model.vocab_size, build.max_seq_len)
             if not 1 <= length <= len(tokens):
                 raise UserError(f"prompt_lens[{index}]: expected 1 to {len(tokens)}, got {length}")
+            if first < 0:
+                raise UserError(f"start: expected positions of at least 0, got {first}")
         jobs = [
-            Scoring(tokens, length, start, model.vocab_size) for tokens, length in zip(token_ids, lengths, strict=True)
+            Scoring(tokens, length, first, model.vocab_size)
+            for tokens, length, first in zip(token_ids, lengths, starts, strict=True)
         ]
         for _ in self._runner.run(jobs):
             pass

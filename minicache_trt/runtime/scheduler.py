@@ -168,7 +168,7 @@ class Scheduler:
             full += peak[0]
             compressed += peak[1]
         fits = full < self.cache.full_pool.num_blocks and compressed < self.cache.compressed_pool.num_blocks
-        return True
+        return fits or not self.running
 
     def _preempt_youngest(self) -> None:
         if len(self.running) == 1:

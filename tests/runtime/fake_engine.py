@@ -7,6 +7,8 @@ with a wrong history (another c, a stale block, a wrong position) spoils every l
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from minicache_trt.compression.methods import make_plan
@@ -175,7 +177,7 @@ def check_table(row, used, blocks):
 
 
 def check_prefill_rows(rows, query_start, num_tokens):
-    chunks = [list(range(a, b)) for a, b in zip(query_start[:-1], query_start[1:], strict=True)]
+    chunks = [list(range(a, b)) for a, b in pairwise(query_start)]
     longest = max(map(len, chunks), default=0)
     assert rows.shape[0] == len(chunks) and rows.shape[1] >= longest
     assert rows.shape[1] <= max(longest + PREFILL_TILE - 1, 0)

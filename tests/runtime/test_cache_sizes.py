@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from minicache_trt.config import BuildConfig, KvCacheConfig
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.cache_sizes import CacheSizes, format_bytes
+from minicache_trt.runtime.cache_sizes import CacheSizes
 
 FULL, COMPRESSED = 1000, 300
 
@@ -64,7 +64,3 @@ def test_a_budget_is_never_exceeded(batch, max_seq_len, window, quantum, budget)
         return
     assert budget - COMPRESSED < sizes.num_bytes <= budget
     assert sizes.compressed_blocks >= 1 and sizes.full_blocks >= 2
-
-
-def test_format_bytes():
-    assert [format_bytes(n) for n in (10, 1536, 3 << 20, 5 << 30)] == ["10 bytes", "1.5 KiB", "3.0 MiB", "5.0 GiB"]

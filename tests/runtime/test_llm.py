@@ -1,6 +1,7 @@
 """The whole runtime on the fake engine: outputs depend on the request alone, whatever the schedule."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def expected_output(prompt, params, build, compresses):
 
 @st.composite
 def schedules(draw):
-    batch = draw(st.integers(1, 5))
+    batch = draw(st.sampled_from([1, 2, 4, 5]))
     build = small_build(
         max_batch_size=batch,
         max_num_tokens=draw(st.integers(batch, 300)),
@@ -72,9 +73,25 @@ def schedules(draw):
         max_seq_len=draw(st.sampled_from([200, 330])),
     )
     engine = FakeEngine(build, draw(st.sampled_from(METHODS)))
-    scarcity = draw(st.sampled_from([0, 0.2, 1]))
-    least = smallest_budget(engine)
-    return engine, KvCacheConfig(int(least * (1 + scarcity)) if draw(st.booleans()) else None)
+    scarcity = draw(st.sampled_from([1, 1, 1.2, 2, None]))
+    return engine, KvCacheConfig(scarcity and int(smallest_budget(engine) * scarcity))
+
+
+def disturb(llm, period):
+    """Preempt the youngest sequence in every ``period``-th step, short of blocks or not."""
+    scheduler = llm._runner.scheduler
+    demote, calls = scheduler.demote, itertools.count(1)
+
+    def demote_after_preemption():
+        if len(scheduler.running) > 1 and next(calls) % period == 0:
+            scheduler._preempt_youngest()
+        return demote()
+
+    scheduler.demote = demote_after_preemption
+
+
+periods = st.sampled_from([2, 7, 31, 10**9])
+seeds = st.integers(0, 2**32 - 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,13 +99,13 @@ def schedules(draw):
 def test_outputs_depend_on_the_request_alone(schedule, data):
     engine, cache_config = schedule
     llm = LLM.from_engine(engine, kv_cache_config=cache_config)
+    disturb(llm, data.draw(periods))
+    random = np.random.default_rng(data.draw(seeds))
     prompts, params = [], []
-    for index in range(data.draw(st.integers(1, 6))):
-        prompts.append(tokens(index, data.draw(st.integers(1, engine.build.max_seq_len))))
-        greedy = data.draw(st.booleans())
-        params.append(
-            SamplingParams(max_tokens=data.draw(st.integers(1, 90)), temperature=0 if greedy else 0.8, seed=index)
-        )
+    for index in range(random.integers(1, 7)):
+        prompts.append(tokens(index, random.integers(1, engine.build.max_seq_len + 1)))
+        temperature = float(random.choice([0, 0.8]))
+        params.append(SamplingParams(max_tokens=int(random.integers(1, 130)), temperature=temperature, seed=index))
     outputs = llm.generate(prompts, params)
     check_idle(llm)
     for prompt, item, output in zip(prompts, params, outputs, strict=True):
@@ -105,16 +122,37 @@ def test_scores_equal_the_formula_at_every_position(schedule, data):
     """Every logit is a hash of its exact history: equality proves c, tables and replay at every position."""
     engine, cache_config = schedule
     llm = LLM.from_engine(engine, kv_cache_config=cache_config)
-    count = data.draw(st.integers(1, 5))
-    sequences = [tokens(i, data.draw(st.integers(1, engine.build.max_seq_len))) for i in range(count)]
-    prompt_lens = [data.draw(st.integers(1, len(sequence))) for sequence in sequences]
-    start = data.draw(st.sampled_from([0, 0, 50, 400]))
-    scores = llm.score(sequences, prompt_lens, start)
+    disturb(llm, data.draw(periods))
+    random = np.random.default_rng(data.draw(seeds))
+    sequences = [tokens(i, random.integers(1, engine.build.max_seq_len + 1)) for i in range(random.integers(1, 7))]
+    prompt_lens = [int(random.integers(1, len(sequence) + 1)) for sequence in sequences]
+    starts = [int(random.choice([0, 50, prompt_len, 400])) for prompt_len in prompt_lens]
+    scores = llm.score(sequences, prompt_lens, starts)
     check_idle(llm)
-    for sequence, prompt_len, logits in zip(sequences, prompt_lens, scores, strict=True):
+    for sequence, prompt_len, start, logits in zip(sequences, prompt_lens, starts, scores, strict=True):
         expected = expected_logits(sequence, prompt_len, engine.build, engine.plan.compresses)[start:]
         assert logits.shape == expected.shape and (logits == expected).all()
     event(f"preempted: {llm.statistics.preemptions > 0}, demoted: {llm.statistics.demotions > 0}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("max_num_tokens", [5, 64, 300])
+def test_preempted_requests_lose_nothing(make_llm, method, max_num_tokens):
+    """Five growing sequences on a cache for one of full length, generated and scored."""
+    build = {"max_batch_size": 5, "max_seq_len": 400, "max_num_tokens": max_num_tokens}
+    llm = make_llm(method, max_bytes=smallest_budget(FakeEngine(small_build(**build), method)), **build)
+    compresses = method != "full"
+    prompts = [tokens(seed, 30 + 25 * seed) for seed in range(5)]
+    params = [SamplingParams(max_tokens=220, temperature=seed % 2, seed=seed) for seed in range(5)]
+    outputs = llm.generate(prompts, params)
+    assert llm.statistics.preemptions >= 1
+    for prompt, item, output in zip(prompts, params, outputs, strict=True):
+        assert output.outputs[0].token_ids == expected_output(prompt, item, llm.engine.build, compresses)
+    sequences = [tokens(seed, 300) for seed in range(5)]
+    scores = llm.score(sequences, [len(prompt) for prompt in prompts])
+    assert llm.statistics.preemptions >= 1
+    for sequence, prompt, logits in zip(sequences, prompts, scores, strict=True):
+        assert (logits == expected_logits(sequence, len(prompt), llm.engine.build, compresses)).all()
 
 
 def test_the_formula_notices_a_wrong_history():
@@ -159,10 +197,12 @@ def test_statistics(make_llm):
 def test_prompt_shapes(make_llm):
     llm = make_llm(tokenizer=FakeTokenizer())
     ids = [1, 2, 3]
-    for prompts in (ids, [ids], {"prompt_token_ids": ids}, [{"prompt_token_ids": ids}], "abc", ["abc"], {"prompt": "abc"}):
+    mapping = {"prompt_token_ids": ids}
+    expected = greedy_tokens(llm, ids, 16)
+    for prompts in (ids, [ids], mapping, [mapping], "abc", ["abc"], {"prompt": "abc"}):
         (output,) = llm.generate(prompts, SamplingParams(temperature=0))
         assert output.prompt_token_ids == ids
-        assert output.outputs[0].token_ids == expected_output(ids, SamplingParams(temperature=0), llm.engine.build, True)
+        assert output.outputs[0].token_ids == expected
     assert output.prompt == "abc"
     assert llm.generate([]) == []
     assert len({output.request_id for output in llm.generate([ids, ids])}) == 2
@@ -206,7 +246,8 @@ def test_bad_requests_are_refused_before_anything_runs(make_llm, prompts, params
         (([[1, 2]], [0]), r"prompt_lens\[0\]: expected 1 to 2, got 0"),
         (([[1, 2]], [1, 1]), "prompt_lens: expected 1 numbers"),
         (([[1] * 513], [1]), r"token_ids\[0\] has 513 tokens"),
-        (([[1]], [1], -1), "start: expected a position of at least 0"),
+        (([[1]], [1], -1), "start: expected positions of at least 0, got -1"),
+        (([[1]], [1], [0, 0]), "start: expected 1 numbers"),
     ],
 )
 def test_bad_scores_are_refused(make_llm, arguments, message):

@@ -57,9 +57,7 @@ def test_sampling_against_transformers(seed, temperature, top_k, top_p, min_p, p
     random = np.random.default_rng(seed)
     logits = random.normal(0, 3, 30).astype(np.float32)
     history = random.integers(0, 30, 12).tolist()
-    params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
-    )
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
     probabilities = reference_probabilities(logits, params, history)
     token = sample(logits, params, history, Fixed(draw))
     assert probabilities[token] > 0

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from fake_engine import expected_compressed_len, small_build
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from minicache_trt.config import KvCacheConfig
-from minicache_trt.runtime.block_pool import BlockPool
+from minicache_trt.runtime.block_pool import BlockPool, OutOfBlocks
 from minicache_trt.runtime.cache_sizes import CacheSizes
 from minicache_trt.runtime.request import Sequence
 from minicache_trt.runtime.scheduler import Scheduler
@@ -26,25 +27,27 @@ def sizes_for(build, compresses, batch):
     return CacheSizes.plan(config, KvCacheConfig(), compresses, 1000, 100 if compresses else 0)
 
 
-@st.composite
-def workloads(draw):
-    batch = draw(st.integers(1, 5))
+def random_workload(seed):
+    """Limits, a pool between the smallest legal one and plenty, and requests as (arrival, prompt_len, total)."""
+    random = np.random.default_rng(seed)
+    batch = int(random.integers(1, 6))
     build = small_build(
         max_batch_size=batch,
-        max_num_tokens=draw(st.integers(batch, 300)),
-        window=draw(st.sampled_from([1, 64, 100, 128])),
-        quantum=draw(st.sampled_from([64, 128, 256])),
-        max_seq_len=draw(st.sampled_from([200, 384, 513])),
+        max_num_tokens=int(random.integers(batch, 300)),
+        window=int(random.choice([1, 64, 100, 128])),
+        quantum=int(random.choice([64, 128, 256])),
+        max_seq_len=int(random.choice([200, 384, 513])),
     )
-    compresses = draw(st.booleans())
+    compresses = bool(random.integers(2))
     one, several = sizes_for(build, compresses, 1), sizes_for(build, compresses, batch)
-    full = draw(st.integers(one.full_blocks, several.full_blocks))
-    compressed = draw(st.integers(one.compressed_blocks, several.compressed_blocks))
+    share = float(random.choice([0, 0, 0.2, 1]))
+    full = one.full_blocks + int(share * (several.full_blocks - one.full_blocks))
+    compressed = one.compressed_blocks + int(share * (several.compressed_blocks - one.compressed_blocks))
     requests = []
-    for _ in range(draw(st.integers(1, 8))):
-        prompt = draw(st.integers(1, build.max_seq_len))
-        total = draw(st.integers(prompt, build.max_seq_len))
-        requests.append((draw(st.integers(0, 20)), prompt, total))
+    for _ in range(random.integers(1, 9)):
+        prompt = int(random.integers(1, random.choice([64, build.max_seq_len]) + 1))
+        total = int(random.integers(prompt, build.max_seq_len + 1))
+        requests.append((int(random.integers(0, 20)), prompt, total))
     return build, compresses, full, compressed, sorted(requests)
 
 
@@ -65,10 +68,10 @@ def check_step(scheduler, step, build, compresses):
             assert sequence.compressed_len == c == 64 * len(sequence.compressed_table)
 
 
-@settings(max_examples=60, deadline=None)
-@given(workloads())
-def test_every_sequence_ends_on_any_legal_pool(workload):
-    build, compresses, full_blocks, compressed_blocks, requests = workload
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_every_sequence_ends_on_any_legal_pool(seed):
+    build, compresses, full_blocks, compressed_blocks, requests = random_workload(seed)
     scheduler = make_scheduler(build, full_blocks, compressed_blocks, compresses)
     todo = [(arrival, Sequence([1] * prompt, prompt, total), total) for arrival, prompt, total in requests]
     arrivals = [sequence for _, sequence, _ in todo]
@@ -156,6 +159,15 @@ def test_a_prompt_that_would_not_fit_waits():
     assert run_one_step(scheduler) == [(0, 256)]
     assert run_one_step(scheduler) == [(256, 257), (0, 255)]
     assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize(("full_blocks", "error"), [(2, OutOfBlocks), (3, RuntimeError)])
+def test_a_sequence_too_long_for_the_pool_is_an_error_not_a_loop(full_blocks, error):
+    scheduler = make_scheduler(small_build(), full_blocks, 3)
+    scheduler.add(Sequence([1] * 200, 200, 300))
+    with pytest.raises(error, match=r"1 free|too small for one sequence"):
+        for _ in range(2):
+            run_one_step(scheduler)
 
 
 def test_limits_are_checked():

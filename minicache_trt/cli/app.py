@@ -1,0 +1,44 @@
+"""All verbs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from minicache_trt.cli import build, compare, doctor, inspect, plan, run
+from minicache_trt.cli.console import stdout
+
+app = typer.Typer(
+    name="minicache-trt",
+    help="Build, run and prove LLM engines with a cross-layer compressed, paged KV cache.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # --max_seq_len is --max-seq-len: users come from tools with either style.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        stdout.print(f"minicache-trt {version('minicache-trt')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Build, run and prove LLM engines with a cross-layer compressed, paged KV cache."""
+
+
+for verb in (build.build, run.run, compare.compare, plan.plan, inspect.inspect, doctor.doctor):
+    app.command(no_args_is_help=verb is not doctor.doctor)(verb)

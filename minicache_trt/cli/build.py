@@ -1,0 +1,113 @@
+"""``minicache-trt build``: checkpoint to engine directory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minicache_trt.build import BuildResult, build_engine, default_max_seq_len
+from minicache_trt.cli import options
+from minicache_trt.cli.console import print_json, progress_bars, stderr, stdout, table
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.size import bytes_per_token, ratio
+from minicache_trt.config import WEIGHT_FORMATS, BuildConfig, ModelConfig
+from minicache_trt.errors import UserError
+from minicache_trt.units import format_bytes
+
+LIMITS = "Limits"
+
+
+def build(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", "--output-dir", help="Engine directory to create.")],
+    merge_start: options.MergeStart = None,
+    method: options.Method = None,
+    plan: options.PlanFile = None,
+    kv_format: options.KvFormat = None,
+    t: options.T = None,
+    gamma: options.Gamma = None,
+    norm: options.Norm = None,
+    sink_tokens: options.SinkTokens = None,
+    weights: Annotated[str, typer.Option(help=f"Weight format: {', '.join(WEIGHT_FORMATS)}.")] = "fp32",
+    backend: Annotated[str, typer.Option(help="onnxruntime, or torch (reference).")] = "onnxruntime",
+    max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.", rich_help_panel=LIMITS)] = 8,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt plus generated tokens.",
+            show_default="the model's own, at most 4096",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    max_num_tokens: Annotated[int, typer.Option(help="Tokens in one step.", rich_help_panel=LIMITS)] = 2048,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: the model's shape without its weights.")] = "auto",
+    revision: options.Revision = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an engine that is already there.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Build an engine directory from a checkpoint.
+
+    Weights are hard-linked, not copied; only weight-only formats write new ones.
+
+    [bold]Examples[/]
+
+      minicache-trt build -m ./Llama-3.2-1B -o engine                        (4-bit cache)
+
+      minicache-trt build -m llama2-7b --merge-start 16 -o engine            (the MiniCache paper's plan)
+
+      minicache-trt build -m llama2-7b --method minicache4 --weights int4 -o engine
+    """
+    plan_options = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)
+
+    def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
+        length = default_max_seq_len(config) if max_seq_len is None else max_seq_len
+        try:
+            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return plan_options(config), limits
+
+    start = time.perf_counter()
+    with progress_bars(not json) as report:
+        result = build_engine(
+            model, output, configure, load_format=load_format, revision=revision, overwrite=force, report=report
+        )
+    summary = _summary(result, time.perf_counter() - start)
+    if json:
+        print_json(summary)
+        return
+    if not result.linked:
+        stderr.print("note: the weights were copied, because the output is on another file system than the checkpoint")
+    rows = table(f"Engine {output}", "what", "value")
+    for key, value in summary.items():
+        rows.add_row(key.replace("_", " "), format_bytes(value) if key.startswith("bytes_added") else _text(value))
+    stdout.print(rows)
+
+
+def _text(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _summary(result: BuildResult, seconds: float) -> dict[str, object]:
+    plan, model, limits = result.plan, result.model, result.build
+    files = [path for path in result.directory.rglob("*") if path.is_file()]
+    # st_blocks counts what is on disk, so that a dummy's sparse file weighs what it takes.
+    added = sum(path.stat().st_blocks * 512 for path in files if path.stat().st_nlink == 1)
+    context = limits.max_seq_len
+    return {
+        "directory": str(result.directory),
+        "family": model.family,
+        "layers": model.num_layers,
+        "method": plan.method,
+        "weights": limits.weights,
+        "backend": limits.backend,
+        "max_seq_len": context,
+        "cache_bytes_per_token": round(bytes_per_token(plan, model, context, limits.window), 1),
+        "ratio_to_16_bit": round(ratio(plan, model, context, limits.window), 3),
+        "weights_linked": result.linked,
+        "bytes_added_on_disk": added,
+        "seconds": round(seconds, 2),
+    }

@@ -1,0 +1,81 @@
+"""``minicache-trt compare``: the engine against PyTorch."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minicache_trt.cli import options
+from minicache_trt.cli.console import print_json, progress_bars, stdout, table
+from minicache_trt.cli.run import open_llm, read_prompts
+from minicache_trt.compare import Agreement, Comparison, compare_engine
+from minicache_trt.engine_directory import read_engine
+
+
+def compare(
+    engine: options.EngineDir,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: one per line, or .jsonl with a field prompt.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate and compare per prompt.")] = 64,
+    kv_cache_memory: options.CacheMemory = None,
+    threads: options.Threads = None,
+    backend: options.Backend = None,
+    json: options.Json = False,
+) -> None:
+    """Compare an engine's logits with PyTorch's, with the same plan and without compression.
+
+    The engine continues each prompt greedily; Hugging Face's model is then forced along the same tokens. The first
+    table says whether the engine computes its plan correctly, the second what the plan costs in quality.
+
+    [bold]Example[/]
+
+      minicache-trt compare -e engine --prompts prompts.txt --max-tokens 100
+    """
+    texts = read_prompts(prompt, prompts)
+    info = read_engine(engine)
+    llm = open_llm(engine, threads, backend, kv_cache_memory)
+    with progress_bars(not json) as report:
+        result = compare_engine(llm, engine, info, texts, max_tokens, partial(report, "compare"))
+    if json:
+        print_json({"engine": str(engine), "method": info.plan.method, "weights": info.build.weights, **result.to_dict()})
+        return
+    same = f"PyTorch with the same plan ({info.plan.method}) and weights ({info.build.weights})"
+    _print(f"Engine against {same}", result, "reference")
+    _print("Engine against PyTorch uncompressed: the quality cost", result, "uncompressed")
+
+
+def _print(title: str, result: Comparison, against: str) -> None:
+    rows = table(
+        title, "prompt", "tokens", "max |diff|", "mean |diff|", "KL (nats)", "top-1 agree", "common prefix", "gap where they part"
+    )
+    for index, item in enumerate(result.prompts):
+        row: Agreement = getattr(item, against)
+        gap = "" if row.part_gap is None else f"{row.part_gap:.2g}"
+        rows.add_row(
+            str(index),
+            f"{item.prompt_tokens}+{item.generated_tokens}",
+            f"{row.max_abs_diff:.2e}",
+            f"{row.mean_abs_diff:.2e}",
+            f"{row.kl:.2e}",
+            f"{100 * row.top1_agreement:.1f} %",
+            f"{row.common_prefix}/{row.positions}",
+            gap,
+        )
+    total = result.summary(against)
+    rows.add_section()
+    rows.add_row(
+        "all",
+        "",
+        f"{total['max_abs_diff']:.2e}",
+        f"{total['mean_abs_diff']:.2e}",
+        f"{total['kl']:.2e}",
+        f"{100 * total['top1_agreement']:.1f} %",
+        f"{total['common_prefix']:.0f}",
+        "",
+    )
+    stdout.print(rows)

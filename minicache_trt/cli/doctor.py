@@ -1,0 +1,117 @@
+"""``minicache-trt doctor``: what this machine has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from minicache_trt.cli import options
+from minicache_trt.cli.console import print_json, stdout, table
+from minicache_trt.engine_directory import tool_versions
+from minicache_trt.units import format_bytes
+
+OPTIONAL = ("tensorrt", "tensorrt_rtx", "tensorrt_llm")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``needed`` is False for what only other backends need; ``remedy`` is empty when all is well."""
+
+    name: str
+    ok: bool
+    found: str
+    needed: bool = True
+    remedy: str = ""
+
+
+def doctor(json: options.Json = False) -> None:
+    """Check this machine: versions, cores, memory, disk, a small graph in ONNX Runtime, GPU and TensorRT.
+
+    The exit code is 1 when something the default backend needs is missing.
+    """
+    checks = run_checks()
+    if json:
+        print_json([asdict(check) for check in checks])
+    else:
+        rows = table("This machine", "check", "", "found", left=3)
+        for check in checks:
+            mark = "[green]ok[/]" if check.ok else ("[red]missing[/]" if check.needed else "[yellow]absent[/]")
+            rows.add_row(check.name, mark, check.found + (f" ({check.remedy})" if check.remedy else ""))
+        stdout.print(rows)
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def run_checks() -> list[Check]:
+    """Every finding, in the order of the table."""
+    versions = tool_versions()
+    checks = [
+        Check("Python", sys.version_info >= (3, 10), platform.python_version(), remedy=""),
+        Check("packages", True, ", ".join(f"{name} {version}" for name, version in versions.items())),
+        Check("CPU", True, f"{len(os.sched_getaffinity(0))} cores, {_cpu_features()}"),
+        _memory(),
+        Check("disk here", True, f"{format_bytes(shutil.disk_usage(Path.cwd()).free)} free"),
+        _onnxruntime(),
+        _gpu(),
+    ]
+    for name in OPTIONAL:
+        found = importlib.util.find_spec(name) is not None
+        text = importlib.metadata.version(name.replace("_", "-")) if found else "not installed"
+        checks.append(Check(name, found, text, needed=False))
+    token = bool(os.environ.get("HF_TOKEN"))
+    checks.append(Check("HF_TOKEN", token, "set" if token else "not set", needed=False, remedy="" if token else "gated models need it"))
+    return checks
+
+
+def _cpu_features() -> str:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "features unknown"
+    return ", ".join(name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "asimd") if name in flags) or "none"
+
+
+def _memory() -> Check:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Check("memory", True, format_bytes(total))
+
+
+def _onnxruntime() -> Check:
+    """Whether a model-local function with the operators the engines rely on runs."""
+    import numpy as np
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    from minicache_trt.functions.tape import OPSETS, Emitter
+
+    g = Emitter("doctor")
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=["T", 16])
+    scale = g.floats([1.0] * 16)
+    y = g.op("RMSNormalization", x, scale, attrs={"axis": -1, "epsilon": 1e-6})
+    y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
+    model = ir.Model(ir.Graph([x], [y], nodes=g.nodes, opset_imports=dict(OPSETS), name="doctor"), ir_version=10)
+    try:
+        session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"])
+        (result,) = session.run(None, {"x": np.full((1, 16), 2.0, np.float32)})
+        ok = bool(np.allclose(result, 1.0, atol=1e-5))
+    except Exception as error:  # whatever it is, it is the finding
+        return Check("ONNX Runtime", False, str(error).splitlines()[0], remedy="reinstall onnxruntime")
+    return Check("ONNX Runtime", ok, "runs a test graph" if ok else "computes wrong numbers")
+
+
+def _gpu() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("GPU", False, "none that PyTorch can use", needed=False)
+    properties = torch.cuda.get_device_properties(0)
+    found = f"{properties.name}, SM {properties.major}.{properties.minor}, {format_bytes(properties.total_memory)}"
+    return Check("GPU", True, found, needed=False)

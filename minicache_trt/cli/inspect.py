@@ -1,0 +1,61 @@
+"""``minicache-trt inspect``: what an engine directory holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from minicache_trt.cli import options
+from minicache_trt.cli.console import print_json, stdout, table
+from minicache_trt.cli.plan import layer_table, plan_summary
+from minicache_trt.compression.size import layer_costs
+from minicache_trt.contract import compressed_pools, decoder_inputs, full_pools
+from minicache_trt.engine_directory import EngineInfo, read_engine
+from minicache_trt.units import format_bytes
+
+
+def inspect(engine: options.EngineDir, json: options.Json = False) -> None:
+    """Check an engine directory and show what it is: model, plan, limits, files, tensors.
+
+    [bold]Example[/]
+
+      minicache-trt inspect -e engine
+    """
+    info = read_engine(engine)
+    summary = plan_summary(info.plan, info.model, info.build.max_seq_len, info.build.window)
+    if json:
+        print_json({**info.to_dict(), "cache": summary, "tensors": _tensors(info)})
+        return
+    rows = table(f"Engine {engine}", "what", "value")
+    model, build = info.model, info.build
+    rows.add_row("source", f"{info.source['name']}{' (dummy weights)' if info.source['dummy'] else ''}")
+    rows.add_row(
+        "model",
+        f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, heads {model.num_heads}:"
+        f"{model.num_kv_heads}, head_dim {model.head_dim}, vocabulary {model.vocab_size}",
+    )
+    rows.add_row("method", f"{info.plan.method}, {summary['ratio']:.2f}x smaller than 16 bit at {build.max_seq_len} tokens")
+    for name, value in asdict(build).items():
+        rows.add_row(name.replace("_", " "), str(value))
+    rows.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.tools.items()))
+    stdout.print(rows)
+    stdout.print(layer_table("Cache per layer", layer_costs(info.plan, model)))
+    files = table("Files (sizes and hashes verified)", "file", "size")
+    for name, entry in info.files.items():
+        files.add_row(name, format_bytes(entry["bytes"]))
+    stdout.print(files)
+    tensors = table("Decoder inputs and cache pools", "tensor", "type", "shape", left=3)
+    for row in _tensors(info):
+        tensors.add_row(row["name"], row["type"], f"[{', '.join(map(str, row['shape']))}]")
+    stdout.print(tensors)
+
+
+def _tensors(info: EngineInfo) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"name": name, "type": "int32", "shape": list(shape)} for name, shape in decoder_inputs(info.plan).items()
+    ]
+    for blocks, pools in (("Nf", full_pools(info.model)), ("Nc", compressed_pools(info.plan, info.model))):
+        for pool in pools:
+            kind = "float32" if pool.dtype == "model" else pool.dtype
+            rows.append({"name": pool.name, "type": kind, "shape": [blocks, *pool.shape]})
+    return rows

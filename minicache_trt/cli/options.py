@@ -1,0 +1,110 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minicache_trt.compression.methods import DEFAULT_METHOD, METHODS, MethodOptions, make_plan
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import KvCacheConfig, ModelConfig
+from minicache_trt.errors import UserError
+from minicache_trt.units import parse_bytes
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Preset (llama2-7b), Hugging Face hub id, or local checkpoint directory.")
+]
+EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="Engine directory, as written by build.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
+Backend = Annotated[str | None, typer.Option(help="Run on another backend than the engine was built for.")]
+CacheMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes for the cache, both tiers together: 512MiB, 2GB, 1000000.",
+        show_default="enough for a full batch of the longest sequences",
+    ),
+]
+
+PLAN_HELP = "Compression"
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Compression method: {', '.join(METHODS)}.",
+        show_default=f"{DEFAULT_METHOD}; minicache with --merge-start",
+        rich_help_panel=PLAN_HELP,
+    ),
+]
+MergeStart = Annotated[
+    int | None,
+    typer.Option(
+        help="First layer merged with its successor.", show_default="half the layers", rich_help_panel=PLAN_HELP
+    ),
+]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan.json to use instead of a method.", rich_help_panel=PLAN_HELP)]
+KvFormat = Annotated[
+    str | None,
+    typer.Option(help="Storage of a merging method: model (16 bit), int8, int4, int2.", rich_help_panel=PLAN_HELP),
+]
+T = Annotated[float | None, typer.Option("--t", help="SLERP weight of the later layer.", show_default="0.6", rich_help_panel=PLAN_HELP)]
+Gamma = Annotated[
+    float | None,
+    typer.Option(help="Share of each block's tokens kept exact.", show_default="0.05", rich_help_panel=PLAN_HELP),
+]
+Norm = Annotated[
+    str | None,
+    typer.Option(help="Granularity of merged directions: head or token.", show_default="head", rich_help_panel=PLAN_HELP),
+]
+SinkTokens = Annotated[
+    int | None,
+    typer.Option(help="First positions always kept exact.", show_default="0", rich_help_panel=PLAN_HELP),
+]
+KV_FORMATS = ("model", "int8", "int4", "int2")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The compression flags of one command line."""
+
+    method: str | None
+    merge_start: int | None
+    plan: Path | None
+    kv_format: str | None
+    t: float | None
+    gamma: float | None
+    norm: str | None
+    sink_tokens: int | None
+
+    def __call__(self, config: ModelConfig) -> CompressionPlan:
+        """The plan these flags ask for.
+
+        Raises
+        ------
+        UserError
+            Flags that contradict each other or do not fit the model.
+        """
+        if self.plan is not None:
+            others = {"--method": self.method, "--merge-start": self.merge_start, "--kv-format": self.kv_format,
+                      "--t": self.t, "--gamma": self.gamma, "--norm": self.norm, "--sink-tokens": self.sink_tokens}
+            given = [name for name, value in others.items() if value is not None]
+            if given:
+                raise UserError(f"--plan says everything about compression, {', '.join(given)} cannot be added to it")
+            return CompressionPlan.load(self.plan).validate(config)
+        if self.kv_format is not None and self.kv_format not in KV_FORMATS:
+            raise UserError(f"unknown --kv-format {self.kv_format!r}", f"formats: {', '.join(KV_FORMATS)}")
+        method = self.method or (DEFAULT_METHOD if self.merge_start is None and self.kv_format is None else "minicache")
+        chosen = {
+            name: value
+            for name in ("merge_start", "kv_format", "t", "gamma", "norm", "sink_tokens")
+            if (value := getattr(self, name)) is not None
+        }
+        return make_plan(config, method, MethodOptions(**chosen))
+
+
+def cache_config(memory: str | None) -> KvCacheConfig:
+    """The cache's budget from ``--kv-cache-memory``."""
+    return KvCacheConfig(max_bytes=None if memory is None else parse_bytes(memory, "--kv-cache-memory"))

@@ -1,0 +1,168 @@
+"""``minicache-trt run``: generate text."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minicache_trt.build import load_engine
+from minicache_trt.cli import options
+from minicache_trt.cli.console import print_json, stderr, stdout, table
+from minicache_trt.compression.size import baseline_bytes_per_token, bytes_per_token
+from minicache_trt.engine_directory import CHECKPOINT
+from minicache_trt.errors import UserError
+from minicache_trt.runtime.llm import LLM
+from minicache_trt.runtime.request import RequestOutput, SamplingParams
+from minicache_trt.units import format_bytes
+
+SAMPLING = "Sampling"
+
+
+def run(
+    engine: options.EngineDir,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: one per line, or .jsonl with a field prompt.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "--max-output-len", min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text.", rich_help_panel=SAMPLING)] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=SAMPLING)] = False,
+    kv_cache_memory: options.CacheMemory = None,
+    threads: options.Threads = None,
+    backend: options.Backend = None,
+    json: options.Json = False,
+) -> None:
+    """Generate text from prompts and print speed and cache use.
+
+    [bold]Examples[/]
+
+      minicache-trt run -e engine -p "def main():"
+
+      minicache-trt run -e engine --prompts prompts.txt --temperature 0.8 --seed 1 --json
+    """
+    texts = read_prompts(prompt, prompts)
+    try:
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    llm = open_llm(engine, threads, backend, kv_cache_memory)
+    if len(texts) == 1 and not json:
+        _stream(llm, texts[0], params)
+    else:
+        outputs = llm.generate(texts, params, use_tqdm=not json)
+        if json:
+            print_json({"outputs": [_output(o) for o in outputs], "statistics": usage(llm)})
+            return
+        for output in outputs:
+            stdout.rule()
+            sys.stdout.write(f"{output.prompt}{output.outputs[0].text}\n")
+        stdout.rule()
+    _print_usage(llm)
+
+
+def open_llm(engine: Path, threads: int | None, backend: str | None, memory: str | None) -> LLM:
+    """An engine directory, loaded and with its cache allocated."""
+    config = options.cache_config(memory)
+    with stderr.status(f"loading {engine}"):
+        loaded = load_engine(engine, threads, backend)
+        return LLM.from_engine(loaded, tokenizer=engine / CHECKPOINT, kv_cache_config=config)
+
+
+def read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:
+    """Prompts from ``--prompt`` and ``--prompts``."""
+    prompts = list(texts or [])
+    if file is not None:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts: cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                prompts.append(_json_prompt(file, number, line) if file.suffix == ".jsonl" else line)
+    if not prompts:
+        raise UserError("no prompt was given", "use --prompt TEXT or --prompts FILE")
+    return prompts
+
+
+def _json_prompt(file: Path, number: int, line: str) -> str:
+    try:
+        value = json_module.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--prompts: {file}, line {number}: expected an object with a field prompt") from error
+    if not isinstance(value, str):
+        raise UserError(f"--prompts: {file}, line {number}: prompt: expected text, got {value!r}")
+    return value
+
+
+def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    pieces = llm.generate_stream(prompt, params)
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _output(output: RequestOutput) -> dict[str, Any]:
+    completion = output.outputs[0]
+    return {
+        "prompt": output.prompt,
+        "text": completion.text,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+
+
+def usage(llm: LLM) -> dict[str, Any]:
+    """Statistics of the last run and what the cache costs."""
+    stats, engine = llm.statistics, llm.engine
+    window = engine.build.window
+    context = engine.build.max_seq_len
+    return {
+        **asdict(stats),
+        "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "decode_tokens_per_second": stats.decode_tokens_per_second,
+        "method": engine.plan.method,
+        "cache_ratio_to_16_bit": baseline_bytes_per_token(engine.model)
+        / bytes_per_token(engine.plan, engine.model, context, window),
+        "cache_ratio_context": context,
+    }
+
+
+def _print_usage(llm: LLM) -> None:
+    stats, figures = llm.statistics, usage(llm)
+    rows = table("Run", "what", "value")
+    rows.add_row("prefill", f"{stats.prefill_tokens} tokens, {stats.prefill_tokens_per_second:.1f} tokens/s")
+    rows.add_row("decode", f"{stats.decode_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s")
+    for tier in ("full", "compressed"):
+        used, allocated = figures[f"{tier}_bytes_used"], figures[f"{tier}_bytes_allocated"]
+        rows.add_row(f"{tier} tier", f"{format_bytes(used)} used of {format_bytes(allocated)}")
+    rows.add_row("blocks compressed", str(stats.demotions))
+    if stats.preemptions:
+        rows.add_row("preemptions", str(stats.preemptions))
+    ratio, context = figures["cache_ratio_to_16_bit"], figures["cache_ratio_context"]
+    rows.add_row("cache against 16 bit", f"{ratio:.2f}x smaller at {context} tokens ({figures['method']})")
+    stderr.print(rows)

@@ -1,0 +1,102 @@
+"""What a plan costs: the one place where cache bytes are computed.
+
+Ratios are always against keys and values in 16 bits, whatever the engine computes in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minicache_trt.compression.plan import PARTS, CompressionPlan
+from minicache_trt.config import BLOCK_SIZE, ModelConfig
+from minicache_trt.contract import compressed_block_bytes, full_block_bytes, plan_layout
+
+BASELINE_BYTES = 2
+"""Bytes of one number in the uncompressed cache every ratio refers to."""
+
+
+def baseline_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes of one token's keys and values in 16 bits, all layers."""
+    return full_block_bytes(config, BASELINE_BYTES) // BLOCK_SIZE
+
+
+def compressed_blocks(plan: CompressionPlan, context: int, window: int) -> int:
+    """Blocks of a sequence of ``context`` tokens that are in the compressed tier while it decodes."""
+    return max(0, context - window) // BLOCK_SIZE if plan.compresses else 0
+
+
+def sequence_bytes(
+    plan: CompressionPlan, config: ModelConfig, context: int, window: int, element_bytes: int = BASELINE_BYTES
+) -> int:
+    """Bytes one decoding sequence of ``context`` tokens holds: codes, scales, norms, retained tokens, the exact window
+    and the unused rest of its last block.
+
+    Parameters
+    ----------
+    plan : CompressionPlan
+    config : ModelConfig
+    context : int
+        Tokens of the sequence.
+    window : int
+        Most recent tokens kept exact (`BuildConfig.window`).
+    element_bytes : int
+        Bytes of a compute-type number.
+    """
+    blocks = compressed_blocks(plan, context, window)
+    full = -(-(context - blocks * BLOCK_SIZE) // BLOCK_SIZE)
+    return blocks * compressed_block_bytes(plan, config, element_bytes) + full * full_block_bytes(config, element_bytes)
+
+
+def bytes_per_token(
+    plan: CompressionPlan, config: ModelConfig, context: int, window: int, element_bytes: int = BASELINE_BYTES
+) -> float:
+    """`sequence_bytes` per token of the context."""
+    return sequence_bytes(plan, config, context, window, element_bytes) / context
+
+
+def ratio(plan: CompressionPlan, config: ModelConfig, context: int, window: int) -> float:
+    """How many times smaller the cache is than in 16 bits, at this context."""
+    return baseline_bytes_per_token(config) / bytes_per_token(plan, config, context, window)
+
+
+@dataclass(frozen=True)
+class StreamCost:
+    """One part (key or value) of one layer in the compressed tier.
+
+    ``bytes_per_token`` is the layer's share of its stream: a stream's bytes over the number of its layers.
+    """
+
+    part: str
+    layer: int
+    layers: tuple[int, ...]
+    merge: str
+    storage: str
+    retained: int
+    bytes_per_token: float
+    ratio: float
+
+
+def layer_costs(plan: CompressionPlan, config: ModelConfig) -> list[StreamCost]:
+    """Cost of every layer's keys and values, layer by layer, at 16 bits per uncompressed number."""
+    baseline = config.num_kv_heads * config.head_dim * BASELINE_BYTES
+    if not plan.compresses:
+        return [
+            StreamCost(part, layer, (layer,), "none", "16 bit", 0, float(baseline), 1.0)
+            for layer in range(config.num_layers)
+            for part in PARTS
+        ]
+    layouts = plan_layout(plan, config)
+    costs = []
+    for layer in range(config.num_layers):
+        for part in PARTS:
+            layout = layouts[plan.find(part, layer)[0]]
+            stream = layout.stream
+            total = sum(pool.block_bytes(BASELINE_BYTES) for pool in layout.pools.values())
+            share = total / BLOCK_SIZE / len(stream.layers)
+            storage = " + ".join(
+                "16 bit" if s.bits is None else f"{s.format}/{s.axis}" for s in stream.segments
+            )
+            costs.append(
+                StreamCost(part, layer, stream.layers, stream.merge, storage, stream.retained, share, baseline / share)
+            )
+    return costs
