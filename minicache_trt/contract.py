@@ -27,6 +27,9 @@ from minicache_trt.config import BLOCK_SIZE, ModelConfig
 CONTRACT_VERSION = 1
 PREFILL_TILE = 128
 """Queries of one prefill chunk attended at a time; Qm is at most this, or a multiple of it."""
+BYTE_OFFSET = 128
+"""Packed codes are stored as byte minus this. Unlike two's complement it is affine in every code, so a reader that works
+in floating point needs no case distinction, and one that works on bits flips the top bit."""
 DOMAIN = "minicache"
 """ONNX domain and TensorRT plugin namespace of the two custom ops."""
 OP_VERSION = "1"
@@ -115,7 +118,7 @@ class StreamLayout:
     pool              dtype      shape of a block      holds
     ================  =========  ====================  ==========================================================
     latent            model      [H, B, components]    segments in ``model`` format, side by side
-    codes             int8       [H, B, bytes]         quantized segments, low bits first, codes in two's complement
+    codes             int8       [H, B, bytes]         quantized segments, low bits first, byte - 128
     params            float16    [H, numbers]          per quantized segment: scales, then minima
     norms             float16    [m, Hn, B]            ``slerp``: norm of each layer; Hn = H, or 1 for norm "token"
     exact             model      [m, H, R, D]          retained vectors of each layer

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minicache_trt.compression.plan import Segment
+from minicache_trt.contract import BYTE_OFFSET
 
 FLOAT16_MAX = 65504.0
 
@@ -63,16 +64,15 @@ def dequantize(segment: Segment, codes: Tensor, scale: Tensor, minimum: Tensor) 
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes ``[..., length]`` into int8 ``[..., length * bits / 8]``, low bits first, two's complement."""
+    """Pack codes ``[..., length]`` into int8 ``[..., length * bits / 8]``: low bits first, byte minus `BYTE_OFFSET`."""
     per_byte = 8 // bits
     grouped = codes.reshape(*codes.shape[:-1], -1, per_byte)
     weights = torch.tensor([1 << (bits * i) for i in range(per_byte)], dtype=torch.int32, device=codes.device)
-    value = (grouped * weights).sum(-1)
-    return torch.where(value > 127, value - 256, value).to(torch.int8)
+    return ((grouped * weights).sum(-1) - BYTE_OFFSET).to(torch.int8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Inverse of `pack`: int8 ``[..., bytes]`` to int32 codes ``[..., bytes * 8 / bits]``."""
-    value = packed.to(torch.int32) & 0xFF
+    value = packed.to(torch.int32) + BYTE_OFFSET
     shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=packed.device)
     return ((value.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)

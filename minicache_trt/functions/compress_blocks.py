@@ -13,8 +13,8 @@ from minicache_trt.compression.merge import ANTIPODAL_MARGIN, FIRST_SCORE, SMALL
 from minicache_trt.compression.plan import PARTS, Segment, Stream
 from minicache_trt.compression.quantize import FLOAT16_MAX
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
-from minicache_trt.contract import COMPRESSOR_INPUTS, StreamLayout
-from minicache_trt.functions.streams import block_slices, range_list
+from minicache_trt.contract import BYTE_OFFSET, COMPRESSOR_INPUTS, StreamLayout
+from minicache_trt.functions.streams import block_slices
 from minicache_trt.functions.tape import Emitter
 
 EVERY_ANGLE_ABOVE = 2 * FIRST_SCORE
@@ -131,7 +131,7 @@ def _retain(g: Emitter, stream: Stream, score: ir.Value, block_index: ir.Value) 
     count = g.constant([stream.retained])
     _, best = g.op_multi("TopK", score, count, outputs=2, attrs={"axis": -1, "largest": 1, "sorted": 1})
     index, _ = g.op_multi("TopK", g.float32(best), count, outputs=2, attrs={"axis": -1, "largest": 0, "sorted": 1})
-    offsets = g.floats([float(i) for i in range_list(BLOCK_SIZE)])
+    offsets = g.floats([float(i) for i in range(BLOCK_SIZE)])
     return g.float32(g.op("Equal", g.unsqueeze(index, 3), offsets)), index
 
 
@@ -167,13 +167,12 @@ def _quantize(
 
 
 def _pack(g: Emitter, codes: ir.Value, segment: Segment, heads: int) -> ir.Value:
-    """int8 ``[N, H, B, bytes]``, low bits first."""
+    """int8 ``[N, H, B, bytes]``, low bits first, byte minus `BYTE_OFFSET`."""
     assert segment.bits is not None
     value = codes
     per_byte = 8 // segment.bits
     if per_byte > 1:
         grouped = g.reshape(codes, [-1, heads, BLOCK_SIZE, segment.length // per_byte, per_byte])
-        value = g.reduce("Sum", g.op("Mul", grouped, g.floats([float(1 << (segment.bits * i)) for i in range(per_byte)])), 4,
-                         keep=False)
-    signed = g.op("Where", g.op("Greater", value, g.floats(127.0)), g.op("Sub", value, g.floats(256.0)), value)
-    return g.cast(signed, ir.DataType.INT8)
+        weights = g.floats([float(1 << (segment.bits * i)) for i in range(per_byte)])
+        value = g.reduce("Sum", g.op("Mul", grouped, weights), 4, keep=False)
+    return g.cast(g.op("Sub", value, g.floats(float(BYTE_OFFSET))), ir.DataType.INT8)

@@ -8,6 +8,7 @@ needs are linear in the codes, so scales, minima and norms are applied to querie
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -24,36 +25,100 @@ def block_slices(g: Emitter, pool: ir.Value, table: ir.Value, place: int) -> ir.
     return g.op("GatherND", pool, g.op("Concat", entries, fixed, attrs={"axis": -1}))
 
 
-def unpack(g: Emitter, packed: ir.Value, bits: int, bytes_per_vector: int, rank: int) -> ir.Value:
-    """Codes as float32 ``[..., length]`` from int8 ``[..., bytes]`` of that rank.
+@dataclass(frozen=True)
+class PlaneRule:
+    """How one code of a byte follows from the planes: ``c_i = p_i - carry * p_(i+1) + offset``."""
 
-    Works on floats, which vectorize and which every runtime has: byte value v in [-128, 127]; floor(v / 2^bits) and
-    the remainder, the top code made unsigned at the end.
+    carry: float
+    offset: float
+
+
+PLANE_RULES: dict[int, tuple[PlaneRule, ...]] = {
+    8: (PlaneRule(0, 128),),
+    4: (PlaneRule(16, 0), PlaneRule(0, 8)),
+    2: (PlaneRule(4, 0), PlaneRule(0, 0), PlaneRule(4, 0), PlaneRule(0, 2)),
+}
+"""Bits of a code to the rules of the codes in a byte, low bits first.
+
+Codes are linear in the planes, so a product with codes needs products with planes only: the map goes to the query, or to
+the accumulator. A plane is at most 16 times as large as its code, which costs four bits of float32's 24.
+"""
+
+
+def planes(g: Emitter, packed: ir.Value, bits: int) -> list[ir.Value]:
+    """Planes of packed codes, as float32, one per code of a byte; see `PLANE_RULES`.
+
+    With v the stored byte: ``v`` and ``floor(v / 16)`` for 4 bits; the low and the high half byte, each with its
+    quarter rounded down, for 2 bits.
     """
+
+    def shifted(x: ir.Value, by: float) -> ir.Value:
+        return g.op("Floor", g.op("Mul", x, g.floats(1.0 / by)))
+
     value = g.float32(packed)
-    levels = float(1 << bits)
-    parts = []
-    for _ in range(8 // bits - 1):
-        rest = g.op("Floor", g.op("Mul", value, g.floats(1.0 / levels)))
-        parts.append(g.op("Sub", value, g.op("Mul", rest, g.floats(levels))))
-        value = rest
-    negative = g.op("Less", value, g.floats(0.0))
-    parts.append(g.op("Where", negative, g.op("Add", value, g.floats(levels)), value))
+    if bits == 8:
+        return [value]
+    high = shifted(value, 16)
+    if bits == 4:
+        return [value, high]
+    low = g.op("Sub", value, g.op("Mul", high, g.floats(16.0)))
+    return [low, shifted(low, 4), high, shifted(high, 4)]
+
+
+def plane_query(g: Emitter, q: ir.Value, bits: int) -> tuple[list[ir.Value], ir.Value]:
+    """``(a, b)`` with ``q . codes = sum_i a_i . plane_i + b`` for queries ``[..., G, length]`` of rank 5."""
+    rules = PLANE_RULES[bits]
+    parts = _split_interleaved(g, q, len(rules))
+    mapped = [
+        part if i == 0 or not rules[i - 1].carry else g.op("Sub", part, g.op("Mul", parts[i - 1], g.floats(rules[i - 1].carry)))
+        for i, part in enumerate(parts)
+    ]
+    return mapped, g.op("Mul", g.reduce("Sum", parts[-1], 4), g.floats(rules[-1].offset))
+
+
+def plane_sums(g: Emitter, sums: list[ir.Value], total: ir.Value, bits: int, length: int) -> ir.Value:
+    """Weighted sums of codes ``[..., G, length]`` from those of planes; ``total [..., G, 1]`` is the sum of weights."""
+    return _interleave(g, _codes(g, sums, g.op("Mul", total, g.floats(PLANE_RULES[bits][-1].offset)), bits), length)
+
+
+def _codes(g: Emitter, plane: list[ir.Value], offset: ir.Value, bits: int) -> list[ir.Value]:
+    """Codes of one place in a byte each, from planes or from anything linear in them; only the last has an offset."""
+    codes = []
+    for i, rule in enumerate(PLANE_RULES[bits]):
+        code = plane[i]
+        if rule.carry:
+            code = g.op("Sub", code, g.op("Mul", plane[i + 1], g.floats(rule.carry)))
+        codes.append(g.op("Add", code, offset) if rule.offset else code)
+    return codes
+
+
+def _split_interleaved(g: Emitter, x: ir.Value, count: int) -> list[ir.Value]:
+    """Components i, i + count, ... of the last of 5 axes, for each i."""
+    if count == 1:
+        return [x]
+    big = 2**31 - 1
+    return [g.op("Slice", x, g.constant([i]), g.constant([big]), g.constant([4]), g.constant([count])) for i in range(count)]
+
+
+def _interleave(g: Emitter, parts: list[ir.Value], length: int) -> ir.Value:
+    """Inverse of `_split_interleaved`."""
     if len(parts) == 1:
         return parts[0]
-    stacked = g.concat([g.unsqueeze(part, rank) for part in parts], rank)
-    leading = g.op("Shape", packed, attrs={"start": 0, "end": rank - 1})
-    shape = g.op("Concat", leading, g.constant([bytes_per_vector * (8 // bits)]), attrs={"axis": 0})
-    return g.op("Reshape", stacked, shape, attrs={"allowzero": 1})
+    stacked = g.transpose(g.concat([g.unsqueeze(part, 4) for part in parts], 4), [0, 1, 2, 3, 5, 4])
+    leading = g.op("Shape", parts[0], attrs={"start": 0, "end": 4})
+    return g.op("Reshape", stacked, g.op("Concat", leading, g.constant([length]), attrs={"axis": 0}), attrs={"allowzero": 1})
 
 
 @dataclass(frozen=True)
 class SegmentValues:
-    """One segment of the blocks in a table: ``data [N, M, H, B, length]`` float32 (codes, or the numbers themselves);
-    ``scale`` and ``minimum`` broadcast against it and are None for numbers."""
+    """One segment of the blocks in a table.
+
+    ``data`` is a list of float32 ``[N, M, H, B, ...]``: the numbers themselves, or the planes of their codes. ``scale``
+    and ``minimum`` broadcast against ``[N, M, H, B, length]`` and are None for numbers.
+    """
 
     layout: SegmentLayout
-    data: ir.Value
+    data: list[ir.Value]
     scale: ir.Value | None
     minimum: ir.Value | None
 
@@ -82,7 +147,7 @@ def load_stream(g: Emitter, layout: StreamLayout, member: int, pools: dict[str, 
         segment = part.segment
         if segment.bits is None:
             data = _run(g, gathered["latent"], part.storage, segment.length, layout.pools["latent"].shape[-1])
-            segments.append(SegmentValues(part, g.float32(data), None, None))
+            segments.append(SegmentValues(part, [g.float32(data)], None, None))
             continue
         assert params is not None
         size = segment.length * segment.bits // 8
@@ -90,18 +155,14 @@ def load_stream(g: Emitter, layout: StreamLayout, member: int, pools: dict[str, 
         axis = 4 if segment.axis == "token" else 3
         scale = g.unsqueeze(g.slice(params, part.scale, part.minimum, 3), axis)
         minimum = g.unsqueeze(g.slice(params, part.minimum, 2 * part.minimum - part.scale, 3), axis)
-        segments.append(SegmentValues(part, unpack(g, packed, segment.bits, size, 5), scale, minimum))
+        segments.append(SegmentValues(part, planes(g, packed, segment.bits), scale, minimum))
     norms = g.unsqueeze(g.float32(block_slices(g, pools["norms"], table, member)), 3) if "norms" in pools else None
     if "exact" not in pools:
         return StreamValues(tuple(segments), norms, None, None, None)
     index = g.unsqueeze(g.int64(g.op("Gather", pools["retained_index"], table, attrs={"axis": 0})), 4)
-    chosen = g.float32(g.op("Equal", index, g.constant(range_list(BLOCK_SIZE))))
+    chosen = g.float32(g.op("Equal", index, g.constant(list(range(BLOCK_SIZE)))))
     exact = g.float32(block_slices(g, pools["exact"], table, member))
     return StreamValues(tuple(segments), norms, chosen, g.reduce("Max", chosen, 3), exact)
-
-
-def range_list(stop: int) -> list[int]:
-    return list(range(stop))
 
 
 def _run(g: Emitter, x: ir.Value, start: int, length: int, total: int) -> ir.Value:
@@ -116,17 +177,20 @@ def stream_logits(g: Emitter, stream: StreamValues, q: ir.Value) -> ir.Value:
     """Logits ``[N, M, H, G, B]`` of queries ``q [N, 1, H, G, D]``, retained tokens from their exact keys."""
     total: ir.Value | None = None
     for values in stream.segments:
-        start, length = values.layout.component, values.layout.segment.length
-        part = q if len(stream.segments) == 1 else g.slice(q, start, start + length, 4)
-        keys = g.swap_last(values.data, 5)
-        if values.scale is None or values.minimum is None:
-            logits = g.op("MatMul", part, keys)
-        elif values.layout.segment.axis == "channel":
-            offset = g.reduce("Sum", g.op("Mul", part, values.minimum), 4)
-            logits = g.op("Add", g.op("MatMul", g.op("Mul", part, values.scale), keys), offset)
+        segment, start = values.layout.segment, values.layout.component
+        part = q if len(stream.segments) == 1 else g.slice(q, start, start + segment.length, 4)
+        keys = [g.swap_last(plane, 5) for plane in values.data]
+        if segment.bits is None or values.scale is None or values.minimum is None:
+            logits = g.op("MatMul", part, keys[0])
+        elif segment.axis == "channel":
+            mapped, constant = plane_query(g, g.op("Mul", part, values.scale), segment.bits)
+            offset = g.op("Add", constant, g.reduce("Sum", g.op("Mul", part, values.minimum), 4))
+            logits = g.op("Add", _products(g, mapped, keys), offset)
         else:
+            mapped, constant = plane_query(g, part, segment.bits)
             offset = g.op("Mul", g.reduce("Sum", part, 4), g.swap_last(values.minimum, 5))
-            logits = g.op("Add", g.op("Mul", g.op("MatMul", part, keys), g.swap_last(values.scale, 5)), offset)
+            codes = g.op("Add", _products(g, mapped, keys), constant)
+            logits = g.op("Add", g.op("Mul", codes, g.swap_last(values.scale, 5)), offset)
         total = logits if total is None else g.op("Add", total, logits)
     assert total is not None
     if stream.norms is not None:
@@ -137,6 +201,12 @@ def stream_logits(g: Emitter, stream: StreamValues, q: ir.Value) -> ir.Value:
     return total
 
 
+def _products(g: Emitter, left: list[ir.Value], right: list[ir.Value]) -> ir.Value:
+    """Sum of matrix products."""
+    products = [g.op("MatMul", a, b) for a, b in zip(left, right, strict=True)]
+    return products[0] if len(products) == 1 else functools.reduce(lambda a, b: g.op("Add", a, b), products)
+
+
 def stream_values(g: Emitter, stream: StreamValues, weights: ir.Value) -> ir.Value:
     """Weighted sums ``[N, M, H, G, D]`` per block for ``weights [N, M, H, G, B]`` (attention probabilities)."""
     w = weights if stream.kept is None else _drop_kept(g, weights, stream.kept)
@@ -144,15 +214,19 @@ def stream_values(g: Emitter, stream: StreamValues, weights: ir.Value) -> ir.Val
         w = g.op("Mul", w, stream.norms)
     parts = []
     for values in stream.segments:
-        if values.scale is None or values.minimum is None:
-            parts.append(g.op("MatMul", w, values.data))
-        elif values.layout.segment.axis == "channel":
-            product = g.op("Mul", g.op("MatMul", w, values.data), values.scale)
-            parts.append(g.op("Add", product, g.op("Mul", g.reduce("Sum", w, 4), values.minimum)))
+        segment = values.layout.segment
+        if segment.bits is None or values.scale is None or values.minimum is None:
+            parts.append(g.op("MatMul", w, values.data[0]))
+            continue
+        channel = segment.axis == "channel"
+        scaled = w if channel else g.op("Mul", w, g.swap_last(values.scale, 5))
+        sums = [g.op("MatMul", scaled, plane) for plane in values.data]
+        codes = plane_sums(g, sums, g.reduce("Sum", scaled, 4), segment.bits, segment.length)
+        if channel:
+            offset = g.op("Mul", g.reduce("Sum", w, 4), values.minimum)
+            parts.append(g.op("Add", g.op("Mul", codes, values.scale), offset))
         else:
-            product = g.op("MatMul", g.op("Mul", w, g.swap_last(values.scale, 5)), values.data)
-            offset = g.reduce("Sum", g.op("Mul", w, g.swap_last(values.minimum, 5)), 4)
-            parts.append(g.op("Add", product, offset))
+            parts.append(g.op("Add", codes, g.reduce("Sum", g.op("Mul", w, g.swap_last(values.minimum, 5)), 4)))
     total = g.concat(parts, 4)
     if stream.exact is not None and stream.chosen is not None:
         exact = g.op("MatMul", g.op("MatMul", weights, g.swap_last(stream.chosen, 5)), stream.exact)
@@ -164,10 +238,13 @@ def restore_stream(g: Emitter, stream: StreamValues) -> ir.Value:
     """Restored keys or values ``[N, M, H, B, D]``, retained tokens exact: what prefill attends to."""
     parts = []
     for values in stream.segments:
-        y = values.data
-        if values.scale is not None and values.minimum is not None:
-            y = g.op("Add", g.op("Mul", y, values.scale), values.minimum)
-        parts.append(y)
+        segment, data = values.layout.segment, values.data
+        if segment.bits is None or values.scale is None or values.minimum is None:
+            parts.append(data[0])
+            continue
+        codes = _codes(g, data, g.floats(PLANE_RULES[segment.bits][-1].offset), segment.bits)
+        y = g.op("Mul", _interleave(g, codes, segment.length), values.scale)
+        parts.append(g.op("Add", y, values.minimum))
     x = g.concat(parts, 4)
     if stream.norms is not None:
         x = g.op("Mul", x, g.swap_last(stream.norms, 5))

