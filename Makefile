@@ -1,0 +1,36 @@
+# Everything a fresh machine needs is set up on the way: a virtual environment in .venv, the package, its tools.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := build/demo-engine
+# The CPU build of PyTorch where pip can find it; otherwise whatever the index has.
+TORCH  ?= torch==2.13.0
+
+.PHONY: help demo test check setup clean
+
+help:            ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed   ## Create the environment and install the package
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet $(TORCH) $(TORCH_ARGS)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: setup      ## Build a compressed engine from the bundled checkpoint, generate text, compare with PyTorch
+	$(BIN)/python examples/demo.py --output $(DEMO)
+
+test: setup check   ## Run all checks and tests
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+check: setup     ## Lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:           ## Remove the environment and everything built
+	rm -rf $(VENV) build
