@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -168,7 +167,11 @@ def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: 
         linked &= link_or_copy(file, target / file.name)
     report("weights", len(files), len(files))
     index = checkpoint.directory / INDEX_FILE
-    for file in (checkpoint.directory / "config.json", *checkpoint.sidecar_files(), *([index] if index.exists() else [])):
+    for file in (
+        checkpoint.directory / "config.json",
+        *checkpoint.sidecar_files(),
+        *([index] if index.exists() else []),
+    ):
         shutil.copyfile(file, target / file.name)
     quantized: dict[str, WeightView] = {}
     bits = WEIGHT_BITS.get(build.weights)
@@ -190,7 +193,9 @@ def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: 
 def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:
     """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included."""
     linears = {
-        name.removesuffix(".weight"): view for name, view in views.items() if len(view.shape) == 2 and name != "embed.weight"
+        name.removesuffix(".weight"): view
+        for name, view in views.items()
+        if len(view.shape) == 2 and name != "embed.weight"
     }
     if config.tie_word_embeddings:
         linears["lm_head"] = views["embed.weight"]

@@ -67,12 +67,22 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+        ):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads: expected a multiple of num_kv_heads ({self.num_kv_heads}), got {self.num_heads}")
+            raise ValueError(
+                f"num_heads: expected a multiple of num_kv_heads ({self.num_kv_heads}), got {self.num_heads}"
+            )
         if self.head_dim % 16:
             raise ValueError(f"head_dim: expected a multiple of 16, got {self.head_dim}")
 

@@ -28,8 +28,8 @@ CONTRACT_VERSION = 1
 PREFILL_TILE = 128
 """Queries of one prefill chunk attended at a time; Qm is at most this, or a multiple of it."""
 BYTE_OFFSET = 128
-"""Packed codes are stored as byte minus this. Unlike two's complement it is affine in every code, so a reader that works
-in floating point needs no case distinction, and one that works on bits flips the top bit."""
+"""Packed codes are stored as byte minus this. Unlike two's complement it is affine in every code, so a reader that
+works in floating point needs no case distinction, and one that works on bits flips the top bit."""
 DOMAIN = "minicache"
 """ONNX domain and TensorRT plugin namespace of the two custom ops."""
 OP_VERSION = "1"
@@ -57,7 +57,11 @@ of each query of each prefill chunk, padded with T. logit_index: packed rows who
 COMPRESSED_INPUTS = ("compressed_len", "compressed_table")
 """Decoder inputs that exist only in plans with a compressed tier."""
 
-COMPRESSOR_INPUTS: dict[str, tuple[str, ...]] = {"source_blocks": ("N",), "target_blocks": ("N",), "block_index": ("N",)}
+COMPRESSOR_INPUTS: dict[str, tuple[str, ...]] = {
+    "source_blocks": ("N",),
+    "target_blocks": ("N",),
+    "block_index": ("N",),
+}
 """int32 inputs of the compressor: full-tier block, compressed-tier block, and which block of its sequence it is."""
 
 LOGITS = "logits"
@@ -159,7 +163,9 @@ def stream_layout(index: int, stream: Stream, config: ModelConfig) -> StreamLayo
         "retained_index": ("int8", (norm_heads, stream.retained)),
     }
     pools = {
-        kind: PoolSpec(f"stream.{index}.{kind}", dtype, shape) for kind, (dtype, shape) in shapes.items() if 0 not in shape
+        kind: PoolSpec(f"stream.{index}.{kind}", dtype, shape)
+        for kind, (dtype, shape) in shapes.items()
+        if 0 not in shape
     }
     return StreamLayout(index, stream, tuple(segments), pools)
 
@@ -180,9 +186,7 @@ def compressed_pools(plan: CompressionPlan, config: ModelConfig) -> tuple[PoolSp
 
 def decoder_inputs(plan: CompressionPlan) -> dict[str, tuple[str, ...]]:
     """int32 decoder inputs of engines with this plan, name to symbolic shape."""
-    return {
-        name: shape for name, shape in DECODER_INPUTS.items() if plan.compresses or name not in COMPRESSED_INPUTS
-    }
+    return {name: shape for name, shape in DECODER_INPUTS.items() if plan.compresses or name not in COMPRESSED_INPUTS}
 
 
 def full_block_bytes(config: ModelConfig, element_bytes: int) -> int:

@@ -3,7 +3,7 @@
     config.json                      format version, model, plan, build options, contract hash, versions, source, files
     decoder.onnx, compressor.onnx    graphs; weights are external data
     quantized.safetensors            weight-only codes and scales (int8, int4)
-    checkpoint/                      the Hugging Face checkpoint itself: config, tokenizer, safetensors files hard-linked
+    checkpoint/                      the Hugging Face checkpoint: config, tokenizer, safetensors files hard-linked
 
 A directory is written under a temporary name beside its destination and renamed when it is complete.
 """
@@ -99,7 +99,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def write_config(directory: Path, info: EngineInfo) -> None:
     """Fingerprint every file of a finished directory and write ``config.json``."""
     files = {
-        path.relative_to(directory).as_posix(): fingerprint(path) for path in sorted(directory.rglob("*")) if path.is_file()
+        path.relative_to(directory).as_posix(): fingerprint(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     }
     complete = EngineInfo(info.model, info.plan, info.build, info.source, tool_versions(), files)
     (directory / CONFIG).write_text(json.dumps(complete.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -133,7 +135,8 @@ def read_engine(path: str | Path) -> EngineInfo:
         raise UserError(f"{directory} is not an engine directory: its {CONFIG} has no format_version", rebuild)
     if data["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{directory} has engine format version {data['format_version']}, this release reads {FORMAT_VERSION}", rebuild
+            f"{directory} has engine format version {data['format_version']}, this release reads {FORMAT_VERSION}",
+            rebuild,
         )
     try:
         model, plan = ModelConfig.from_dict(data["model"]), CompressionPlan.from_dict(data["plan"])
@@ -149,7 +152,9 @@ def read_engine(path: str | Path) -> EngineInfo:
             raise UserError(f"{directory}: {name} is missing", rebuild)
         actual = fingerprint(file)
         if actual != expected:
-            grew = f", it has {actual['bytes']} bytes, expected {expected['bytes']}" * (actual["bytes"] != expected["bytes"])
+            grew = f", it has {actual['bytes']} bytes, expected {expected['bytes']}" * (
+                actual["bytes"] != expected["bytes"]
+            )
             raise UserError(f"{directory}: {name} was changed after the build{grew}", rebuild)
     return info
 

@@ -123,8 +123,9 @@ def make_batch(streams: dict[str, np.ndarray], seed: int, step: int) -> tuple[to
         kind, noise = rng.random(), 0
         name = "topics" if kind < TOPIC_SHARE else "docstrings" if kind < TOPIC_SHARE + DOCSTRING_SHARE else "code"
         if kind >= 1 - RECALL_SHARE:  # a segment repeated until the row is full
-            period = int(rng.integers(20, 300 if rng.random() < 0.7 else length // 2))
-            if rng.random() < 0.5:
+            longest = 300 if rng.random() < 0.7 else length // 2
+            period = int(np.exp(rng.uniform(np.log(4), np.log(longest))))  # short ones teach copying early
+            if rng.random() < 0.7:
                 segment, noise = rng.integers(2, VOCAB, period), period
             else:
                 segment = window(streams[str(rng.choice(list(streams)))], period, rng)
@@ -278,7 +279,7 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
         rate = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         inputs, targets = make_batch(streams, args.seed, step)
         logits = model.lm_head(model.model(input_ids=inputs).last_hidden_state)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # bf16 is too coarse here
         loss.backward()
         for p, m in zip(model.parameters(), master, strict=True):
             m.grad, p.grad = p.grad.float(), None

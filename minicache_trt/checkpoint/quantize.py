@@ -38,13 +38,11 @@ def block_scales(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.flo
     padded[:, :columns] = weight
     grouped = padded.reshape(rows, blocks, block)
     largest = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)[..., 0]
-    return grouped, largest / -float(1 << (bits - 1))
+    return grouped, (largest / -(1 << (bits - 1))).astype(np.float32)
 
 
-def quantize_weight(
-    weight: NDArray[np.float32], bits: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Codes uint8 ``[out, blocks, block * bits / 8]`` (low bits first, zero point 2^(bits-1)) and scales ``[out, blocks]``."""
+def quantize_weight(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Codes uint8 ``[out, blocks, block * bits / 8]`` (low bits first, zero 2^(bits-1)), scales ``[out, blocks]``."""
     grouped, scales = block_scales(weight, bits)
     zero = 1 << (bits - 1)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
@@ -136,7 +134,8 @@ def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, N
     """
     result = {}
     with safe_open(path, framework="numpy") as file:
-        for name in sorted({key.rpartition(".")[0] for key in file.keys()}):
+        names = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 (not iterable itself)
+        for name in sorted(names):
             codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
             original = weights.get(f"{name}.weight", weights["embed.weight"])
             bits = 8 * codes.shape[-1] // QUANTIZATION_BLOCK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,7 +91,7 @@ def _text(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _summary(result: BuildResult, seconds: float) -> dict[str, object]:
+def _summary(result: BuildResult, seconds: float) -> dict[str, Any]:
     plan, model, limits = result.plan, result.model, result.build
     files = [path for path in result.directory.rglob("*") if path.is_file()]
     # st_blocks counts what is on disk, so that a dummy's sparse file weighs what it takes.

@@ -17,7 +17,9 @@ from minicache_trt.engine_directory import read_engine
 
 def compare(
     engine: options.EngineDir,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: one per line, or .jsonl with a field prompt.")
     ] = None,
@@ -42,7 +44,9 @@ def compare(
     with progress_bars(not json) as report:
         result = compare_engine(llm, engine, info, texts, max_tokens, partial(report, "compare"))
     if json:
-        print_json({"engine": str(engine), "method": info.plan.method, "weights": info.build.weights, **result.to_dict()})
+        print_json(
+            {"engine": str(engine), "method": info.plan.method, "weights": info.build.weights, **result.to_dict()}
+        )
         return
     same = f"PyTorch with the same plan ({info.plan.method}) and weights ({info.build.weights})"
     _print(f"Engine against {same}", result, "reference")
@@ -51,7 +55,15 @@ def compare(
 
 def _print(title: str, result: Comparison, against: str) -> None:
     rows = table(
-        title, "prompt", "tokens", "max |diff|", "mean |diff|", "KL (nats)", "top-1 agree", "common prefix", "gap where they part"
+        title,
+        "prompt",
+        "tokens",
+        "max |diff|",
+        "mean |diff|",
+        "KL (nats)",
+        "top-1 agree",
+        "common prefix",
+        "gap where they part",
     )
     for index, item in enumerate(result.prompts):
         row: Agreement = getattr(item, against)

@@ -67,7 +67,15 @@ def run_checks() -> list[Check]:
         text = importlib.metadata.version(name.replace("_", "-")) if found else "not installed"
         checks.append(Check(name, found, text, needed=False))
     token = bool(os.environ.get("HF_TOKEN"))
-    checks.append(Check("HF_TOKEN", token, "set" if token else "not set", needed=False, remedy="" if token else "gated models need it"))
+    checks.append(
+        Check(
+            "HF_TOKEN",
+            token,
+            "set" if token else "not set",
+            needed=False,
+            remedy="" if token else "gated models need it",
+        )
+    )
     return checks
 
 
@@ -76,7 +84,9 @@ def _cpu_features() -> str:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return "features unknown"
-    return ", ".join(name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "asimd") if name in flags) or "none"
+    return (
+        ", ".join(name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "asimd") if name in flags) or "none"
+    )
 
 
 def _memory() -> Check:
@@ -99,7 +109,9 @@ def _onnxruntime() -> Check:
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
     model = ir.Model(ir.Graph([x], [y], nodes=g.nodes, opset_imports=dict(OPSETS), name="doctor"), ir_version=10)
     try:
-        session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
         (result,) = session.run(None, {"x": np.full((1, 16), 2.0, np.float32)})
         ok = bool(np.allclose(result, 1.0, atol=1e-5))
     except Exception as error:  # whatever it is, it is the finding

@@ -34,7 +34,9 @@ def inspect(engine: options.EngineDir, json: options.Json = False) -> None:
         f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, heads {model.num_heads}:"
         f"{model.num_kv_heads}, head_dim {model.head_dim}, vocabulary {model.vocab_size}",
     )
-    rows.add_row("method", f"{info.plan.method}, {summary['ratio']:.2f}x smaller than 16 bit at {build.max_seq_len} tokens")
+    rows.add_row(
+        "method", f"{info.plan.method}, {summary['ratio']:.2f}x smaller than 16 bit at {build.max_seq_len} tokens"
+    )
     for name, value in asdict(build).items():
         rows.add_row(name.replace("_", " "), str(value))
     rows.add_row("built with", ", ".join(f"{name} {version}" for name, version in info.tools.items()))

@@ -45,19 +45,26 @@ MergeStart = Annotated[
         help="First layer merged with its successor.", show_default="half the layers", rich_help_panel=PLAN_HELP
     ),
 ]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan.json to use instead of a method.", rich_help_panel=PLAN_HELP)]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="plan.json to use instead of a method.", rich_help_panel=PLAN_HELP)
+]
 KvFormat = Annotated[
     str | None,
     typer.Option(help="Storage of a merging method: model (16 bit), int8, int4, int2.", rich_help_panel=PLAN_HELP),
 ]
-T = Annotated[float | None, typer.Option("--t", help="SLERP weight of the later layer.", show_default="0.6", rich_help_panel=PLAN_HELP)]
+T = Annotated[
+    float | None,
+    typer.Option("--t", help="SLERP weight of the later layer.", show_default="0.6", rich_help_panel=PLAN_HELP),
+]
 Gamma = Annotated[
     float | None,
     typer.Option(help="Share of each block's tokens kept exact.", show_default="0.05", rich_help_panel=PLAN_HELP),
 ]
 Norm = Annotated[
     str | None,
-    typer.Option(help="Granularity of merged directions: head or token.", show_default="head", rich_help_panel=PLAN_HELP),
+    typer.Option(
+        help="Granularity of merged directions: head or token.", show_default="head", rich_help_panel=PLAN_HELP
+    ),
 ]
 SinkTokens = Annotated[
     int | None,
@@ -88,8 +95,15 @@ class PlanOptions:
             Flags that contradict each other or do not fit the model.
         """
         if self.plan is not None:
-            others = {"--method": self.method, "--merge-start": self.merge_start, "--kv-format": self.kv_format,
-                      "--t": self.t, "--gamma": self.gamma, "--norm": self.norm, "--sink-tokens": self.sink_tokens}
+            others = {
+                "--method": self.method,
+                "--merge-start": self.merge_start,
+                "--kv-format": self.kv_format,
+                "--t": self.t,
+                "--gamma": self.gamma,
+                "--norm": self.norm,
+                "--sink-tokens": self.sink_tokens,
+            }
             given = [name for name, value in others.items() if value is not None]
             if given:
                 raise UserError(f"--plan says everything about compression, {', '.join(given)} cannot be added to it")

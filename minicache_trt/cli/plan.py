@@ -85,7 +85,11 @@ def layer_table(title: str, costs: list[StreamCost]) -> Table:
         rows.caption, rows.caption_justify = "+n: n tokens of each block are kept exactly", "left"
     for key, value in zip(costs[::2], costs[1::2], strict=True):
         groups = {"+".join(map(str, cost.layers)) for cost in (key, value)}
-        shared = groups.pop() if len(groups) == 1 else f"{'+'.join(map(str, key.layers))}, {'+'.join(map(str, value.layers))}"
+        shared = (
+            groups.pop()
+            if len(groups) == 1
+            else f"{'+'.join(map(str, key.layers))}, {'+'.join(map(str, value.layers))}"
+        )
         size = key.bytes_per_token + value.bytes_per_token
         ratio = size / (key.bytes_per_token * key.ratio + value.bytes_per_token * value.ratio)
         rows.add_row(str(key.layer), shared, _storage(key), _storage(value), f"{size:.1f}", f"{1 / ratio:.2f}x")

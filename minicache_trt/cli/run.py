@@ -25,11 +25,15 @@ SAMPLING = "Sampling"
 
 def run(
     engine: options.EngineDir,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: one per line, or .jsonl with a field prompt.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "--max-output-len", min=1, help="Tokens to generate.")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "--max-output-len", min=1, help="Tokens to generate.")
+    ] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=SAMPLING)] = 0,
     top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,

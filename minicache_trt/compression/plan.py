@@ -104,14 +104,18 @@ class Stream:
         _expect(self.merge in MERGES, "merge", f"one of {', '.join(MERGES)}", self.merge)
         size = 1 if self.merge == "none" else 2
         _expect(len(self.layers) == size, "layers", f"{size} layer(s) for merge {self.merge!r}", list(self.layers))
-        _expect(list(self.layers) == sorted(set(self.layers)), "layers", "ascending, distinct layers", list(self.layers))
+        _expect(
+            list(self.layers) == sorted(set(self.layers)), "layers", "ascending, distinct layers", list(self.layers)
+        )
         _expect(1 <= len(self.segments) <= 4, "segments", "1 to 4 segments", len(self.segments))
         _expect(0.0 <= self.t <= 1.0, "t", "a number in [0, 1]", self.t)
         _expect(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}", self.norm)
         _expect(self.retention in RETENTION_RULES, "retention", f"one of {', '.join(RETENTION_RULES)}", self.retention)
         _expect(0 <= self.retained <= BLOCK_SIZE // 2, "retained", f"0 to {BLOCK_SIZE // 2} tokens", self.retained)
         _expect(self.merge != "none" or self.retained == 0, "retained", "0 for merge 'none'", self.retained)
-        _expect(0 <= self.sink_tokens <= self.retained, "sink_tokens", f"0 to retained ({self.retained})", self.sink_tokens)
+        _expect(
+            0 <= self.sink_tokens <= self.retained, "sink_tokens", f"0 to retained ({self.retained})", self.sink_tokens
+        )
 
     @property
     def rank(self) -> int:
@@ -162,7 +166,8 @@ class CompressionPlan:
         for index, stream in enumerate(self.streams):
             if stream.rank != config.head_dim:
                 raise UserError(
-                    f"plan: streams[{index}].segments: lengths add up to {stream.rank}, expected head_dim {config.head_dim}"
+                    f"plan: streams[{index}].segments: lengths add up to {stream.rank}, "
+                    f"expected head_dim {config.head_dim}"
                 )
             for layer in stream.layers:
                 if not 0 <= layer < config.num_layers:
@@ -176,7 +181,9 @@ class CompressionPlan:
                         f"plan: the {stream.part}s of layer {layer} are in streams[{first}] and in streams[{index}]",
                         "name each layer once per part",
                     )
-        missing = [f"{part} {layer}" for part in PARTS for layer in range(config.num_layers) if (part, layer) not in owner]
+        missing = [
+            f"{part} {layer}" for part in PARTS for layer in range(config.num_layers) if (part, layer) not in owner
+        ]
         if self.streams and missing:
             raise UserError(
                 f"plan: no stream holds {', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}",

@@ -93,9 +93,7 @@ def layer_costs(plan: CompressionPlan, config: ModelConfig) -> list[StreamCost]:
             stream = layout.stream
             total = sum(pool.block_bytes(BASELINE_BYTES) for pool in layout.pools.values())
             share = total / BLOCK_SIZE / len(stream.layers)
-            storage = " + ".join(
-                "16 bit" if s.bits is None else f"{s.format}/{s.axis}" for s in stream.segments
-            )
+            storage = " + ".join("16 bit" if s.bits is None else f"{s.format}/{s.axis}" for s in stream.segments)
             costs.append(
                 StreamCost(part, layer, stream.layers, stream.merge, storage, stream.retained, share, baseline / share)
             )

@@ -1,6 +1,6 @@
 """`CompressBlocks` as an ONNX model-local function: full-tier blocks into one stream's compressed pools.
 
-    kv.<l> ──gather source blocks──► merge ──► retention ──► quantize, pack ──scatter to target blocks──► pools
+kv.<l> ──gather source blocks──► merge ──► retention ──► quantize, pack ──scatter to target blocks──► pools
 """
 
 from __future__ import annotations

@@ -91,9 +91,7 @@ def paged_attention(name: str, config: ModelConfig, streams: LayerStreams | None
     names = ["q", "k", "v", "kv", *step_inputs(streams is not None)]
     names += [parameter for parameter, _ in streams.pool_names()] if streams else []
     parameters = {parameter: g.parameter(parameter) for parameter in names}
-    inputs = {
-        key: g.int64(value) if key in STEP_INPUTS else value for key, value in parameters.items()
-    }
+    inputs = {key: g.int64(value) if key in STEP_INPUTS else value for key, value in parameters.items()}
     kv = _append(g, config, inputs)
     scale = g.floats(1.0 / math.sqrt(config.head_dim))
     step = _Step(g, config, streams, inputs, kv, g.op("Mul", inputs["q"], scale))
@@ -132,7 +130,8 @@ def _decode(step: _Step) -> ir.Value:
         return g.unsqueeze(x, 1, 2, 3, 4)
 
     q = g.reshape(
-        g.op("Gather", step.q, rows, attrs={"axis": 0}), [-1, 1, config.num_kv_heads, config.group_size, config.head_dim]
+        g.op("Gather", step.q, rows, attrs={"axis": 0}),
+        [-1, 1, config.num_kv_heads, config.group_size, config.head_dim],
     )
     table, length = row("full_table"), row("context_len")
     if step.streams is not None:
@@ -196,7 +195,7 @@ def _prefill(step: _Step, decoded: ir.Value) -> ir.Value:
 
 
 def _history(step: _Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Keys ``[Sp, H, D, C]``, values ``[Sp, H, C, D]`` and positions ``[Sp, 1, C]`` of everything a chunk may attend to.
+    """Keys ``[Sp, H, D, C]``, values ``[Sp, H, C, D]`` and positions ``[Sp, 1, C]`` of all a chunk may attend to.
 
     Entries of the compressed tier past the compressed length get a position no query reaches.
     """
@@ -223,10 +222,12 @@ def _history(step: _Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value
         history = g.op("Where", g.op("Less", history, compressed), history, g.constant(2**31 - 1))
         position = g.concat([history, g.op("Add", position, compressed)], 1)
     flat_keys = [
-        g.reshape(g.transpose(x, [0, 2, 4, 1, 3]), [chunks, heads, dim, span]) for x, span in zip(keys, spans, strict=True)
+        g.reshape(g.transpose(x, [0, 2, 4, 1, 3]), [chunks, heads, dim, span])
+        for x, span in zip(keys, spans, strict=True)
     ]
     flat_values = [
-        g.reshape(g.transpose(x, [0, 2, 1, 3, 4]), [chunks, heads, span, dim]) for x, span in zip(values, spans, strict=True)
+        g.reshape(g.transpose(x, [0, 2, 1, 3, 4]), [chunks, heads, span, dim])
+        for x, span in zip(values, spans, strict=True)
     ]
     return g.concat(flat_keys, 3), g.concat(flat_values, 2), g.unsqueeze(position, 1)
 

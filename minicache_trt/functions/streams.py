@@ -40,8 +40,8 @@ PLANE_RULES: dict[int, tuple[PlaneRule, ...]] = {
 }
 """Bits of a code to the rules of the codes in a byte, low bits first.
 
-Codes are linear in the planes, so a product with codes needs products with planes only: the map goes to the query, or to
-the accumulator. A plane is at most 16 times as large as its code, which costs four bits of float32's 24.
+Codes are linear in the planes, so a product with codes needs products with planes only: the map goes to the query, or
+to the accumulator. A plane is at most 16 times as large as its code, which costs four bits of float32's 24.
 """
 
 
@@ -70,7 +70,9 @@ def plane_query(g: Emitter, q: ir.Value, bits: int) -> tuple[list[ir.Value], ir.
     rules = PLANE_RULES[bits]
     parts = _split_interleaved(g, q, len(rules))
     mapped = [
-        part if i == 0 or not rules[i - 1].carry else g.op("Sub", part, g.op("Mul", parts[i - 1], g.floats(rules[i - 1].carry)))
+        part
+        if i == 0 or not rules[i - 1].carry
+        else g.op("Sub", part, g.op("Mul", parts[i - 1], g.floats(rules[i - 1].carry)))
         for i, part in enumerate(parts)
     ]
     return mapped, g.op("Mul", g.reduce("Sum", parts[-1], 4), g.floats(rules[-1].offset))
@@ -97,7 +99,9 @@ def _split_interleaved(g: Emitter, x: ir.Value, count: int) -> list[ir.Value]:
     if count == 1:
         return [x]
     big = 2**31 - 1
-    return [g.op("Slice", x, g.constant([i]), g.constant([big]), g.constant([4]), g.constant([count])) for i in range(count)]
+    return [
+        g.op("Slice", x, g.constant([i]), g.constant([big]), g.constant([4]), g.constant([count])) for i in range(count)
+    ]
 
 
 def _interleave(g: Emitter, parts: list[ir.Value], length: int) -> ir.Value:
@@ -106,7 +110,9 @@ def _interleave(g: Emitter, parts: list[ir.Value], length: int) -> ir.Value:
         return parts[0]
     stacked = g.transpose(g.concat([g.unsqueeze(part, 4) for part in parts], 4), [0, 1, 2, 3, 5, 4])
     leading = g.op("Shape", parts[0], attrs={"start": 0, "end": 4})
-    return g.op("Reshape", stacked, g.op("Concat", leading, g.constant([length]), attrs={"axis": 0}), attrs={"allowzero": 1})
+    return g.op(
+        "Reshape", stacked, g.op("Concat", leading, g.constant([length]), attrs={"axis": 0}), attrs={"allowzero": 1}
+    )
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,13 @@ class StreamValues:
     exact: ir.Value | None
 
 
-def load_stream(g: Emitter, layout: StreamLayout, member: int, pools: dict[str, ir.Value], table: ir.Value) -> StreamValues:
+def load_stream(
+    g: Emitter, layout: StreamLayout, member: int, pools: dict[str, ir.Value], table: ir.Value
+) -> StreamValues:
     """Gather the blocks of ``table`` (int64 ``[N, M]``) for the group's layer number ``member``."""
-    gathered = {kind: g.op("Gather", pools[kind], table, attrs={"axis": 0}) for kind in ("latent", "codes") if kind in pools}
+    gathered = {
+        kind: g.op("Gather", pools[kind], table, attrs={"axis": 0}) for kind in ("latent", "codes") if kind in pools
+    }
     params = g.float32(g.op("Gather", pools["params"], table, attrs={"axis": 0})) if "params" in pools else None
     segments = []
     for part in layout.segments:

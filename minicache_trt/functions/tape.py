@@ -53,7 +53,12 @@ class Emitter:
     ) -> Sequence[ir.Value]:
         name = self._name()
         values = self._tapes[-1].op_multi_out(
-            op_type, inputs, dict(attrs or {}), num_outputs=outputs, domain=domain, name=name  # type: ignore[arg-type]
+            op_type,
+            inputs,
+            dict(attrs or {}),  # type: ignore[arg-type]
+            num_outputs=outputs,
+            domain=domain,
+            name=name,
         )
         for i, value in enumerate(values):
             value.name = name if i == 0 else f"{name}.{i}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import fields
+from functools import partial
 
 import onnx_ir as ir
 
@@ -119,9 +120,7 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
         if streams is not None:
             variant = (_variant(streams.key), streams.key_member, _variant(streams.value), streams.value_member)
             inputs += [compressed[tensor] for _, tensor in streams.pool_names()]
-        function = functions.get(
-            "PagedAttention", variant, lambda: paged_attention("PagedAttention", config, streams)
-        )
+        function = functions.get("PagedAttention", variant, partial(paged_attention, "PagedAttention", config, streams))
         out, kv = _call(g, function, inputs, f"layers.{layer}.attention")
         pool = full_pools(config)[layer]
         updated.append(_output(kv, pool.output_name, ir.DataType.FLOAT, ["Nf", *pool.shape]))
@@ -137,7 +136,9 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
 def build_compressor(config: ModelConfig, plan: CompressionPlan) -> ir.Model:
     """Graph of the compressor: full blocks into every stream's compressed blocks, all streams at once."""
     g = Emitter("compressor")
-    steps = {name: ir.val(name, dtype=ir.DataType.INT32, shape=list(shape)) for name, shape in COMPRESSOR_INPUTS.items()}
+    steps = {
+        name: ir.val(name, dtype=ir.DataType.INT32, shape=list(shape)) for name, shape in COMPRESSOR_INPUTS.items()
+    }
     full = [_pool_value(pool, "Nf") for pool in full_pools(config)]
     functions = _Functions()
     pools: list[ir.Value] = []
@@ -145,7 +146,7 @@ def build_compressor(config: ModelConfig, plan: CompressionPlan) -> ir.Model:
     for layout in plan_layout(plan, config):
         own = [_pool_value(pool, "Nc") for pool in layout.pools.values()]
         function = functions.get(
-            "CompressBlocks", _variant(layout), lambda layout=layout: compress_blocks("CompressBlocks", config, layout)
+            "CompressBlocks", _variant(layout), partial(compress_blocks, "CompressBlocks", config, layout)
         )
         inputs = [*steps.values(), *(full[layer] for layer in layout.stream.layers), *own]
         values = _call(g, function, inputs, f"streams.{layout.index}.compress")
@@ -163,9 +164,5 @@ def _model(
     initializers: list[ir.Value],
     functions: _Functions,
 ) -> ir.Model:
-    graph = ir.Graph(
-        inputs, outputs, nodes=g.nodes, initializers=initializers, opset_imports=dict(OPSETS), name=name
-    )
+    graph = ir.Graph(inputs, outputs, nodes=g.nodes, initializers=initializers, opset_imports=dict(OPSETS), name=name)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="minicache-trt", functions=functions.all())
-
-

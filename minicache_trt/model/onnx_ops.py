@@ -53,7 +53,7 @@ class OnnxOps:
         return self._g.op("RMSNormalization", x, self._weight(f"{name}.weight"), attrs=attrs)
 
     def rotation(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines with a batch axis of one in front, computed from positions: no table, no longest position."""
+        """Cosines and sines with a batch axis of one in front, from the positions themselves: no table."""
         g = self._g
         frequency = inverse_frequencies(self._config.rope, self._config.head_dim).numpy()
         angle = g.op("Mul", g.unsqueeze(g.float32(positions), 1), g.floats(frequency[None]))

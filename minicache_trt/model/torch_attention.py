@@ -31,7 +31,7 @@ class Pools:
     def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Write ``k, v [T, H*D]`` into their slots; a number that is not finite is written as zero."""
         kv = self.tensors[f"kv.{layer}"]
-        new = torch.stack([k, v], 1).unflatten(-1, (self.config.num_kv_heads, self.config.head_dim)).to(kv.dtype)
+        new = torch.stack([k, v], 1).view(len(k), 2, self.config.num_kv_heads, self.config.head_dim).to(kv.dtype)
         kv[slot_mapping // BLOCK_SIZE, :, :, slot_mapping % BLOCK_SIZE] = torch.where(new.isfinite(), new, 0)
 
     def history(self, part: str, layer: int, blocks: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def paged_attention(pools: Pools, batch: Batch, q: Tensor, k: Tensor, v: Tensor,
             recent = pools.recent(place, layer, full)[:, : length - compressed]
             tiers.append(torch.cat([pools.history(part, layer, blocks), recent], 1) if compressed else recent)
         count = rows.stop - rows.start
-        queries = q[rows].float().unflatten(-1, (config.num_heads, config.head_dim)).transpose(0, 1)
+        queries = q[rows].float().view(count, config.num_heads, config.head_dim).transpose(0, 1)
         visible = torch.arange(length, device=device) <= torch.arange(length - count, length, device=device)[:, None]
         keys, values = (tier.repeat_interleave(config.group_size, 0) for tier in tiers)
         logits = queries @ keys.transpose(1, 2) / math.sqrt(config.head_dim)

@@ -27,7 +27,9 @@ class TorchOps:
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         tied = name == "lm_head" and self._config.tie_word_embeddings
-        return F.linear(x, self._weights["embed.weight" if tied else f"{name}.weight"], self._weights.get(f"{name}.bias"))
+        return F.linear(
+            x, self._weights["embed.weight" if tied else f"{name}.weight"], self._weights.get(f"{name}.bias")
+        )
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()
@@ -41,7 +43,7 @@ class TorchOps:
 
     def rotary(self, x: Tensor, rotation: tuple[Tensor, Tensor], heads: int) -> Tensor:
         cos, sin = (part[:, None].to(x.dtype) for part in rotation)
-        first, second = x.unflatten(-1, (heads, -1)).chunk(2, -1)
+        first, second = x.view(len(x), heads, -1).chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(1)
 
     def paged_attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

@@ -69,7 +69,9 @@ class GraphWeights:
                 shape=ir.Shape(view.shape),
                 name=name,
             )
-            value = ir.Value(name=name, shape=ir.Shape(view.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(
+                name=name, shape=ir.Shape(view.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self._tables[name] = value
         return self._tables[name]
 

@@ -71,7 +71,8 @@ def test_checksum(save_model):
 def test_unknown_model(model, cause, remedy):
     with pytest.raises(UserError, match=cause) as caught:
         load_checkpoint(model)
-    pytest.raises(UserError, resolve_config, model)
+    with pytest.raises(UserError):
+        resolve_config(model)
     assert re.search(remedy, caught.value.remedy)
 
 
@@ -93,7 +94,7 @@ def test_load_format():
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(UserError, match="no config.json") as caught:
+    with pytest.raises(UserError, match=r"no config\.json") as caught:
         load_checkpoint(str(tmp_path))
     assert "save_pretrained" in caught.value.remedy
 

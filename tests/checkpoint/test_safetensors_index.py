@@ -221,5 +221,5 @@ def test_checkpoint_through_symbolic_links(save_model, tmp_path):
     checkpoint = load_checkpoint(str(linked))
     assert checkpoint.weight_files() == [linked / "model.safetensors"]
     shutil.rmtree(directory)
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         load_checkpoint(str(linked))

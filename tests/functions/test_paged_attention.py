@@ -68,7 +68,9 @@ def test_twin_is_attention_over_the_named_slots() -> None:
             ]
             keys, values = (torch.stack([pair[place] for pair in vectors]) for place in range(2))
             weights = (keys @ q[t, 64 * head : 64 * head + 64].double() / math.sqrt(64)).softmax(0)
-            torch.testing.assert_close(out[t, 64 * head : 64 * head + 64].double(), weights @ values, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                out[t, 64 * head : 64 * head + 64].double(), weights @ values, atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

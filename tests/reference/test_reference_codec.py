@@ -327,9 +327,7 @@ def test_error_is_at_most_half_a_step(fmt: str, axis: str, seed: int, magnitude:
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1), retained=st.integers(0, 32), norm=st.sampled_from(["head", "token"])
-)
+@given(seed=st.integers(0, 2**32 - 1), retained=st.integers(0, 32), norm=st.sampled_from(["head", "token"]))
 def test_retained_are_the_largest_scores(seed: int, retained: int, norm: str) -> None:
     x = torch.randn(2, 2, 2, BLOCK_SIZE, D, generator=torch.Generator().manual_seed(seed))
     encoded = encode(x, torch.tensor([0, 1]), slerp_stream(retained=retained, norm=norm))

@@ -46,9 +46,14 @@ def assert_blocks_agree(
         codes = unpack(packed, segment.bits)
         axis = -1 if segment.axis == "token" else 2
         whole = agreed.all(-1) if segment.axis == "channel" else None
-        _check_float16(scale if whole is None else scale[whole], (reference.scale if whole is None else reference.scale[whole]).float())
-        _check_float16(minimum if whole is None else minimum[whole],
-                       (reference.minimum if whole is None else reference.minimum[whole]).float())
+        _check_float16(
+            scale if whole is None else scale[whole],
+            (reference.scale if whole is None else reference.scale[whole]).float(),
+        )
+        _check_float16(
+            minimum if whole is None else minimum[whole],
+            (reference.minimum if whole is None else reference.minimum[whole]).float(),
+        )
         step = scale.float().unsqueeze(axis)
         grid = ((y - minimum.float().unsqueeze(axis)) / torch.where(step > 0, step, 1.0)).clamp(0, 2**segment.bits - 1)
         grid = torch.where(step > 0, grid, 0.0)
@@ -79,7 +84,9 @@ def _check_retained(fields: dict[str, Tensor], expected: EncodedBlocks) -> Tenso
     heads = expected.latent.shape[1]
     for n, h in same.nonzero().tolist():
         rows = slice(None) if same.shape[1] == 1 else slice(h, h + 1)
-        torch.testing.assert_close(fields["exact"][n, :, rows].float(), expected.exact[n, :, rows].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            fields["exact"][n, :, rows].float(), expected.exact[n, :, rows].float(), rtol=1e-5, atol=1e-5
+        )
     return same.unsqueeze(-1).expand(-1, heads if same.shape[1] == 1 else -1, 64)
 
 

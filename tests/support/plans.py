@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minicache_trt.compression.methods import METHODS, MERGING_METHODS, MethodOptions, make_plan
+from minicache_trt.compression.methods import MERGING_METHODS, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
 from minicache_trt.config import ModelConfig
 

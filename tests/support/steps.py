@@ -15,7 +15,9 @@ from minicache_trt.model.torch_attention import Pools
 from minicache_trt.runtime.batch import Batch
 
 
-def random_pools(config: ModelConfig, plan: CompressionPlan, full_blocks: int = 48, compressed_blocks: int = 16) -> Pools:
+def random_pools(
+    config: ModelConfig, plan: CompressionPlan, full_blocks: int = 48, compressed_blocks: int = 16
+) -> Pools:
     tensors = {pool.name: torch.randn(full_blocks, *pool.shape) for pool in full_pools(config)}
     for layout in plan_layout(plan, config):
         shape = (len(layout.stream.layers), compressed_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
