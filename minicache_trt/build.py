@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +23,14 @@ from minicache_trt.engine_directory import (
     DECODER,
     QUANTIZED,
     EngineInfo,
-    link_or_copy,
+    is_engine_directory,
     read_engine,
-    staged,
     write_config,
 )
 from minicache_trt.errors import UserError
 from minicache_trt.model.graph import build_compressor, build_decoder
 from minicache_trt.model.weights import GraphWeights
+from minicache_trt.staging import link_or_copy, staged
 
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 """Bits of a code in the weight-only formats."""
@@ -99,11 +98,15 @@ def build_engine(
         Anything the user can mend; nothing is left behind.
     """
     output = Path(output)
-    with staged(output, overwrite) as staging, tempfile.TemporaryDirectory(prefix=".dummy.", dir=output.parent) as work:
+    if is_engine_directory(model):
+        raise UserError(f"{model} is an engine, expected a checkpoint", f"its checkpoint is {Path(model) / CHECKPOINT}")
+    with staged(output, overwrite) as staging:
         report("checkpoint", 0, 1)
-        checkpoint = load_checkpoint(model, revision=revision, load_format=load_format, work_dir=work)
+        work_dir = staging.with_name("dummy")
+        checkpoint = load_checkpoint(model, revision=revision, load_format=load_format, work_dir=work_dir)
         plan, build = configure(checkpoint.config)
         plan.validate(checkpoint.config)
+        open_backend(build.backend)
         _check_limits(checkpoint.config, build)
         report("checkpoint", 1, 1)
         linked = _write(staging, checkpoint, plan, build, report)

@@ -4,7 +4,8 @@ Both questions are asked with teacher forcing on the engine's own greedy continu
 not make everything after it incomparable:
 
 * *reference*: Hugging Face's model with the same plan and the same (dequantized) weights, by code that shares nothing
-  with the engine's. What differs is rounding.
+  with the engine's. What differs is rounding. Where a code or a retained token falls on the other side of a decision
+  boundary, the reference goes on with the engine's choice and the distance from the boundary is reported (`Ties`).
 * *uncompressed*: Hugging Face's model as it is. What differs is the quality cost of plan and weight format.
 """
 
@@ -19,11 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minicache_trt.backends.base import Engine
 from minicache_trt.checkpoint.families import FAMILIES
 from minicache_trt.checkpoint.quantize import dequantized_linears
 from minicache_trt.checkpoint.resolve import load_checkpoint
+from minicache_trt.contract import plan_layout
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
-from minicache_trt.reference import Reference
+from minicache_trt.reference import EncodedBlocks, Reference
+from minicache_trt.reference.history import Adopt
+from minicache_trt.reference.ties import Stored, Ties, adopt
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 
@@ -62,12 +67,13 @@ class Agreement:
 
 @dataclass(frozen=True)
 class PromptComparison:
-    """One prompt: its greedy continuation by the engine, and both agreements."""
+    """One prompt: its greedy continuation by the engine, both agreements, and how its compressed blocks compare."""
 
     prompt_tokens: int
     generated_tokens: int
     reference: Agreement
     uncompressed: Agreement
+    ties: Ties
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,43 @@ class Comparison:
             "positions": positions,
         }
 
+    def ties(self) -> Ties:
+        """Differences in compressed blocks over all prompts."""
+        total = Ties()
+        for prompt in self.prompts:
+            total.add(prompt.ties)
+        return total
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "reference": self.summary("reference"),
             "uncompressed": self.summary("uncompressed"),
+            "ties": asdict(self.ties()),
             "prompts": [asdict(prompt) for prompt in self.prompts],
         }
+
+
+class BlockRecorder:
+    """Keeps what an engine stored of each block it compressed, by sequence; an observer for `LLM.score`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._layouts = plan_layout(engine.plan, engine.model)
+        self.blocks: dict[tuple[int, int], list[Stored]] = {}
+
+    def __call__(self, sequence: int, block: int, target: int) -> None:
+        self.blocks[sequence, block] = [
+            {kind: self._engine.pool(pool.name)[target].copy() for kind, pool in layout.pools.items()}
+            for layout in self._layouts
+        ]
+
+    def adopter(self, sequence: int, ties: Ties) -> Adopt:
+        """For `Reference.logits`: go on with the engine's blocks of one sequence, counting differences in ``ties``."""
+
+        def adopted(stream: int, block: int, x: torch.Tensor, encoded: EncodedBlocks) -> EncodedBlocks:
+            return adopt(self._layouts[stream], x, encoded, self.blocks[sequence, block][stream], ties)
+
+        return adopted
 
 
 def agreement(engine: Logits, other: Logits) -> Agreement:
@@ -158,7 +195,8 @@ def compare_engine(
     outputs = llm.generate(list(prompts), SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
     sequences = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
     lengths = [len(o.prompt_token_ids) for o in outputs]
-    scores = llm.score(sequences, lengths, start=[length - 1 for length in lengths])
+    recorder = BlockRecorder(llm.engine)
+    scores = llm.score(sequences, lengths, start=[length - 1 for length in lengths], observe=recorder)
     reference = reference_for(directory, info)
     original = Reference(directory / CHECKPOINT, info.plan) if (directory / QUANTIZED).exists() else reference
     rows = []
@@ -166,10 +204,13 @@ def compare_engine(
         progress(done, len(sequences))
         # The last token's logits predict past the continuation.
         mine, start = score[:-1], length - 1
-        same_plan = reference.logits(tokens, length, start).numpy()[:-1]
+        ties = Ties()
+        same_plan = reference.logits(tokens, length, start, recorder.adopter(done, ties)).numpy()[:-1]
         uncompressed = original.uncompressed_logits(tokens, start).numpy()[:-1]
         rows.append(
-            PromptComparison(length, len(tokens) - length, agreement(mine, same_plan), agreement(mine, uncompressed))
+            PromptComparison(
+                length, len(tokens) - length, agreement(mine, same_plan), agreement(mine, uncompressed), ties
+            )
         )
     progress(len(sequences), len(sequences))
     return Comparison(tuple(rows))

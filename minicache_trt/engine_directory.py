@@ -1,25 +1,19 @@
-"""The engine directory: what is in it, how it comes into being, how it is checked.
+"""The engine directory: what is in it and how it is checked.
 
     config.json                      format version, model, plan, build options, contract hash, versions, source, files
     decoder.onnx, compressor.onnx    graphs; weights are external data
     quantized.safetensors            weight-only codes and scales (int8, int4)
     checkpoint/                      the Hugging Face checkpoint: config, tokenizer, safetensors files hard-linked
 
-A directory is written under a temporary name beside its destination and renamed when it is complete.
+How it comes into being: `minicache_trt.staging`.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +28,9 @@ DECODER = "decoder.onnx"
 COMPRESSOR = "compressor.onnx"
 CHECKPOINT = "checkpoint"
 QUANTIZED = "quantized.safetensors"
+
+_BUILD = "build an engine with minicache-trt build"
+_REBUILD = "build the engine again with minicache-trt build"
 
 _WHOLE_FILE_LIMIT = 32 << 20
 _SAMPLE_BYTES, _SAMPLES = 4096, 64
@@ -110,9 +107,10 @@ def write_config(directory: Path, info: EngineInfo) -> None:
 def is_engine_directory(path: str | Path) -> bool:
     """Whether a directory holds (or once held) an engine, rather than a checkpoint."""
     try:
-        return "format_version" in json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+        data = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(data, dict) and {"format_version", "contract"} <= data.keys()
 
 
 def read_engine(path: str | Path) -> EngineInfo:
@@ -124,93 +122,81 @@ def read_engine(path: str | Path) -> EngineInfo:
         Not an engine directory, another format version or contract, or a file missing or changed.
     """
     directory = Path(path)
-    rebuild = "build the engine again with minicache-trt build"
+    data = _read_config(directory)
     try:
-        data = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} is not an engine directory: it has no {CONFIG}", rebuild) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / CONFIG} cannot be read: {error}", rebuild) from error
-    if not isinstance(data, dict) or "format_version" not in data:
-        raise UserError(f"{directory} is not an engine directory: its {CONFIG} has no format_version", rebuild)
-    if data["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"{directory} has engine format version {data['format_version']}, this release reads {FORMAT_VERSION}",
-            rebuild,
-        )
-    try:
-        model, plan = ModelConfig.from_dict(data["model"]), CompressionPlan.from_dict(data["plan"])
-        info = EngineInfo(model, plan, BuildConfig(**data["build"]), data["source"], data["tools"], data["files"])
+        info = _parse(data)
         contract = data["contract"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / CONFIG} is damaged: {type(error).__name__}: {error}", rebuild) from error
-    if contract != contract_hash(plan, model):
-        raise UserError(f"{directory} was built for another tensor contract ({contract})", rebuild)
+    except KeyError as error:
+        raise UserError(f"{directory / CONFIG} is damaged: field {error} is missing", _REBUILD) from error
+    except (TypeError, ValueError, UserError) as error:
+        cause = error.cause if isinstance(error, UserError) else str(error)
+        raise UserError(f"{directory / CONFIG} is damaged: {cause}", _REBUILD) from error
+    if contract != contract_hash(info.plan, info.model):
+        raise UserError(f"{directory} was built for another tensor contract ({contract})", _REBUILD)
     for name, expected in info.files.items():
-        file = directory / name
-        if not file.is_file():
-            raise UserError(f"{directory}: {name} is missing", rebuild)
-        actual = fingerprint(file)
-        if actual != expected:
-            grew = f", it has {actual['bytes']} bytes, expected {expected['bytes']}" * (
-                actual["bytes"] != expected["bytes"]
-            )
-            raise UserError(f"{directory}: {name} was changed after the build{grew}", rebuild)
+        _check_file(directory, name, expected)
     return info
 
 
-@contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory that becomes ``output`` if the block ends well and vanishes if it does not.
-
-    Raises
-    ------
-    UserError
-        ``output`` exists (and is not an engine to overwrite), its parent cannot be written, or the disk is full.
-    """
-    if output.exists() and not (overwrite and is_engine_directory(output)):
-        what = "an engine is already there" if is_engine_directory(output) else "it exists and is not an engine"
-        remedy = "add --force to replace it" if is_engine_directory(output) else "choose another directory"
-        raise UserError(f"cannot write {output}: {what}", remedy)
-    staging: Path | None = None
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The object in ``config.json``, of this format version."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        staging.chmod(0o755)
-        yield staging
-        if output.exists():
-            old = staging.with_name(staging.name + ".old")
-            output.rename(old)
-            staging.rename(output)
-            shutil.rmtree(old)
-        else:
-            staging.rename(output)
-        staging = None
+        data = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory", "give the directory that build wrote") from error
+        raise UserError(f"{directory} is not an engine directory: it has no {CONFIG}", _BUILD) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left on the disk of {output.parent} while building", "free some space and build again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write {error.filename or output}: {error.strerror}") from error
-        raise
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(f"{directory / CONFIG} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{directory / CONFIG} is damaged: {error}", _REBUILD) from error
+    if isinstance(data, dict) and ("architectures" in data or "model_type" in data):
+        raise UserError(f"{directory} is a checkpoint, expected an engine directory", _BUILD)
+    if not isinstance(data, dict) or "format_version" not in data:
+        raise UserError(f"{directory} is not an engine directory: its {CONFIG} has no format_version", _BUILD)
+    if data["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{directory} has engine format version {data['format_version']}, this release reads {FORMAT_VERSION}",
+            _REBUILD,
+        )
+    return data
 
 
-def link_or_copy(source: Path, target: Path) -> bool:
-    """Hard-link a file, or copy it where the file system cannot; True if it was linked.
+def _parse(data: dict[str, Any]) -> EngineInfo:
+    """Raises KeyError for a missing field, and `UserError`, TypeError or ValueError for a wrong one."""
+    model = ModelConfig.from_dict(_section(data, "model", [f.name for f in fields(ModelConfig)]))
+    build = BuildConfig(**_section(data, "build", [f.name for f in fields(BuildConfig)]))
+    source = _section(data, "source", ["name", "directory", "revision", "checksum", "dummy"])
+    files = _section(data, "files", [DECODER])
+    for name in files:
+        _section(files, name, ["bytes", "sha256"])
+    plan = CompressionPlan.from_dict(data["plan"]).validate(model)
+    return EngineInfo(model, plan, build, source, _section(data, "tools", []), files)
 
-    A symbolic link would not do: ONNX Runtime refuses external data outside the model's directory.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    real = source.resolve()
+
+def _section(data: dict[str, Any], name: str, required: list[str]) -> dict[str, Any]:
+    section = data[name]
+    if not isinstance(section, dict):
+        raise TypeError(f"{name}: expected an object, got {section!r}")
+    for field_name in required:
+        if field_name not in section:
+            raise KeyError(f"{name}.{field_name}")
+    return section
+
+
+def _check_file(directory: Path, name: str, expected: dict[str, Any]) -> None:
+    file = directory / name
+    if not file.is_file():
+        raise UserError(f"{directory}: {name} is missing", _REBUILD)
     try:
-        os.link(real, target)
-        return True
+        actual = fingerprint(file)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP):
-            raise
-    shutil.copyfile(real, target)
-    return False
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if actual["bytes"] != expected["bytes"]:
+        raise UserError(
+            f"{directory}: {name} was changed after the build, it has {actual['bytes']} bytes, "
+            f"expected {expected['bytes']}",
+            _REBUILD,
+        )
+    if actual != expected:
+        raise UserError(f"{directory}: {name} was changed after the build", _REBUILD)

@@ -272,7 +272,8 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    start = last = saved_at = time.monotonic() - spent
+    last = saved_at = time.monotonic()
+    start = last - spent
     losses: list[float] = []
     # Done after --steps steps or --minutes minutes; the schedule follows whichever is nearer.
     while (progress := max(step / args.steps, (time.monotonic() - start) / 60 / args.minutes)) < 1:

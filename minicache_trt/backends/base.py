@@ -37,3 +37,7 @@ class Engine(Protocol):
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:
         """Compress full-tier blocks ``source_blocks [N]`` into compressed blocks ``target_blocks [N]``, all streams."""
         ...
+
+    def pool(self, name: str) -> NDArray[np.generic]:
+        """A pool by its contract name, for inspection; it may change with the next call."""
+        ...

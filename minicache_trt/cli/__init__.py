@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
+from types import FrameType
 
 from minicache_trt.errors import UserError
 
 
 def main() -> None:
     """Entry point: run the command; a `UserError` becomes one line (and a hint) on stderr and exit code 2."""
-    from minicache_trt.cli.app import app
-
+    signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model says, in whatever encoding
     try:
-        app()
-    except UserError as error:
-        from minicache_trt.cli.console import print_error
+        from minicache_trt.cli.app import app
 
-        print_error(error)
-        sys.exit(2)
+        try:
+            app(prog_name="minicache-trt")
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        _fail(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone (a pager, head); there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         sys.exit(141)
+    except OSError as error:
+        _discard_stdout()
+        _fail(UserError(": ".join(str(part) for part in (error.filename, error.strerror or error) if part)))
+    except MemoryError:
+        _fail(UserError("this machine has too little memory for that"))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave through every ``finally``, so that nothing temporary stays behind."""
+    sys.exit(128 + number)
+
+
+def _fail(error: UserError) -> None:
+    from minicache_trt.cli.console import print_error
+
+    print_error(error)
+    sys.exit(2)
+
+
+def _discard_stdout() -> None:
+    """What could not be written must not be tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

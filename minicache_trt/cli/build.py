@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minicache_trt.build import BuildResult, build_engine, default_max_seq_len
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, progress_bars, stderr, stdout, table
 from minicache_trt.compression.plan import CompressionPlan
@@ -16,6 +15,9 @@ from minicache_trt.compression.size import bytes_per_token, ratio
 from minicache_trt.config import WEIGHT_FORMATS, BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
+
+if TYPE_CHECKING:
+    from minicache_trt.build import BuildResult
 
 LIMITS = "Limits"
 
@@ -60,6 +62,8 @@ def build(
 
       minicache-trt build -m llama2-7b --method minicache4 --weights int4 -o engine
     """
+    from minicache_trt.build import build_engine, default_max_seq_len
+
     plan_options = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, progress_bars, stdout, table
 from minicache_trt.cli.run import open_llm, read_prompts
-from minicache_trt.compare import Agreement, Comparison, compare_engine
 from minicache_trt.engine_directory import read_engine
+
+if TYPE_CHECKING:
+    from minicache_trt.compare import Agreement, Comparison
 
 
 def compare(
@@ -38,6 +40,9 @@ def compare(
 
       minicache-trt compare -e engine --prompts prompts.txt --max-tokens 100
     """
+    from minicache_trt.compare import compare_engine
+    from minicache_trt.reference.ties import TOLERANCE
+
     texts = read_prompts(prompt, prompts)
     info = read_engine(engine)
     llm = open_llm(engine, threads, backend, kv_cache_memory)
@@ -50,6 +55,13 @@ def compare(
         return
     same = f"PyTorch with the same plan ({info.plan.method}) and weights ({info.build.weights})"
     _print(f"Engine against {same}", result, "reference")
+    ties = result.ties()
+    if ties.codes or ties.retained:
+        stdout.print(
+            f"compressed blocks: {ties.differing_codes} of {ties.codes} codes and {ties.differing_retained} of "
+            f"{ties.retained} retained tokens differ, the farthest {ties.farthest:.1e} from its decision boundary; "
+            f"{ties.disagreements} disagreements beyond {TOLERANCE:g}\n"
+        )
     _print("Engine against PyTorch uncompressed: the quality cost", result, "uncompressed")
 
 

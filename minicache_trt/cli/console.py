@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from minicache_trt.build import Report
 from minicache_trt.errors import UserError
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+if TYPE_CHECKING:
+    from minicache_trt.build import Report
+
+# Paths and prompts are printed as they are: [brackets] and :colons: in them mean nothing.
+stdout = Console(highlight=False, markup=False, emoji=False)
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_error(error: UserError) -> None:
     """Cause and remedy, a line each."""
-    stderr.print(f"[bold red]error:[/] {escape(error.cause)}", soft_wrap=True)
-    if error.remedy:
-        stderr.print(f"[bold]hint:[/] {escape(error.remedy)}", soft_wrap=True)
+    for label, style, text in (("error:", "bold red", error.cause), ("hint:", "bold", error.remedy)):
+        if text:
+            line = " ".join(text.splitlines())
+            stderr.print(Text.assemble((label, style), f" {line}"), soft_wrap=True)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice out of our output."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def print_json(data: object) -> None:
@@ -39,9 +52,9 @@ def table(title: str, *columns: str, left: int = 1) -> Table:
 
 @contextmanager
 def progress_bars(enabled: bool = True) -> Iterator[Report]:
-    """A progress bar per stage on stderr; the yielded callable takes stage, done and total."""
+    """A progress bar per stage, where stderr is a terminal; the yielded callable takes stage, done and total."""
     columns = (TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, disable=not enabled) as progress:
+    with Progress(*columns, console=stderr, disable=not (enabled and stderr.is_terminal)) as progress:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import typer
+from rich.text import Text
 
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, stdout, table
@@ -36,6 +37,10 @@ def doctor(json: options.Json = False) -> None:
     """Check this machine: versions, cores, memory, disk, a small graph in ONNX Runtime, GPU and TensorRT.
 
     The exit code is 1 when something the default backend needs is missing.
+
+    [bold]Example[/]
+
+      minicache-trt doctor
     """
     checks = run_checks()
     if json:
@@ -43,8 +48,8 @@ def doctor(json: options.Json = False) -> None:
     else:
         rows = table("This machine", "check", "", "found", left=3)
         for check in checks:
-            mark = "[green]ok[/]" if check.ok else ("[red]missing[/]" if check.needed else "[yellow]absent[/]")
-            rows.add_row(check.name, mark, check.found + (f" ({check.remedy})" if check.remedy else ""))
+            word, style = ("ok", "green") if check.ok else ("missing", "red") if check.needed else ("absent", "yellow")
+            rows.add_row(check.name, Text(word, style), check.found + (f" ({check.remedy})" if check.remedy else ""))
         stdout.print(rows)
     if any(check.needed and not check.ok for check in checks):
         raise typer.Exit(1)

@@ -110,7 +110,8 @@ class PlanOptions:
             return CompressionPlan.load(self.plan).validate(config)
         if self.kv_format is not None and self.kv_format not in KV_FORMATS:
             raise UserError(f"unknown --kv-format {self.kv_format!r}", f"formats: {', '.join(KV_FORMATS)}")
-        method = self.method or (DEFAULT_METHOD if self.merge_start is None and self.kv_format is None else "minicache")
+        merges = self.merge_start is not None or self.kv_format is not None
+        method = self.method if self.method is not None else "minicache" if merges else DEFAULT_METHOD
         chosen = {
             name: value
             for name in ("merge_start", "kv_format", "t", "gamma", "norm", "sink_tokens")
@@ -121,4 +122,7 @@ class PlanOptions:
 
 def cache_config(memory: str | None) -> KvCacheConfig:
     """The cache's budget from ``--kv-cache-memory``."""
-    return KvCacheConfig(max_bytes=None if memory is None else parse_bytes(memory, "--kv-cache-memory"))
+    try:
+        return KvCacheConfig(max_bytes=None if memory is None else parse_bytes(memory, "--kv-cache-memory"))
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"--kv-cache-memory: {error}") from error

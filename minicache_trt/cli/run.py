@@ -6,19 +6,21 @@ import json as json_module
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
-from minicache_trt.build import load_engine
 from minicache_trt.cli import options
-from minicache_trt.cli.console import print_json, stderr, stdout, table
+from minicache_trt.cli.console import print_json, quiet_transformers, stderr, stdout, table
 from minicache_trt.compression.size import baseline_bytes_per_token, bytes_per_token
 from minicache_trt.engine_directory import CHECKPOINT
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import RequestOutput, SamplingParams
 from minicache_trt.units import format_bytes
+
+if TYPE_CHECKING:
+    from minicache_trt.runtime.llm import LLM
 
 SAMPLING = "Sampling"
 
@@ -74,23 +76,32 @@ def run(
     if len(texts) == 1 and not json:
         _stream(llm, texts[0], params)
     else:
-        outputs = llm.generate(texts, params, use_tqdm=not json)
+        outputs = llm.generate(texts, params, use_tqdm=not json and stderr.is_terminal)
         if json:
             print_json({"outputs": [_output(o) for o in outputs], "statistics": usage(llm)})
-            return
-        for output in outputs:
-            stdout.rule()
-            sys.stdout.write(f"{output.prompt}{output.outputs[0].text}\n")
-        stdout.rule()
-    _print_usage(llm)
+        else:
+            _print_texts(outputs)
+        _check_finished(outputs)
+    if not json:
+        _print_usage(llm)
 
 
 def open_llm(engine: Path, threads: int | None, backend: str | None, memory: str | None) -> LLM:
-    """An engine directory, loaded and with its cache allocated."""
+    """An engine directory, loaded, with its cache allocated and its tokenizer."""
     config = options.cache_config(memory)
-    with stderr.status(f"loading {engine}"):
+    with stderr.status(Text(f"loading {engine}")):
+        from minicache_trt.build import load_engine
+        from minicache_trt.runtime.llm import LLM
+
+        quiet_transformers()
         loaded = load_engine(engine, threads, backend)
-        return LLM.from_engine(loaded, tokenizer=engine / CHECKPOINT, kv_cache_config=config)
+        llm = LLM.from_engine(loaded, tokenizer=engine / CHECKPOINT, kv_cache_config=config)
+        if llm.tokenizer is None:
+            raise UserError(
+                f"{engine} has no tokenizer, so it takes no text",
+                "add tokenizer.json to the checkpoint and build the engine again",
+            )
+        return llm
 
 
 def read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:
@@ -98,14 +109,18 @@ def read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:
     prompts = list(texts or [])
     if file is not None:
         try:
-            content = file.read_text(encoding="utf-8")
+            content = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts: cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.strip():
-                prompts.append(_json_prompt(file, number, line) if file.suffix == ".jsonl" else line)
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts: {file} holds no prompt", "write one prompt per line")
+        prompts += [_json_prompt(file, number, line) if file.suffix == ".jsonl" else line for number, line in lines]
     if not prompts:
         raise UserError("no prompt was given", "use --prompt TEXT or --prompts FILE")
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f"prompt {prompt!a} is not valid Unicode", "encode it as UTF-8")
     return prompts
 
 
@@ -126,6 +141,20 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _print_texts(outputs: list[RequestOutput]) -> None:
+    for output in outputs:
+        stdout.rule()
+        sys.stdout.write(f"{output.prompt}{output.outputs[0].text}\n")
+    stdout.rule()
+
+
+def _check_finished(outputs: list[RequestOutput]) -> None:
+    """Raises `UserError` when a request ended before its time."""
+    failed = [output.outputs[0] for output in outputs if output.outputs[0].finish_reason == "error"]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(outputs)} requests ended early: {failed[0].stop_reason}")
 
 
 def _output(output: RequestOutput) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class CompressionPlan:
         UserError
             Naming the path of the field that is missing, unknown or out of range.
         """
-        fields = _object(data, "plan", {"method", "streams"}, {"method", "streams"})
+        fields = _object(data, "", {"method", "streams"}, {"method", "streams"})
         streams = tuple(_stream(item, f"streams[{i}]") for i, item in enumerate(_list(fields["streams"], "streams")))
         return cls(method=_typed(fields["method"], str, "method"), streams=streams)
 
@@ -225,13 +225,28 @@ class CompressionPlan:
         return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write ``plan.json``.
+
+        Raises
+        ------
+        UserError
+            The file cannot be written.
+        """
+        try:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"plan: cannot write {path}: {error.strerror}") from error
+
+
+def _place(path: str) -> str:
+    """A field's path for errors; the empty path is the plan itself."""
+    return f"plan: {path}" if path else "plan"
 
 
 def _typed(value: Any, kind: type | tuple[type, ...], path: str) -> Any:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(f"plan: {path}: expected {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+        raise UserError(f"{_place(path)}: expected {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
     return value
 
 
@@ -243,9 +258,9 @@ def _list(value: Any, path: str) -> list[Any]:
 def _object(data: Any, path: str, known: set[str], required: set[str]) -> dict[str, Any]:
     fields: dict[str, Any] = _typed(data, dict, path)
     for name in sorted(set(fields) - known):
-        raise UserError(f"plan: {path}: unknown field {name!r}", f"known fields: {', '.join(sorted(known))}")
+        raise UserError(f"{_place(path)}: unknown field {name!r}", f"known fields: {', '.join(sorted(known))}")
     for name in sorted(required - set(fields)):
-        raise UserError(f"plan: {path}: field {name!r} is missing")
+        raise UserError(f"{_place(path)}: field {name!r} is missing")
     return fields
 
 

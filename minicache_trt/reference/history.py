@@ -10,6 +10,7 @@ For a query at position p, with c its compressed length (`compressed_length`)::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,8 +36,18 @@ def compressed_length(position: int, prompt_len: int, window: int, quantum: int)
     return max(0, history - window) // BLOCK_SIZE * BLOCK_SIZE
 
 
+Adopt = Callable[[int, int, Tensor, EncodedBlocks], EncodedBlocks]
+"""From stream, number of the block, what is encoded ``[m, 1, H, B, D]`` and its encoding to the one to go on with."""
+
+
 class TieredHistory:
     """Keys and values of one sequence, the first ``compressed`` tokens in restored form.
+
+    Parameters
+    ----------
+    plan : CompressionPlan
+    adopt : callable, optional
+        May replace each block's encoding; see `minicache_trt.reference.ties`.
 
     Attributes
     ----------
@@ -46,8 +57,9 @@ class TieredHistory:
         Per stream and block, what compression stored (each with N = 1).
     """
 
-    def __init__(self, plan: CompressionPlan) -> None:
+    def __init__(self, plan: CompressionPlan, adopt: Adopt | None = None) -> None:
         self.plan = plan
+        self._adopt = adopt
         self.compressed = 0
         self.states: dict[tuple[str, int], Tensor] = {}
         self.stored: list[list[EncodedBlocks]] = [[] for _ in plan.streams]
@@ -62,11 +74,13 @@ class TieredHistory:
         """Move the compressed tier's end to ``length``, replacing the blocks before it, so far exact, in place."""
         for start in range(self.compressed, length, BLOCK_SIZE):
             tokens = slice(start, start + BLOCK_SIZE)
-            for stored, stream in zip(self.stored, self.plan.streams, strict=True):
+            for index, (stored, stream) in enumerate(zip(self.stored, self.plan.streams, strict=True)):
                 states = [self.states[stream.part, layer] for layer in stream.layers]
                 x = torch.stack([state[:, tokens] for state in states])[:, None]
                 block_index = torch.tensor([start // BLOCK_SIZE])
                 encoded = encode(x, block_index, stream, model_dtype=x.dtype)
+                if self._adopt is not None:
+                    encoded = self._adopt(index, start // BLOCK_SIZE, x, encoded)
                 for state, restored in zip(states, restore(encoded), strict=True):
                     state[:, tokens] = restored[0].to(state.dtype)
                 stored.append(encoded)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.reference.codec import EncodedBlocks
-from minicache_trt.reference.history import ATTENTION_NAME, TieredHistory, compressed_length
+from minicache_trt.reference.history import ATTENTION_NAME, Adopt, TieredHistory, compressed_length
 
 
 class Reference:
@@ -71,7 +71,7 @@ class Reference:
         self.quantum = quantum
         self.stored: list[list[EncodedBlocks]] = [[] for _ in plan.streams]
 
-    def logits(self, token_ids: Sequence[int], prompt_len: int, start: int = 0) -> Tensor:
+    def logits(self, token_ids: Sequence[int], prompt_len: int, start: int = 0, adopt: Adopt | None = None) -> Tensor:
         """Teacher-forced logits: float32 ``[len(token_ids) - start, vocab]``.
 
         Parameters
@@ -82,9 +82,11 @@ class Reference:
             Length of the prompt, 1 to ``len(token_ids)``; the tokens after it are taken as generated one by one.
         start : int
             First position whose logits are returned.
+        adopt : callable, optional
+            May replace the encoding of each compressed block, to side with an engine in rounding ties.
         """
         _check_length(token_ids, prompt_len, start)
-        history = self._new_history()
+        history = self._new_history(adopt)
         rows = []
         with self._attention():
             for begin, end, compressed in self._ranges(len(token_ids), prompt_len):
@@ -132,8 +134,8 @@ class Reference:
             return 0
         return compressed_length(position, prompt_len, self.window, self.quantum)
 
-    def _new_history(self) -> TieredHistory:
-        history = TieredHistory(self.plan)
+    def _new_history(self, adopt: Adopt | None = None) -> TieredHistory:
+        history = TieredHistory(self.plan, adopt)
         self.stored = history.stored
         return history
 

@@ -21,6 +21,7 @@ from minicache_trt.runtime.prompts import PromptLike, check_tokens, parse_prompt
 from minicache_trt.runtime.request import RequestOutput, SamplingParams
 from minicache_trt.runtime.runner import Runner
 from minicache_trt.runtime.statistics import Statistics
+from minicache_trt.runtime.tiered_cache import Demotion
 from minicache_trt.runtime.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -171,6 +172,7 @@ class LLM:
         token_ids: Sequence[list[int]],
         prompt_lens: Sequence[int] | None = None,
         start: int | Sequence[int] = 0,
+        observe: Callable[[int, int, int], None] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Logits of given tokens, exactly as generation would have seen them (teacher forcing).
 
@@ -185,6 +187,9 @@ class LLM:
             Tokens of each prompt, 1 to all of them. Default: everything is prompt.
         start : int or list of int
             First position whose logits are returned, for all sequences or for each.
+        observe : callable, optional
+            Called for each block that was compressed with the index of its sequence, its number within the sequence
+            and its id in the compressed tier, before the next step.
 
         Returns
         -------
@@ -213,7 +218,13 @@ class LLM:
             Scoring(tokens, length, first, model.vocab_size)
             for tokens, length, first in zip(token_ids, lengths, starts, strict=True)
         ]
-        for _ in self._runner.run(jobs):
+        places = {job.sequence: index for index, job in enumerate(jobs)}
+
+        def compressed(demotion: Demotion) -> None:
+            if observe is not None:
+                observe(places[demotion.sequence], demotion.block_index, demotion.target)
+
+        for _ in self._runner.run(jobs, compressed):
             pass
         return [job.logits for job in jobs]
 

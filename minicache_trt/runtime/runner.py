@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from time import perf_counter
 from typing import Protocol, TypeVar
 
@@ -79,8 +79,12 @@ class Runner:
         self.scheduler = Scheduler(self.cache, build.max_batch_size, build.max_num_tokens)
         self.statistics = self._new_statistics()
 
-    def run(self, jobs: list[AnyJob]) -> Generator[list[AnyJob], None, None]:
+    def run(
+        self, jobs: list[AnyJob], observe: Callable[[Demotion], None] | None = None
+    ) -> Generator[list[AnyJob], None, None]:
         """Run jobs to their end; after each step, yields those that computed something in it.
+
+        ``observe`` is called with each block that was compressed, while source and target are as the engine left them.
 
         Closing the iterator early drops the jobs and frees their blocks.
 
@@ -98,7 +102,7 @@ class Runner:
             self.scheduler.add(job.sequence)
         try:
             while self.scheduler.has_work:
-                yield self._step(owners)
+                yield self._step(owners, observe)
         finally:
             for sequence in (*self.scheduler.running, *self.scheduler.waiting):
                 self.scheduler.finish(sequence)
@@ -108,10 +112,10 @@ class Runner:
         """When idle, every block is free; see `TieredCache.check_integrity`."""
         self.scheduler.check_integrity()
 
-    def _step(self, owners: dict[Sequence, AnyJob]) -> list[AnyJob]:
+    def _step(self, owners: dict[Sequence, AnyJob], observe: Callable[[Demotion], None] | None) -> list[AnyJob]:
         started = perf_counter()
         preemptions = self.scheduler.num_preemptions
-        self._compress(self.scheduler.demote())
+        self._compress(self.scheduler.demote(), observe)
         step = self.scheduler.schedule()
         self._measure_cache()
         logits = self.engine.decode(build_batch(step, self.cache))
@@ -131,13 +135,16 @@ class Runner:
         self._measure_time(step, is_prefill, perf_counter() - started)
         return jobs
 
-    def _compress(self, demotions: list[Demotion]) -> None:
+    def _compress(self, demotions: list[Demotion], observe: Callable[[Demotion], None] | None) -> None:
         if not demotions:
             return
         columns = [(demotion.source, demotion.target, demotion.block_index) for demotion in demotions]
         sources, targets, indices = np.ascontiguousarray(np.array(columns, np.int32).T)
         try:
             self.engine.compress(sources, targets, indices)
+            if observe is not None:
+                for demotion in demotions:
+                    observe(demotion)
         finally:
             self.cache.release(demotions)
         self.statistics.demotions += len(demotions)

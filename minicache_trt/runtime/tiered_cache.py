@@ -60,8 +60,9 @@ class DemotionRule:
 
 @dataclass(frozen=True)
 class Demotion:
-    """One block for `Engine.compress`: full-tier source, compressed-tier target, index in its sequence."""
+    """One block for `Engine.compress`: its sequence, source (full tier), target (compressed tier), number in the sequence."""
 
+    sequence: Sequence
     source: int
     target: int
     block_index: int
@@ -146,7 +147,7 @@ class TieredCache:
         del sequence.full_table[:count]
         sequence.compressed_table += targets
         sequence.compressed_len = new_c
-        return [Demotion(s, t, first + i) for i, (s, t) in enumerate(zip(sources, targets, strict=True))]
+        return [Demotion(sequence, s, t, first + i) for i, (s, t) in enumerate(zip(sources, targets, strict=True))]
 
     def release(self, demotions: Iterable[Demotion]) -> None:
         """Free the sources of demotions that the engine has compressed."""

@@ -1,0 +1,264 @@
+"""What every benchmark shares: random checkpoints, engines, steps, paired timing, reports with their origin."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.box import MARKDOWN
+from rich.console import Console
+
+from minicache_trt.build import build_engine, load_engine
+from minicache_trt.cli.console import print_error, stderr, table
+from minicache_trt.compression.methods import make_plan
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import BLOCK_SIZE, BuildConfig, ModelConfig
+from minicache_trt.contract import full_pools
+from minicache_trt.errors import UserError
+from minicache_trt.runtime.batch import Batch
+from minicache_trt.runtime.tiered_cache import DemotionRule, blocks_for
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("minicache-trt", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+
+CacheDir = Annotated[Path, typer.Option(help="Folder for random checkpoints and the engines built from them.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+CACHE_DIR = REPOSITORY / "build" / "benchmarks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Shape of a random Llama checkpoint; the names are transformers' own."""
+
+    num_hidden_layers: int = 16
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    vocab_size: int = 32000
+    max_position_embeddings: int = 4096
+
+    @property
+    def name(self) -> str:
+        heads = f"{self.num_attention_heads}-{self.num_key_value_heads}"
+        return f"llama-{self.num_hidden_layers}x{self.hidden_size}-{self.intermediate_size}-h{heads}-v{self.vocab_size}"
+
+
+def random_llama(cache_dir: Path, shape: Shape) -> Path:
+    """A float32 Llama checkpoint with transformers' random initial weights; made once, then reused."""
+    directory = cache_dir / shape.name
+    if (directory / "model.safetensors").exists():
+        return directory
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    # Without special tokens neither side stops early or masks one.
+    config = LlamaConfig(**dataclasses.asdict(shape), bos_token_id=None, eos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def engine_directory(cache_dir: Path, checkpoint: Path, method: str, build: BuildConfig) -> Path:
+    """A freshly built engine of a checkpoint, in a directory named after what it is."""
+    output = cache_dir / f"{checkpoint.name}-{method}-{build.weights}"
+
+    def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
+        return make_plan(config, method), build
+
+    return build_engine(str(checkpoint), output, configure, overwrite=True).directory
+
+
+def open_engine(directory: Path, num_threads: int) -> Any:
+    """An engine on the ONNX Runtime backend, which also shows its pools (``.pool``)."""
+    return load_engine(directory, num_threads=num_threads, backend="onnxruntime")
+
+
+def fill_pools(engine: Any, full_blocks: int, compressed_blocks: int, used: int = 64) -> int:
+    """Allocate pools, fill up to ``used`` blocks of each tier with random history, and return the bytes allocated."""
+    allocated: int = engine.allocate(full_blocks, compressed_blocks)
+    rng = np.random.default_rng(0)
+    sources = block_ids(full_blocks, min(used, full_blocks - 1))
+    for pool in full_pools(engine.model):
+        for block in sources:
+            engine.pool(pool.name)[block] = rng.standard_normal(pool.shape, dtype=np.float32)
+    if engine.plan.compresses:
+        targets = block_ids(compressed_blocks, min(used, compressed_blocks - 1))
+        for start in range(0, len(targets), 4):
+            chunk = targets[start : start + 4]
+            engine.compress(np.resize(sources, len(chunk)), chunk, np.arange(len(chunk), dtype=np.int32) + start)
+    return allocated
+
+
+def block_ids(pool_blocks: int, count: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """``count`` distinct blocks of a pool, spread evenly over it and shuffled; never block 0."""
+    ids = np.linspace(1, pool_blocks - 1, count).astype(np.int32)
+    return np.random.default_rng(1).permutation(ids).astype(np.int32)
+
+
+def decode_step(engine: Any, sequences: int, context: int, full_blocks: int, compressed_blocks: int) -> Batch:
+    """A step that decodes token ``context`` of each of ``sequences`` sequences, as the runtime would pack it."""
+    build, position = engine.build, context - 1
+    c = DemotionRule(build.window, build.quantum).compressed_len(position, 0) if engine.plan.compresses else 0
+    full, compressed = blocks_for(context - c), c // BLOCK_SIZE
+    full_table = block_ids(full_blocks, sequences * full).reshape(sequences, full)
+    compressed_table = np.zeros((sequences, max(1, compressed)), np.int32)
+    if compressed:
+        compressed_table[:] = block_ids(compressed_blocks, sequences * compressed).reshape(sequences, compressed)
+    rows = np.arange(sequences, dtype=np.int32)
+    each = np.ones(sequences, np.int32)
+    return Batch(
+        input_ids=rows + 5,
+        positions=each * np.int32(position),
+        query_start=np.arange(sequences + 1, dtype=np.int32),
+        context_len=each * np.int32(context),
+        compressed_len=each * np.int32(c),
+        slot_mapping=(full_table[:, -1] * BLOCK_SIZE + (position - c) % BLOCK_SIZE).astype(np.int32),
+        full_table=full_table,
+        compressed_table=compressed_table,
+        decode_rows=rows,
+        prefill_rows=np.zeros((0, 0), np.int32),
+        logit_index=rows,
+    )
+
+
+def run(main: Callable[..., None]) -> None:
+    """A script's command line; what the user can mend is said in a line."""
+    app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app.command()(main)
+    try:
+        app()
+    except UserError as error:
+        print_error(error)
+        raise SystemExit(1) from error
+
+
+def seconds_per_call(call: Callable[[], object], calls: int) -> float:
+    """Median time of one call."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure contenders in turn, A B C A B C ..., so that a busy moment of the machine meets them alike.
+
+    Returns
+    -------
+    dict of str to list of float
+        What each contender returned, one number per round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for done in range(rounds):
+        for name, measure in contenders.items():
+            samples[name].append(measure())
+        line = "  ".join(f"{name} {values[-1]:.4g}" for name, values in samples.items())
+        stderr.print(f"round {done + 1}/{rounds}: {line}")
+    return samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Quotient of two contenders: median over rounds of the quotient within a round, and its range."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+        ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, without names that tell machines of one kind apart."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
+    flags = lines.get("flags", "").split()
+    try:
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:
+        system = platform.platform(terse=True)
+    return {
+        "cpu": lines.get("model name", platform.processor()),
+        "cpu_features": [name for name in CPU_FEATURES if name in flags],
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "os": system,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def _command() -> str:
+    """The command line, absolute paths reduced to their last part."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+START = machine()
+"""Taken before anything is measured, so that the load average is the load of others."""
+
+
+def report(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], results: object, json_file: Path | None
+) -> None:
+    """Print a table; write the results with everything needed to understand and repeat them.
+
+    Parameters
+    ----------
+    title : str
+        The question, with its unit.
+    columns : sequence of str
+    rows : sequence of sequences
+    results : JSON value
+        The same numbers, unrounded, and the samples behind them.
+    json_file : Path, optional
+    """
+    output = table(title, *columns)
+    output.box = MARKDOWN
+    for row in rows:
+        output.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=200).print(output, highlight=False)
+    if json_file is None:
+        return
+    data = {
+        "benchmark": Path(sys.argv[0]).stem,
+        "title": title,
+        "command": _command(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "minicache_trt")),
+        "machine": START,
+        "columns": list(columns),
+        "rows": [[str(cell) if not isinstance(cell, int | float) else cell for cell in row] for row in rows],
+        "results": results,
+    }
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

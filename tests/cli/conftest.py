@@ -1,0 +1,164 @@
+"""A tiny random Llama with a tokenizer, engines built from it, and the command in this process."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minicache_trt.cli import main
+from minicache_trt.compression.methods import MethodOptions, make_plan
+from minicache_trt.config import BuildConfig
+from tests.cli.command import Invoke, Result, assert_refused, snapshot
+
+MAX_SEQ_LEN = 192
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """Four layers, head_dim 16, 512 positions."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        bos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer with a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log. "] * 20, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One weight file."""
+    directory = tmp_path_factory.mktemp("source") / "checkpoint"
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sharded(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several weight files and an index."""
+    directory = tmp_path_factory.mktemp("source") / "sharded"
+    model.save_pretrained(directory, max_shard_size="100KB")
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4-bit MiniCache with int8 weights: every kind of file an engine can have. Not to be changed; see `workspace`."""
+    from minicache_trt.build import build_engine
+
+    output = tmp_path_factory.mktemp("built") / "engine"
+    limits = BuildConfig(max_batch_size=2, max_seq_len=MAX_SEQ_LEN, max_num_tokens=MAX_SEQ_LEN, weights="int8")
+    build_engine(
+        str(checkpoint), output, lambda config: (make_plan(config, "minicache4", MethodOptions(merge_start=2)), limits)
+    )
+    return output
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Path, workspace: Path) -> Path:
+    """A copy of the checkpoint to damage."""
+    return shutil.copytree(checkpoint, workspace / "checkpoint")
+
+
+@pytest.fixture
+def own_engine(engine: Path, workspace: Path) -> Path:
+    """A copy of the engine to damage or replace."""
+    return shutil.copytree(engine, workspace / "engine")
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
+    """The command in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["minicache-trt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Result(int(ended.value.code or 0), out, err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def refused(invoke: Invoke, workspace: Path) -> Callable[..., None]:
+    """``refused(arguments, *parts)``: the command refuses, naming ``parts``, and leaves the directory as it was."""
+
+    def run(arguments: list[object], *parts: str) -> None:
+        before = snapshot(workspace)
+        assert_refused(invoke(*arguments), *parts)
+        assert snapshot(workspace) == before
+
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """``small_disk(options)`` mounts a file system in memory; skips where that is not allowed."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        directory = tmp_path / f"disk{len(mounted)}"
+        directory.mkdir()
+        try:
+            done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True)
+        except FileNotFoundError:
+            pytest.skip("no mount command")
+        if done.returncode:
+            pytest.skip("needs the right to mount a file system")
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", "--lazy", directory], check=True)
