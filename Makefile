@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-DEMO   := build/demo-engine
+
 # The CPU build of PyTorch where pip can find it; otherwise whatever the index has.
 TORCH  ?= torch==2.13.0
 
@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup      ## Build a compressed engine from the bundled checkpoint, generate text, compare with PyTorch
-	$(BIN)/python examples/demo.py --output $(DEMO)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh build
 
 test: setup check   ## Run all checks and tests
 	$(BIN)/python -m pytest -n auto --dist loadfile

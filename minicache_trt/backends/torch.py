@@ -15,6 +15,7 @@ from minicache_trt.compression.codec import compress_blocks
 from minicache_trt.compression.plan import PARTS
 from minicache_trt.contract import compressed_pools, full_pools
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
+from minicache_trt.errors import UserError
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.torch_attention import Pools, paged_attention
 from minicache_trt.model.torch_ops import TorchOps
@@ -53,11 +54,14 @@ class TorchEngine:
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         full, compressed = full_pools(self.model), compressed_pools(self.plan, self.model)
-        tensors = {
-            pool.name: torch.zeros(blocks, *pool.shape, dtype=_POOL_TYPES[pool.dtype])
-            for pools, blocks in ((full, full_blocks), (compressed, compressed_blocks))
-            for pool in pools
-        }
+        try:
+            tensors = {
+                pool.name: torch.zeros(blocks, *pool.shape, dtype=_POOL_TYPES[pool.dtype])
+                for pools, blocks in ((full, full_blocks), (compressed, compressed_blocks))
+                for pool in pools
+            }
+        except RuntimeError as error:  # PyTorch's allocator raises nothing more specific on the CPU
+            raise UserError("the machine has too little memory for the cache", "lower --kv-cache-memory") from error
         self._pools = Pools.of(self.model, self.plan, tensors)
         return sum(tensor.nbytes for tensor in tensors.values())
 

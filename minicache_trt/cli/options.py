@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from minicache_trt.compression.methods import DEFAULT_METHOD, METHODS, MethodOpt
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import KvCacheConfig, ModelConfig
 from minicache_trt.errors import UserError
-from minicache_trt.units import parse_bytes
+from minicache_trt.units import format_bytes, parse_bytes
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Preset (llama2-7b), Hugging Face hub id, or local checkpoint directory.")
@@ -29,6 +30,8 @@ CacheMemory = Annotated[
         show_default="enough for a full batch of the longest sequences",
     ),
 ]
+MAX_CACHE_BYTES = 1 << 50
+"""Beyond any machine; block counts and array sizes up to here overflow nothing."""
 
 PLAN_HELP = "Compression"
 Method = Annotated[
@@ -122,7 +125,12 @@ class PlanOptions:
 
 def cache_config(memory: str | None) -> KvCacheConfig:
     """The cache's budget from ``--kv-cache-memory``."""
+    if memory is None:
+        return KvCacheConfig()
     try:
-        return KvCacheConfig(max_bytes=None if memory is None else parse_bytes(memory, "--kv-cache-memory"))
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"--kv-cache-memory: {error}") from error
+        size = parse_bytes(memory, "--kv-cache-memory")
+    except OverflowError:
+        size = sys.maxsize
+    if not 1 <= size <= MAX_CACHE_BYTES:
+        raise UserError(f"--kv-cache-memory: expected 1 byte to {format_bytes(MAX_CACHE_BYTES)}, got {memory}")
+    return KvCacheConfig(max_bytes=size)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache_trt.backends.base import Engine
+from minicache_trt.compression.methods import DEFAULT_METHOD, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, KvCacheConfig, ModelConfig
 from minicache_trt.errors import UserError
@@ -57,7 +58,7 @@ class LLM:
         *,
         tokenizer: Tokenizer | str | Path | None = None,
         kv_cache_config: KvCacheConfig | None = None,
-        method: str = "minicache",
+        method: str = DEFAULT_METHOD,
         plan: CompressionPlan | None = None,
         build_config: BuildConfig | None = None,
         load_format: str = "auto",
@@ -281,7 +282,6 @@ def _engine_directory(
 ) -> Path:
     """``model`` itself when it is an engine directory, else a new engine below ``work_dir``."""
     from minicache_trt.build import build_engine, default_max_seq_len
-    from minicache_trt.compression.methods import make_plan
     from minicache_trt.engine_directory import is_engine_directory
 
     if is_engine_directory(model):

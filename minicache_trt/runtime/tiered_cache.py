@@ -60,7 +60,7 @@ class DemotionRule:
 
 @dataclass(frozen=True)
 class Demotion:
-    """One block for `Engine.compress`: its sequence, source (full tier), target (compressed tier), number in the sequence."""
+    """One block for `Engine.compress`: from a full-tier source to a compressed-tier target."""
 
     sequence: Sequence
     source: int
