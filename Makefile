@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-# The CPU build of PyTorch where pip can find it; otherwise whatever the index has.
+# TORCH_ARGS chooses another build of PyTorch, for example an index of CPU-only wheels.
 TORCH  ?= torch==2.13.0
 
 .PHONY: help demo test check setup clean
@@ -14,11 +14,11 @@ help:            ## Show the targets
 
 setup: $(VENV)/.installed   ## Create the environment and install the package
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet $(TORCH) $(TORCH_ARGS)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 demo: setup      ## Build a compressed engine from the bundled checkpoint, generate text, compare with PyTorch

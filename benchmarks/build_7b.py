@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import JsonFile, report, run
+from common import run
+from reporting import JsonFile, write_report
 
 from minicache_trt.checkpoint.families import FAMILIES, weight_shapes
 from minicache_trt.checkpoint.presets import PRESETS
@@ -133,7 +134,7 @@ def main(
             rows.append([kind, f"{worst.seconds:.2f} s", memory, disk, "yes" if met else "no"])
             results.append({"kind": kind, "builds": [dataclasses.asdict(cost) for cost in costs]})
     columns = ("model", "time", "peak memory", "added on disk", "within targets")
-    report(f"Building {preset}, --merge-start {merge_start}", columns, [*rows, TARGETS], results, json)
+    write_report(f"Building {preset}, --merge-start {merge_start}", columns, [*rows, TARGETS], results, json)
 
 
 if __name__ == "__main__":

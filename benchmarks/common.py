@@ -1,16 +1,9 @@
-"""What every benchmark shares: random checkpoints, engines, steps, paired timing, reports with their origin."""
+"""What benchmarks share: random checkpoints, engines, steps, paired timing."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +11,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.box import MARKDOWN
-from rich.console import Console
 
 from minicache_trt.build import build_engine, load_engine
-from minicache_trt.cli.console import print_error, stderr, table
+from minicache_trt.cli.console import print_error, stderr
 from minicache_trt.compression.methods import make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, ModelConfig
@@ -32,11 +23,8 @@ from minicache_trt.runtime.batch import Batch
 from minicache_trt.runtime.tiered_cache import DemotionRule, blocks_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("minicache-trt", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 CacheDir = Annotated[Path, typer.Option(help="Folder for random checkpoints and the engines built from them.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 CACHE_DIR = REPOSITORY / "build" / "benchmarks"
 
 
@@ -189,76 +177,3 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, without names that tell machines of one kind apart."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
-    flags = lines.get("flags", "").split()
-    try:
-        system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    except OSError:
-        system = platform.platform(terse=True)
-    return {
-        "cpu": lines.get("model name", platform.processor()),
-        "cpu_features": [name for name in CPU_FEATURES if name in flags],
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "os": system,
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
-
-
-def _command() -> str:
-    """The command line, absolute paths reduced to their last part."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
-
-
-START = machine()
-"""Taken before anything is measured, so that the load average is the load of others."""
-
-
-def report(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], results: object, json_file: Path | None
-) -> None:
-    """Print a table; write the results with everything needed to understand and repeat them.
-
-    Parameters
-    ----------
-    title : str
-        The question, with its unit.
-    columns : sequence of str
-    rows : sequence of sequences
-    results : JSON value
-        The same numbers, unrounded, and the samples behind them.
-    json_file : Path, optional
-    """
-    output = table(title, *columns)
-    output.box = MARKDOWN
-    for row in rows:
-        output.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console(width=200).print(output, highlight=False)
-    if json_file is None:
-        return
-    data = {
-        "benchmark": Path(sys.argv[0]).stem,
-        "title": title,
-        "command": _command(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "minicache_trt")),
-        "machine": START,
-        "columns": list(columns),
-        "rows": [[str(cell) if not isinstance(cell, int | float) else cell for cell in row] for row in rows],
-        "results": results,
-    }
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -19,7 +19,6 @@ import typer
 from common import (
     CACHE_DIR,
     CacheDir,
-    JsonFile,
     Ratio,
     Shape,
     alternate,
@@ -29,10 +28,10 @@ from common import (
     fill_pools,
     open_engine,
     random_llama,
-    report,
     run,
     seconds_per_call,
 )
+from reporting import JsonFile, write_report
 
 from minicache_trt.cli.console import stderr
 from minicache_trt.compression.size import ratio as size_ratio
@@ -139,7 +138,9 @@ def main(
         "weights, method, context", "cache smaller by", "full step (ms)", "step (ms)", "step / full (range)",
         "compress a block (ms)", "share of 64 steps",
     )  # fmt: skip
-    report(f"Decode over compressed history, batch 1, {shape.name}, {threads} thread(s)", columns, rows, results, json)
+    write_report(
+        f"Decode over compressed history, batch 1, {shape.name}, {threads} thread(s)", columns, rows, results, json
+    )
 
 
 if __name__ == "__main__":

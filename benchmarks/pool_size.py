@@ -17,7 +17,6 @@ import typer
 from common import (
     CACHE_DIR,
     CacheDir,
-    JsonFile,
     Ratio,
     Shape,
     alternate,
@@ -27,10 +26,10 @@ from common import (
     fill_pools,
     open_engine,
     random_llama,
-    report,
     run,
     seconds_per_call,
 )
+from reporting import JsonFile, write_report
 
 from minicache_trt.cli.console import stderr
 from minicache_trt.config import BuildConfig
@@ -86,7 +85,7 @@ def main(
                 }
             )
     columns = ("step", f"{small} blocks", f"{large} blocks", "small (ms)", "large (ms)", "large/small (range)")
-    report(f"A step over small and large pools, {SHAPE.name}, {threads} thread(s)", columns, rows, results, json)
+    write_report(f"A step over small and large pools, {SHAPE.name}, {threads} thread(s)", columns, rows, results, json)
 
 
 if __name__ == "__main__":

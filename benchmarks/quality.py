@@ -22,8 +22,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import REPOSITORY, JsonFile, report, run
+from common import REPOSITORY, run
 from numpy.typing import NDArray
+from reporting import JsonFile, write_report
 from transformers import AutoTokenizer
 
 from minicache_trt.checkpoint.resolve import resolve_config
@@ -197,7 +198,7 @@ def main(
     columns = ("method", "cache smaller by", "perplexity", "change [95 %]", "recall [95 %]", "recall nll [95 %]")
     title = f"{checkpoint.resolve().name if checkpoint.name != 'checkpoint' else 'demo model'}, {text_name or name}"
     counts = f"{len(sequences)} windows of {length} tokens, {len(repeated)} repeated segments"
-    report(f"Quality: {title}; {counts}, {weights} weights", columns, rows, results, json)
+    write_report(f"Quality: {title}; {counts}, {weights} weights", columns, rows, results, json)
 
 
 def row(method: str, figures: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from minicache_trt.checkpoint.quantize import dequantized_linears
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.contract import plan_layout
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
+from minicache_trt.errors import UserError
 from minicache_trt.reference import EncodedBlocks, Reference
 from minicache_trt.reference.history import Adopt
 from minicache_trt.reference.ties import Stored, Ties, adopt
@@ -191,8 +192,23 @@ def compare_engine(
         Tokens to generate for each prompt; logits are compared at these positions.
     progress : callable
         Called with prompts done and prompts in all.
+
+    Raises
+    ------
+    UserError
+        A prompt cannot be used, or the engine cannot continue it.
     """
     outputs = llm.generate(list(prompts), SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
+    for index, output in enumerate(outputs):
+        completion = output.outputs[0]
+        if completion.finish_reason == "error":
+            raise UserError(f"prompts[{index}]: the engine ended early: {completion.stop_reason}")
+        if not completion.token_ids:
+            raise UserError(
+                f"prompts[{index}] has {len(output.prompt_token_ids)} tokens and fills the engine's max_seq_len "
+                f"{info.build.max_seq_len}, so there is nothing to compare",
+                "shorten the prompt, or build the engine with a larger max_seq_len",
+            )
     sequences = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
     lengths = [len(o.prompt_token_ids) for o in outputs]
     recorder = BlockRecorder(llm.engine)

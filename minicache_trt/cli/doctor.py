@@ -59,7 +59,7 @@ def run_checks() -> list[Check]:
     """Every finding, in the order of the table."""
     versions = tool_versions()
     checks = [
-        Check("Python", sys.version_info >= (3, 10), platform.python_version(), remedy=""),
+        Check("Python", sys.version_info >= (3, 11), platform.python_version(), remedy=""),
         Check("packages", True, ", ".join(f"{name} {version}" for name, version in versions.items())),
         Check("CPU", True, f"{len(os.sched_getaffinity(0))} cores, {_cpu_features()}"),
         _memory(),

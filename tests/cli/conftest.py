@@ -1,17 +1,22 @@
-"""A tiny random Llama with a tokenizer, engines built from it, and the command in this process."""
+"""A tiny random Llama with a tokenizer, an engine built from it, and the command in this process."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from minicache_trt.checkpoint import FAMILIES, parse_config, weight_shapes
 from minicache_trt.cli import main
 from minicache_trt.compression.methods import MethodOptions, make_plan
 from minicache_trt.config import BuildConfig
@@ -20,61 +25,72 @@ from tests.cli.command import Invoke, Result, assert_refused, snapshot
 MAX_SEQ_LEN = 192
 
 
-@pytest.fixture(scope="session")
-def model() -> Any:
-    """Four layers, head_dim 16, 512 positions."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=512,
-        eos_token_id=1,
-        bos_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float32",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
-def save_tokenizer(directory: Path) -> None:
+def write_checkpoint(directory: Path, shards: int) -> Path:
+    """Random weights in one file, or in several with an index."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    write_tokenizer(directory)
+    shapes, rng = weight_shapes(parse_config(CONFIG, path="config.json")), np.random.default_rng(0)
+    weights = {
+        FAMILIES["llama"].hf_name(name): np.ones(shape, np.float32)
+        if name.endswith("norm.weight")
+        else 0.1 * rng.standard_normal(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+    if shards == 1:
+        save_file(weights, directory / "model.safetensors")
+        return directory
+    files = [f"model-{i:05}-of-{shards:05}.safetensors" for i in range(1, shards + 1)]
+    places = dict(zip(weights, itertools.cycle(files)))
+    for file in files:
+        save_file({name: weights[name] for name, place in places.items() if place == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
     """A byte-level BPE tokenizer with a few merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=CONFIG["vocab_size"],
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log. "] * 20, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture(scope="session")
-def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One weight file."""
-    directory = tmp_path_factory.mktemp("source") / "checkpoint"
-    model.save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", shards=1)
 
 
 @pytest.fixture(scope="session")
-def sharded(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Several weight files and an index."""
-    directory = tmp_path_factory.mktemp("source") / "sharded"
-    model.save_pretrained(directory, max_shard_size="100KB")
-    save_tokenizer(directory)
-    return directory
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "sharded", shards=3)
 
 
 @pytest.fixture(scope="session")
@@ -112,8 +128,8 @@ def own_engine(engine: Path, workspace: Path) -> Path:
 
 
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
-    """The command in this process."""
+def invoke(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
+    """The command in this process and in `workspace`."""
     handler = signal.getsignal(signal.SIGTERM)
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)

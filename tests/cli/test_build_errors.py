@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.command import Invoke, run_process
+from tests.cli.command import Invoke, assert_refused, run_process, snapshot
 
 Refused = Callable[..., None]
 
@@ -37,11 +37,11 @@ def test_model_that_is_an_engine(refused: Refused, own_engine: Path) -> None:
     refused(["build", "-m", own_engine, "-o", "new"], "is an engine, expected a checkpoint", "engine/checkpoint")
 
 
-def test_preset_misspelled_in_its_own_process(workspace: Path) -> None:
-    result = run_process("build", "-m", "lama2-7b", "-o", workspace / "new/engine")
-    assert result.code == 2 and result.out == "" and "Traceback" not in result.err
-    assert [line.partition(":")[0] for line in result.err.splitlines()] == ["error", "hint"]
-    assert not any(workspace.iterdir())
+def test_checkpoint_in_its_own_process(own_checkpoint: Path) -> None:
+    before = snapshot(own_checkpoint.parent)
+    result = run_process("plan", "-m", own_checkpoint, "--save", own_checkpoint.parent / "p.json", "--merge-start", 3)
+    assert_refused(result, "merge start 3 is out of range", "choose a layer from 0 to 2")
+    assert snapshot(own_checkpoint.parent) == before
 
 
 def _edit_config(checkpoint: Path, **changes: Any) -> None:

@@ -171,13 +171,13 @@ def test_output_that_is_a_link(invoke: Invoke, checkpoint: Path, own_engine: Pat
     assert (workspace / "next").is_symlink() and read_engine(workspace / "not-yet-there")
 
 
-_BUILDS_THAT_STOP = """
+_BUILDS_THAT_STOP = r"""
 import os, sys, time
 import minicache_trt.build
 from minicache_trt.cli import main
 
 def stop(*_):
-    print(name, os.getpid(), flush=True)
+    print(f"{name} {os.getpid()}\n", end="", flush=True)
     time.sleep(100)
 
 minicache_trt.build.write_config = stop

@@ -15,11 +15,13 @@ import pytest
 from minicache_trt.compression.methods import METHODS
 from minicache_trt.config import WEIGHT_FORMATS
 from minicache_trt.engine_directory import QUANTIZED, read_engine
-from tests.cli.command import Invoke, run_process
+from tests.cli.command import Invoke, assert_refused, run_process
 from tests.cli.conftest import MAX_SEQ_LEN
 
 VERBS = ("build", "run", "compare", "plan", "inspect", "doctor")
 PROMPT = "the cat sat on"
+ONE_THREAD = ["--threads", "1"]
+"""More would only wait for one another."""
 
 
 def _json(invoke: Invoke, *arguments: object) -> Any:
@@ -63,8 +65,10 @@ def test_build(invoke: Invoke, checkpoint: Path, workspace: Path, method: str, w
     assert (engine / QUANTIZED).exists() == (weights != "fp32")
     assert (engine / "compressor.onnx").exists() == (method != "full")
     assert [path.name for path in engine.parent.iterdir()] == ["engine"]
-    outputs = _json(invoke, "run", "-e", engine, "-p", PROMPT, "--max-tokens", "4", "--ignore-eos")["outputs"]
-    assert len(outputs[0]["token_ids"]) == 4
+    if weights == "fp32" or method == "minicache4":  # what a method stores does not depend on the weights
+        flags = ["-p", PROMPT, "--max-tokens", "4", "--ignore-eos", *ONE_THREAD]
+        (output,) = _json(invoke, "run", "-e", engine, *flags)["outputs"]
+        assert len(output["token_ids"]) == 4
 
 
 def test_weights_are_linked(invoke: Invoke, sharded: Path, workspace: Path) -> None:
@@ -113,7 +117,7 @@ def test_names_with_special_characters(invoke: Invoke, checkpoint: Path) -> None
     assert built.code == 0 and f"Engine {output}" in built.out
     assert f"Engine {output}" in invoke("inspect", "-e", output).out
     assert f"wrote {output}.json" in invoke("plan", "-m", checkpoint, "--save", f"{output}.json").err
-    streamed = invoke("run", "-e", output, "-p", PROMPT, "--max-tokens", "2")
+    streamed = invoke("run", "-e", output, "-p", PROMPT, "--max-tokens", "2", *ONE_THREAD)
     assert streamed.code == 0 and streamed.out.startswith(PROMPT)
 
 
@@ -138,10 +142,10 @@ def test_doctor(invoke: Invoke) -> None:
 
 
 def test_run_streams_what_json_reports(invoke: Invoke, engine: Path) -> None:
-    for flags in (["--max-tokens", "100"], ["--temperature", "1.5", "--seed", "3", "--max-tokens", "60"]):
-        (output,) = _json(invoke, "run", "-e", engine, "-p", PROMPT, *flags)["outputs"]
+    for flags in (["--max-tokens", "40"], ["--temperature", "1.5", "--seed", "3", "--max-tokens", "20"]):
+        (output,) = _json(invoke, "run", "-e", engine, "-p", PROMPT, *flags, *ONE_THREAD)["outputs"]
         assert output["prompt"] == PROMPT and output["text"]
-        streamed = invoke("run", "-e", engine, "-p", PROMPT, *flags)
+        streamed = invoke("run", "-e", engine, "-p", PROMPT, *flags, *ONE_THREAD)
         assert streamed.code == 0 and streamed.out == f"{PROMPT}{output['text']}\n"
         assert "tokens/s" in streamed.err
 
@@ -151,8 +155,8 @@ def test_prompts_from_files(invoke: Invoke, engine: Path, workspace: Path) -> No
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
     (workspace / "prompts.jsonl").write_text("\n".join([*lines, "", ""]), encoding="utf-8")
     (workspace / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(prompts).encode())
-    flags = ["run", "-e", engine, "--max-tokens", "4"]
-    expected = _json(invoke, *flags, *(part for prompt in prompts for part in ("-p", prompt)))["outputs"]
+    flags = ["run", "-e", engine, "--max-tokens", "4", *ONE_THREAD]
+    expected = _json(invoke, *flags, *(part for prompt in prompts for part in ("-p", prompt, *ONE_THREAD)))["outputs"]
     assert [output["prompt"] for output in expected] == prompts
     for name in ("prompts.jsonl", "prompts.txt"):
         assert _json(invoke, *flags, "--prompts", name)["outputs"] == expected
@@ -162,27 +166,35 @@ def test_prompts_from_files(invoke: Invoke, engine: Path, workspace: Path) -> No
 
 def test_prompt_as_long_as_the_engine(invoke: Invoke, engine: Path) -> None:
     prompt = "\u00e9" * (MAX_SEQ_LEN // 2)
-    (output,) = _json(invoke, "run", "-e", engine, "-p", prompt)["outputs"]
+    (output,) = _json(invoke, "run", "-e", engine, "-p", prompt, *ONE_THREAD)["outputs"]
     assert (output["prompt_tokens"], output["token_ids"]) == (MAX_SEQ_LEN, [])
-    result = invoke("compare", "-e", engine, "-p", prompt, "--json")
-    assert result.code == 2 and "Traceback" not in result.err
+    assert_refused(
+        invoke("compare", "-e", engine, "-p", prompt, *ONE_THREAD), f"{MAX_SEQ_LEN} tokens", "nothing to compare"
+    )
 
 
 def test_compare(invoke: Invoke, engine: Path) -> None:
-    data = _json(invoke, "compare", "-e", engine, "-p", PROMPT, "--max-tokens", "8")
+    data = _json(invoke, "compare", "-e", engine, "-p", PROMPT, "--max-tokens", "8", *ONE_THREAD)
     assert data["method"] == "minicache4" and len(data["prompts"]) == 1
-    text = invoke("compare", "-e", engine, "-p", PROMPT, "--max-tokens", "8")
+    text = invoke("compare", "-e", engine, "-p", PROMPT, "--max-tokens", "8", *ONE_THREAD)
     assert text.code == 0 and text.err == "" and "PyTorch" in text.out
 
 
-@pytest.mark.parametrize("verb", ["compare", "run"])
-def test_libraries_are_quiet(engine: Path, verb: str) -> None:
+def test_libraries_are_quiet(engine: Path) -> None:
     """No progress bars, advice or warnings of other packages, on either stream."""
-    result = run_process(verb, "-e", engine, "-p", PROMPT, "--max-tokens", "4", "--json", PYTHONIOENCODING="ascii")
+    result = run_process("compare", "-e", engine, "-p", PROMPT, "--max-tokens", "4", "--json", *ONE_THREAD)
     assert result.code == 0 and result.err == ""
     json.loads(result.out)
 
 
-def test_text_that_the_terminal_cannot_show(engine: Path) -> None:
-    result = run_process("run", "-e", engine, "-p", "caf\u00e9", "--max-tokens", "2", PYTHONIOENCODING="ascii")
-    assert result.code == 0 and result.out.startswith("caf\\xe9")
+def test_text_that_the_terminal_cannot_show(engine: Path, workspace: Path) -> None:
+    (workspace / "caf\u00e9").symlink_to(engine)
+    result = run_process("inspect", "-e", "caf\u00e9", PYTHONIOENCODING="ascii")
+    assert result.code == 0 and result.err == "" and result.out.startswith("Engine caf\\xe9")
+
+
+def test_rebuild_from_its_own_checkpoint(invoke: Invoke, own_engine: Path) -> None:
+    """The weights an engine holds outlive its replacement."""
+    assert invoke("build", "-m", own_engine / "checkpoint", "-o", own_engine, "--force", "--method", "full").code == 0
+    assert read_engine(own_engine).plan.method == "full"
+    assert [path.name for path in own_engine.parent.iterdir()] == ["engine"]
