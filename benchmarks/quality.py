@@ -31,6 +31,7 @@ from minicache_trt.checkpoint.resolve import resolve_config
 from minicache_trt.cli.console import stderr
 from minicache_trt.compression.methods import MERGING_METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.plan_json import load_plan
 from minicache_trt.compression.size import ratio, sequence_bytes
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, KvCacheConfig, ModelConfig
 from minicache_trt.runtime.llm import LLM
@@ -116,7 +117,7 @@ def score(llm: LLM, sequences: Tokens, first: int, batch: int, progress: Callabl
 def plan_for(method: str, merge_start: int | None, config: ModelConfig) -> CompressionPlan:
     """A method's plan, or the one in a file."""
     if method.endswith(".json"):
-        return CompressionPlan.load(Path(method)).validate(config)
+        return load_plan(Path(method)).validate(config)
     return make_plan(config, method, MethodOptions(merge_start=merge_start if method in MERGING_METHODS else None))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.plan_json import plan_from_dict
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.contract import contract_hash
 from minicache_trt.errors import UserError
@@ -170,7 +171,7 @@ def _parse(data: dict[str, Any]) -> EngineInfo:
     files = _section(data, "files", [DECODER])
     for name in files:
         _section(files, name, ["bytes", "sha256"])
-    plan = CompressionPlan.from_dict(data["plan"]).validate(model)
+    plan = plan_from_dict(data["plan"]).validate(model)
     return EngineInfo(model, plan, build, source, _section(data, "tools", []), files)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from minicache_trt.compression.methods import DEFAULT_METHOD, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.plan_json import load_plan
 from minicache_trt.config import KvCacheConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes, parse_bytes
@@ -110,7 +111,7 @@ class PlanOptions:
             given = [name for name, value in others.items() if value is not None]
             if given:
                 raise UserError(f"--plan says everything about compression, {', '.join(given)} cannot be added to it")
-            return CompressionPlan.load(self.plan).validate(config)
+            return load_plan(self.plan).validate(config)
         if self.kv_format is not None and self.kv_format not in KV_FORMATS:
             raise UserError(f"unknown --kv-format {self.kv_format!r}", f"formats: {', '.join(KV_FORMATS)}")
         merges = self.merge_start is not None or self.kv_format is not None

@@ -14,6 +14,7 @@ from minicache_trt.checkpoint import resolve_config
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, stderr, stdout, table
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.plan_json import save_plan
 from minicache_trt.compression.size import StreamCost, baseline_bytes_per_token, bytes_per_token, layer_costs
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.units import format_bytes
@@ -49,7 +50,7 @@ def plan(
     summary = plan_summary(chosen, config, context, BuildConfig().window)
     costs = layer_costs(chosen, config)
     if save is not None:
-        chosen.save(save)
+        save_plan(chosen, save)
         stderr.print(f"wrote {save}")
     if json:
         print_json({"model": model, **summary, "layers": [asdict(cost) for cost in costs]})

@@ -10,14 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from minicache_trt.compression.constants import ANTIPODAL_MARGIN, FIRST_SCORE, SMALL_ANGLE
 from minicache_trt.compression.plan import Stream
-
-SMALL_ANGLE = 1e-4
-"""Below this angle (radians) SLERP becomes a normalised linear interpolation."""
-ANTIPODAL_MARGIN = 1e-3
-"""Above pi minus this angle the later layer's direction is taken."""
-FIRST_SCORE = 4.0
-"""Retention score of tokens without a meaningful angle (antipodal or zero): above every angle."""
 
 
 def _granular(x: Tensor, norm: str) -> Tensor:

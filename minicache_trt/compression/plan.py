@@ -7,10 +7,7 @@ reads one key stream and one value stream. A plan without streams keeps everythi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
@@ -193,102 +190,3 @@ class CompressionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-    def digest(self) -> str:
-        """SHA-256 of the plan's canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
-
-    @classmethod
-    def from_dict(cls, data: Any) -> CompressionPlan:
-        """Read a plan from JSON data.
-
-        Raises
-        ------
-        UserError
-            Naming the path of the field that is missing, unknown or out of range.
-        """
-        fields = _object(data, "", {"method", "streams"}, {"method", "streams"})
-        streams = tuple(_stream(item, f"streams[{i}]") for i, item in enumerate(_list(fields["streams"], "streams")))
-        return cls(method=_typed(fields["method"], str, "method"), streams=streams)
-
-    @classmethod
-    def load(cls, path: str | Path) -> CompressionPlan:
-        """Read ``plan.json``; see `from_dict` for errors."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"plan: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"plan: {path} is not JSON: {error}") from error
-        return cls.from_dict(data)
-
-    def save(self, path: str | Path) -> None:
-        """Write ``plan.json``.
-
-        Raises
-        ------
-        UserError
-            The file cannot be written.
-        """
-        try:
-            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"plan: cannot write {path}: {error.strerror}") from error
-
-
-def _place(path: str) -> str:
-    """A field's path for errors; the empty path is the plan itself."""
-    return f"plan: {path}" if path else "plan"
-
-
-def _typed(value: Any, kind: type | tuple[type, ...], path: str) -> Any:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(f"{_place(path)}: expected {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
-    return value
-
-
-def _list(value: Any, path: str) -> list[Any]:
-    result: list[Any] = _typed(value, list, path)
-    return result
-
-
-def _object(data: Any, path: str, known: set[str], required: set[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = _typed(data, dict, path)
-    for name in sorted(set(fields) - known):
-        raise UserError(f"{_place(path)}: unknown field {name!r}", f"known fields: {', '.join(sorted(known))}")
-    for name in sorted(required - set(fields)):
-        raise UserError(f"{_place(path)}: field {name!r} is missing")
-    return fields
-
-
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
-
-
-def _build(cls: type, fields: dict[str, Any], path: str) -> Any:
-    for field in dataclasses.fields(cls):
-        if field.name in fields and str(field.type) in _FIELD_TYPES:
-            _typed(fields[field.name], _FIELD_TYPES[str(field.type)], f"{path}.{field.name}")
-    try:
-        return cls(**fields)
-    except ValueError as error:
-        raise UserError(f"plan: {path}.{error}") from error
-
-
-def _names(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
-
-
-def _stream(data: Any, path: str) -> Stream:
-    fields = dict(_object(data, path, _names(Stream), {"part", "layers", "segments"}))
-    layers = _list(fields["layers"], f"{path}.layers")
-    fields["layers"] = tuple(_typed(layer, int, f"{path}.layers[{i}]") for i, layer in enumerate(layers))
-    segments = []
-    for i, item in enumerate(_list(fields["segments"], f"{path}.segments")):
-        where = f"{path}.segments[{i}]"
-        segments.append(_build(Segment, _object(item, where, _names(Segment), {"length"}), where))
-    fields["segments"] = tuple(segments)
-    stream: Stream = _build(Stream, fields, path)
-    return stream

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minicache_trt.compression.constants import FLOAT16_MAX
 from minicache_trt.compression.plan import Segment
 from minicache_trt.contract import BYTE_OFFSET
-
-FLOAT16_MAX = 65504.0
 
 
 def saturate_float16(x: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ import math
 
 import onnx_ir as ir
 
-from minicache_trt.compression.merge import ANTIPODAL_MARGIN, FIRST_SCORE, SMALL_ANGLE
+from minicache_trt.compression.constants import ANTIPODAL_MARGIN, FIRST_SCORE, FLOAT16_MAX, SMALL_ANGLE
 from minicache_trt.compression.plan import PARTS, Segment, Stream
-from minicache_trt.compression.quantize import FLOAT16_MAX
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import BYTE_OFFSET, COMPRESSOR_INPUTS, StreamLayout
 from minicache_trt.functions.streams import block_slices
