@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, progress_bars, stdout, table
@@ -66,26 +67,21 @@ def compare(
 
 
 def _print(title: str, result: Comparison, against: str) -> None:
-    rows = table(
-        title,
-        "prompt",
-        "tokens",
-        "max |diff|",
-        "mean |diff|",
-        "KL (nats)",
-        "top-1 agree",
-        "common prefix",
-        "gap where they part",
+    rows = table(title, "prompt", "tokens", "max diff", "mean diff", "KL", "top-1", "prefix", "gap")
+    rows.box, rows.caption_justify = box.SIMPLE, "left"
+    rows.caption = (
+        "diff: of logits; KL in nats; top-1: same most likely token; prefix: tokens until greedy decoding parts, "
+        "gap: between PyTorch's two best logits there"
     )
     for index, item in enumerate(result.prompts):
         row: Agreement = getattr(item, against)
-        gap = "" if row.part_gap is None else f"{row.part_gap:.2g}"
+        gap = "" if row.part_gap is None else f"{row.part_gap:.1e}"
         rows.add_row(
             str(index),
             f"{item.prompt_tokens}+{item.generated_tokens}",
-            f"{row.max_abs_diff:.2e}",
-            f"{row.mean_abs_diff:.2e}",
-            f"{row.kl:.2e}",
+            f"{row.max_abs_diff:.1e}",
+            f"{row.mean_abs_diff:.1e}",
+            f"{row.kl:.1e}",
             f"{100 * row.top1_agreement:.1f} %",
             f"{row.common_prefix}/{row.positions}",
             gap,
@@ -95,9 +91,9 @@ def _print(title: str, result: Comparison, against: str) -> None:
     rows.add_row(
         "all",
         "",
-        f"{total['max_abs_diff']:.2e}",
-        f"{total['mean_abs_diff']:.2e}",
-        f"{total['kl']:.2e}",
+        f"{total['max_abs_diff']:.1e}",
+        f"{total['mean_abs_diff']:.1e}",
+        f"{total['kl']:.1e}",
         f"{100 * total['top1_agreement']:.1f} %",
         f"{total['common_prefix']:.0f}",
         "",

@@ -172,7 +172,19 @@ def _arange(g: Emitter, count: ir.Value) -> ir.Value:
 
 
 def _prefill(step: _Step, decoded: ir.Value) -> ir.Value:
-    """Attention of the prefill chunks, written behind ``decoded``; ``[T, Hq*D]``."""
+    """Attention of the prefill chunks, written behind ``decoded``; ``[T, Hq*D]``. Steps without any skip it whole."""
+    g = step.g
+    any_chunk = g.op("Greater", g.op("Squeeze", g.extent(step.inputs["prefill_rows"], 0)), g.constant(0))
+    branches = {}
+    for name, attend in (("then_branch", _prefill_chunks), ("else_branch", lambda step, x: step.g.op("Identity", x))):
+        with g.subgraph() as tape:
+            out = attend(step, decoded)
+        out.type = ir.TensorType(ir.DataType.FLOAT)
+        branches[name] = ir.Graph([], [out], nodes=tape.nodes, name=f"prefill_{name}")
+    return g.op("If", any_chunk, attrs=branches)
+
+
+def _prefill_chunks(step: _Step, decoded: ir.Value) -> ir.Value:
     g, config, inputs = step.g, step.config, step.inputs
     tokens, decodes = g.extent(inputs["q"], 0), g.extent(inputs["decode_rows"], 0)
     chunks = g.extent(inputs["prefill_rows"], 0)
