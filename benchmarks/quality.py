@@ -34,6 +34,7 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
 from minicache_trt.compression.size import ratio, sequence_bytes
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, KvCacheConfig, ModelConfig
+from minicache_trt.errors import UserError
 from minicache_trt.runtime.llm import LLM
 
 DEMO = REPOSITORY / "examples" / "demo_model"
@@ -162,7 +163,7 @@ def main(
 ) -> None:  # fmt: skip
     """Print perplexity and recall of compression methods beside their memory."""
     if text is None and checkpoint.resolve() != (DEMO / "checkpoint").resolve():
-        raise typer.BadParameter("give --text for this checkpoint")
+        raise UserError("which text is held out is only known for the demo checkpoint", "give --text FILE")
     name, documents = demo_text() if text is None else (text.name, text.read_text(encoding="utf-8").split(SEPARATOR))
     tokenizer, config = AutoTokenizer.from_pretrained(checkpoint), resolve_config(str(checkpoint))
     sequences = text_windows(tokenizer, documents, length, windows)

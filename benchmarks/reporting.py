@@ -57,8 +57,13 @@ def _command() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
-START = machine()
-"""Taken before anything is measured, so that the load average is the load of others."""
+ORIGIN = {
+    "command": _command(),
+    "commit": _git("rev-parse", "HEAD"),
+    "uncommitted_changes": bool(_git("status", "--porcelain", "--", ":/minicache_trt")),
+    "machine": machine(),
+}
+"""Taken before anything is measured: later the sources may change, and the load average would be our own."""
 
 
 def write_report(
@@ -76,20 +81,19 @@ def write_report(
         The same numbers, unrounded, and the samples behind them.
     json_file : Path, optional
     """
-    output = table(title, *columns)
-    output.box = MARKDOWN
+    output = table("", *columns)
+    output.title, output.box = None, MARKDOWN
     for row in rows:
         output.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console(width=200).print(output, highlight=False)
+    console = Console(width=200, highlight=False)
+    console.print(title)
+    console.print(output)
     if json_file is None:
         return
     data = {
         "benchmark": Path(sys.argv[0]).stem,
         "title": title,
-        "command": _command(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ":/minicache_trt")),
-        "machine": START,
+        **ORIGIN,
         "columns": list(columns),
         "rows": [[str(cell) if not isinstance(cell, int | float) else cell for cell in row] for row in rows],
         "results": results,

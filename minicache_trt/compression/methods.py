@@ -89,6 +89,8 @@ def _streams(config: ModelConfig, merge: str, formats: Formats, options: MethodO
 
 def _merge_start(config: ModelConfig, options: MethodOptions) -> int:
     start = config.num_layers // 2 if options.merge_start is None else options.merge_start
+    if config.num_layers < 2:
+        raise UserError("the model has one layer, so there is nothing to merge", "choose a method that does not merge")
     if not 0 <= start <= config.num_layers - 2:
         raise UserError(
             f"merge start {start} is out of range: the model has {config.num_layers} layers",

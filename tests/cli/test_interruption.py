@@ -172,9 +172,12 @@ def test_output_that_is_a_link(invoke: Invoke, checkpoint: Path, own_engine: Pat
 
 
 _BUILDS_THAT_STOP = r"""
-import os, sys, time
+import os, signal, sys, time
 import minicache_trt.build
 from minicache_trt.cli import main
+
+# A test run in the background of a shell inherits an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def stop(*_):
     print(f"{name} {os.getpid()}\n", end="", flush=True)

@@ -186,8 +186,7 @@ def cached_logits(model: Model, plan: CompressionPlan, tokens: list[int], prompt
 def test_compressed_history_matches_a_token_by_token_cache(method: str, norm: str) -> None:
     """Computed in float64, so that the order of summation moves no code across a rounding boundary."""
     model = make_model("llama-gqa").double()
-    merging = method != "kivi2"
-    options = MethodOptions(merge_start=0 if merging else None, norm=norm, sink_tokens=2)
+    options = MethodOptions(merge_start=0, norm=norm, sink_tokens=2) if method != "kivi2" else None
     plan = make_plan(shape_of(model), method, options)
     tokens, prompt_len = random_tokens(330), 260
     actual = Reference(model, plan, window=64, quantum=128).logits(tokens, prompt_len)
