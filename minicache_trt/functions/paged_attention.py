@@ -11,6 +11,7 @@ Decodes (one-token sequences) and prefill chunks are computed apart, so neither 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -32,6 +33,8 @@ STEP_INPUTS = (
 )
 """Decoder inputs the op takes after q, k, v and kv; those of the compressed tier only where there is one."""
 
+GROUP_BYTES = 1 << 21
+"""Gathered keys of one group of decodes: about a core's own cache."""
 LARGEST = 3.0e38
 """Numbers of at least this magnitude (and NaN) are appended as zero."""
 
@@ -119,9 +122,45 @@ def _append(g: Emitter, config: ModelConfig, inputs: dict[str, ir.Value]) -> ir.
 
 
 def _decode(step: _Step) -> ir.Value:
-    """Attention of the one-token sequences, ``[Nd, Hq*D]``; logits are computed block by block, nothing is restored."""
+    """Attention of the one-token sequences, ``[Nd, Hq*D]``, in groups whose gathered keys fit a processor's cache."""
     g, config, inputs = step.g, step.config, step.inputs
     rows = inputs["decode_rows"]
+    count = g.extent(rows, 0)
+    blocks = [g.extent(inputs[name], 1) for name in ("full_table", "compressed_table") if name in inputs]
+    block_bytes = g.constant([config.num_kv_heads * BLOCK_SIZE * config.head_dim * 4])
+    row_bytes = g.op("Mul", _add(g, blocks), block_bytes)
+    group = g.op("Max", g.op("Div", g.constant([GROUP_BYTES]), row_bytes), g.constant([1]))
+    trips = g.op("Div", g.op("Sub", g.op("Add", count, group), g.constant([1])), group)
+    width = g.constant([config.num_heads * config.head_dim])
+    blank = g.op("Expand", g.floats(0.0), g.op("Concat", count, width, attrs={"axis": 0}))
+
+    def attend(iteration: ir.Value, out: ir.Value) -> ir.Value:
+        start = g.op("Mul", g.unsqueeze(iteration, 0), group)
+        some = g.slice(rows, start, g.op("Add", start, group), 0)
+        return g.op("ScatterND", out, g.unsqueeze(some, 1), _decode_rows(step, some))
+
+    return _loop(g, "decode_group", trips, blank, attend)
+
+
+def _loop(
+    g: Emitter, name: str, trips: ir.Value, carried: ir.Value, body: Callable[[ir.Value, ir.Value], ir.Value]
+) -> ir.Value:
+    """Run ``carried = body(i, carried)`` for i in [0, trips); ``trips`` is ``[1]`` int64, ``carried`` float32."""
+    iteration, condition, value = (g.parameter(f"{name}.{part}") for part in ("i", "cond", "out"))
+    for item, dtype in ((iteration, ir.DataType.INT64), (condition, ir.DataType.BOOL), (value, ir.DataType.FLOAT)):
+        item.type = ir.TensorType(dtype)
+    iteration.shape, condition.shape = ir.Shape([]), ir.Shape([])
+    with g.subgraph() as tape:
+        updated = body(iteration, value)
+        proceed = g.op("Identity", condition)
+    proceed.type, updated.type = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([iteration, condition, value], [proceed, updated], nodes=tape.nodes, name=name)
+    return g.op("Loop", g.op("Squeeze", trips), None, carried, attrs={"body": graph})
+
+
+def _decode_rows(step: _Step, rows: ir.Value) -> ir.Value:
+    """Attention of some one-token sequences; logits are computed block by block, nothing is restored."""
+    g, config, inputs = step.g, step.config, step.inputs
 
     def row(name: str) -> ir.Value:
         return g.op("Gather", inputs[name], rows, attrs={"axis": 0})
@@ -200,9 +239,12 @@ def _prefill_chunks(step: _Step, decoded: ir.Value) -> ir.Value:
     queries = g.op("Sub", g.slice(starts, 1, 2**31 - 1, 0), g.slice(starts, 0, -1, 0))
     first = g.unsqueeze(g.op("Sub", length, queries), 1)
     tile = g.op("Max", g.op("Min", g.extent(inputs["prefill_rows"], 1), g.constant([PREFILL_TILE])), g.constant([1]))
-    trips = g.op("Squeeze", g.op("Div", g.extent(inputs["prefill_rows"], 1), tile))
-    body = _prefill_body(step, tile, chunks, first, keys, values, position)
-    looped = g.op("Loop", trips, None, out, attrs={"body": body})
+    trips = g.op("Div", g.extent(inputs["prefill_rows"], 1), tile)
+
+    def attend(iteration: ir.Value, carried: ir.Value) -> ir.Value:
+        return _prefill_tile(step, iteration, carried, tile, chunks, first, keys, values, position)
+
+    looped = _loop(g, "prefill_tile", trips, out, attend)
     return g.slice(looped, g.constant([0]), tokens, 0)
 
 
@@ -244,33 +286,32 @@ def _history(step: _Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value
     return g.concat(flat_keys, 3), g.concat(flat_values, 2), g.unsqueeze(position, 1)
 
 
-def _prefill_body(
-    step: _Step, tile: ir.Value, chunks: ir.Value, first: ir.Value, keys: ir.Value, values: ir.Value, position: ir.Value
-) -> ir.Graph:
-    """Loop body: one tile of queries of every chunk. ``first [Sp, 1]`` is the position of each chunk's first query."""
+def _prefill_tile(
+    step: _Step,
+    iteration: ir.Value,
+    carried: ir.Value,
+    tile: ir.Value,
+    chunks: ir.Value,
+    first: ir.Value,
+    keys: ir.Value,
+    values: ir.Value,
+    position: ir.Value,
+) -> ir.Value:
+    """One tile of queries of every chunk. ``first [Sp, 1]`` is the position of each chunk's first query."""
     g, config = step.g, step.config
     heads, group, dim = config.num_kv_heads, config.group_size, config.head_dim
-    iteration, condition, carried = g.parameter("loop.i"), g.parameter("loop.cond"), g.parameter("loop.out")
-    for value, dtype in ((iteration, ir.DataType.INT64), (condition, ir.DataType.BOOL), (carried, ir.DataType.FLOAT)):
-        value.type = ir.TensorType(dtype)
-    iteration.shape, condition.shape = ir.Shape([]), ir.Shape([])
-    with g.subgraph() as tape:
-        start = g.op("Mul", g.unsqueeze(iteration, 0), tile)
-        rows = g.slice(step.inputs["prefill_rows"], start, g.op("Add", start, tile), 1)
-        real = g.op("Min", rows, g.op("Sub", g.extent(step.q, 0), g.constant(1)))
-        q = g.reshape(g.op("Gather", step.q, real, attrs={"axis": 0}), [chunks, tile, heads, group, dim])
-        at = g.op("Add", first, g.op("Add", _arange(g, tile), start))
-        visible = g.op("LessOrEqual", position, g.unsqueeze(at, 2))
-        q = g.reshape(g.transpose(q, [0, 2, 3, 1, 4]), [chunks, heads, g.op("Mul", tile, g.constant([group])), dim])
-        context = g.extent(keys, 3)
-        logits = g.reshape(g.op("MatMul", q, keys), [chunks, heads, group, tile, context])
-        logits = g.op("Where", g.unsqueeze(visible, 1, 2), logits, g.floats(-math.inf))
-        weights = g.op("Softmax", logits, attrs={"axis": -1})
-        weights = g.reshape(weights, [chunks, heads, g.op("Mul", tile, g.constant([group])), context])
-        attended = g.reshape(g.op("MatMul", weights, values), [chunks, heads, group, tile, dim])
-        attended = g.reshape(g.transpose(attended, [0, 3, 1, 2, 4]), [chunks, tile, heads * group * dim])
-        updated = g.op("ScatterND", carried, g.unsqueeze(rows, 2), attended)
-        proceed = g.op("Identity", condition)
-    for value, dtype in ((proceed, ir.DataType.BOOL), (updated, ir.DataType.FLOAT)):
-        value.type = ir.TensorType(dtype)
-    return ir.Graph([iteration, condition, carried], [proceed, updated], nodes=tape.nodes, name="prefill_tile")
+    start = g.op("Mul", g.unsqueeze(iteration, 0), tile)
+    rows = g.slice(step.inputs["prefill_rows"], start, g.op("Add", start, tile), 1)
+    real = g.op("Min", rows, g.op("Sub", g.extent(step.q, 0), g.constant(1)))
+    q = g.reshape(g.op("Gather", step.q, real, attrs={"axis": 0}), [chunks, tile, heads, group, dim])
+    at = g.op("Add", first, g.op("Add", _arange(g, tile), start))
+    visible = g.op("LessOrEqual", position, g.unsqueeze(at, 2))
+    q = g.reshape(g.transpose(q, [0, 2, 3, 1, 4]), [chunks, heads, g.op("Mul", tile, g.constant([group])), dim])
+    context = g.extent(keys, 3)
+    logits = g.reshape(g.op("MatMul", q, keys), [chunks, heads, group, tile, context])
+    logits = g.op("Where", g.unsqueeze(visible, 1, 2), logits, g.floats(-math.inf))
+    weights = g.op("Softmax", logits, attrs={"axis": -1})
+    weights = g.reshape(weights, [chunks, heads, g.op("Mul", tile, g.constant([group])), context])
+    attended = g.reshape(g.op("MatMul", weights, values), [chunks, heads, group, tile, dim])
+    attended = g.reshape(g.transpose(attended, [0, 3, 1, 2, 4]), [chunks, tile, heads * group * dim])
+    return g.op("ScatterND", carried, g.unsqueeze(rows, 2), attended)
