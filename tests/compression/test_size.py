@@ -36,7 +36,7 @@ def test_minicache4_of_llama2_7b_by_hand() -> None:
 
 
 def test_half_depth_merging_alone_saves_little() -> None:
-    """24 of 32 layers' worth of storage, plus norms and retained tokens (METHOD: about 1.3x)."""
+    """24 of 32 layers' worth of storage, plus norms and retained tokens (about 1.3x)."""
     plan = make_plan(LLAMA2_7B, "minicache", MethodOptions(merge_start=16))
     assert 1.25 < ratio(plan, LLAMA2_7B, 4096, 64) < 4 / 3
 
