@@ -19,7 +19,7 @@ class MethodOptions:
     Parameters
     ----------
     merge_start : int, optional
-        First merged layer S, in [0, num_layers - 2]; default num_layers // 2.
+        First merged layer S, in [0, num_layers - 2]; default num_layers // 2 (0 for two layers).
     t : float
         SLERP weight of the later layer.
     gamma : float
@@ -88,7 +88,8 @@ def _streams(config: ModelConfig, merge: str, formats: Formats, options: MethodO
 
 
 def _merge_start(config: ModelConfig, options: MethodOptions) -> int:
-    start = config.num_layers // 2 if options.merge_start is None else options.merge_start
+    middle = min(config.num_layers // 2, config.num_layers - 2)
+    start = middle if options.merge_start is None else options.merge_start
     if config.num_layers < 2:
         raise UserError("the model has one layer, so there is nothing to merge", "choose a method that does not merge")
     if not 0 <= start <= config.num_layers - 2:

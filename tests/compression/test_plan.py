@@ -92,3 +92,10 @@ def test_unknown_method_suggests_the_nearest() -> None:
 def test_options_of_merging_are_refused_elsewhere() -> None:
     with pytest.raises(UserError, match="'kivi4' merges no layers, so it takes no merge-start"):
         make_plan(CONFIG, "kivi4", MethodOptions(merge_start=2))
+
+
+def test_two_layers_are_merged_and_one_is_refused() -> None:
+    two = ModelConfig("llama", 2, 64, 64, 4, 2, 64, 100, 4096)
+    assert [stream.layers for stream in make_plan(two, "minicache").streams] == [(0, 1), (0, 1)]
+    with pytest.raises(UserError, match="one layer"):
+        make_plan(ModelConfig("llama", 1, 64, 64, 4, 2, 64, 100, 4096), "minicache")
