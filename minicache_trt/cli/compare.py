@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,12 +19,8 @@ if TYPE_CHECKING:
 
 def compare(
     engine: options.EngineDir,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: one per line, or .jsonl with a field prompt.")
-    ] = None,
+    prompt: options.Prompt = None,
+    prompts: options.PromptFile = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate and compare per prompt.")] = 64,
     kv_cache_memory: options.CacheMemory = None,
     threads: options.Threads = None,

@@ -20,6 +20,10 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Preset (llama2-7b), Hugging Face hub id, or local checkpoint directory.")
 ]
 EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="Engine directory, as written by build.")]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", help="File of prompts: one per line, or .jsonl with a field prompt.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]

@@ -27,12 +27,8 @@ SAMPLING = "Sampling"
 
 def run(
     engine: options.EngineDir,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: one per line, or .jsonl with a field prompt.")
-    ] = None,
+    prompt: options.Prompt = None,
+    prompts: options.PromptFile = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "--max-output-len", min=1, help="Tokens to generate.")
     ] = 128,
