@@ -21,10 +21,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import MODEL, Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 PREFILL_TILE = 128
 """Queries of one prefill chunk attended at a time; Qm is at most this, or a multiple of it."""
 BYTE_OFFSET = 128
@@ -104,7 +106,8 @@ class SegmentLayout:
 
     ``component``: first component of the latent vector. ``storage``: first number in the latent pool (``model``) or
     first byte in the code pool, per token and head. ``scale`` and ``minimum``: offsets into the params pool, per head;
-    each holds B numbers (``token``) or ``length`` numbers (``channel``).
+    each holds ``ranges`` numbers: B (axis ``token``) or ``length`` (``channel``). Formats without them have ``ranges``
+    0; ``fp8`` has no minimum.
     """
 
     segment: Segment
@@ -112,62 +115,92 @@ class SegmentLayout:
     storage: int
     scale: int
     minimum: int
+    ranges: int
 
 
 @dataclass(frozen=True)
 class StreamLayout:
     """Pools of one stream and the offsets inside them.
 
-    ================  =========  ====================  ==========================================================
-    pool              dtype      shape of a block      holds
-    ================  =========  ====================  ==========================================================
-    latent            model      [H, B, components]    segments in ``model`` format, side by side
-    codes             int8       [H, B, bytes]         quantized segments, low bits first, byte - 128
-    params            float16    [H, numbers]          per quantized segment: scales, then minima
-    norms             float16    [m, Hn, B]            ``slerp``: norm of each layer; Hn = H, or 1 for norm "token"
-    exact             model      [m, H, R, D]          retained vectors of each layer
-    retained_index    int8       [Hn, R]               their offsets in the block, ascending, -1 = unused
-    ================  =========  ====================  ==========================================================
+    ================  =========  ======================  ========================================================
+    pool              dtype      shape of a block        holds
+    ================  =========  ======================  ========================================================
+    latent            model      [H, B, components]      segments in ``model`` format, side by side
+    codes             int8       [H, B, bytes]           quantized segments, low bits first, byte - 128
+    params            float16    [H, numbers]            per segment with ranges: scales, then minima
+    norms             float16    [m, Hn, B]              ``slerp``: norm of each layer; Hn = H, or 1 for norm "token"
+    norms             float16    [1, H, B]               gaussian segments: root mean square of the stored components
+    residual          int8       [m, H, B, bytes]        ``slerp`` with residual: its codes, head_dim numbers each
+    residual_params   float16    [m, H, 2 B]             its scales, then its minima, one per token
+    exact             model      [m, H, R, D]            retained vectors of each layer in ``retained_format`` model
+    exact             int8       [m, H, R, bytes]        ... or their codes
+    exact_params      float16    [m, H, 2 R] or [m, H, R]  ... with scales, then minima (``fp8``: scales only)
+    retained_index    int8       [Hn, R]                 their offsets in the block, ascending; unused ones, -1, last
+    ================  =========  ======================  ========================================================
 
-    A pool that would hold nothing does not exist.
+    A pool that would hold nothing does not exist. Heads are slots: with ``match_heads``, slot h holds another KV head
+    in every layer of the group, in all pools alike.
     """
 
     index: int
     stream: Stream
+    config: ModelConfig
     segments: tuple[SegmentLayout, ...]
     pools: dict[str, PoolSpec]
+
+    @property
+    def residual(self) -> Segment | None:
+        """How residuals are stored, or None."""
+        name = self.stream.residual
+        return None if name == "none" else Segment(self.config.head_dim, name)
+
+    @property
+    def exact(self) -> Segment:
+        """How retained vectors are stored."""
+        return Segment(self.config.head_dim, self.stream.retained_format)
 
 
 def stream_layout(index: int, stream: Stream, config: ModelConfig) -> StreamLayout:
     """Layout of stream number ``index`` of a plan."""
-    heads, members = config.num_kv_heads, len(stream.layers)
-    norm_heads = heads if stream.norm == "head" else 1
     component = latent = codes = params = 0
     segments = []
     for segment in stream.segments:
-        if segment.bits is None:
-            segments.append(SegmentLayout(segment, component, latent, 0, 0))
-            latent += segment.length
-        else:
-            ranges = BLOCK_SIZE if segment.axis == "token" else segment.length
-            segments.append(SegmentLayout(segment, component, codes, params, params + ranges))
-            codes += segment.length * segment.bits // 8
-            params += 2 * ranges
+        ranges = (BLOCK_SIZE if segment.axis == "token" else segment.length) if segment.has_ranges else 0
+        storage = latent if segment.kind == MODEL else codes
+        segments.append(SegmentLayout(segment, component, storage, params, params + ranges, ranges))
+        latent += segment.length if segment.kind == MODEL else 0
+        codes += segment.code_bytes
+        params += ranges * (2 if segment.has_minimum else 1)
         component += segment.length
+    layout = StreamLayout(index, stream, config, tuple(segments), {})
+    heads, members = config.num_kv_heads, len(stream.layers)
+    norm_heads = heads if stream.norm == "head" else 1
+    exact, residual = layout.exact, layout.residual
+    quantized, retained = exact.kind != MODEL, stream.retained
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "latent": ("model", (heads, BLOCK_SIZE, latent)),
         "codes": ("int8", (heads, BLOCK_SIZE, codes)),
         "params": ("float16", (heads, params)),
-        "norms": ("float16", (members if stream.merge == "slerp" else 0, norm_heads, BLOCK_SIZE)),
-        "exact": ("model", (members, heads, stream.retained, config.head_dim)),
-        "retained_index": ("int8", (norm_heads, stream.retained)),
+        "norms": ("float16", _norms_shape(stream, heads, norm_heads)),
+        "residual": ("int8", (members, heads, BLOCK_SIZE, residual.code_bytes if residual else 0)),
+        "residual_params": ("float16", (members, heads, 2 * BLOCK_SIZE if residual else 0)),
+        "exact": (
+            "int8" if quantized else "model",
+            (members, heads, retained, exact.code_bytes if quantized else config.head_dim),
+        ),
+        "exact_params": ("float16", (members, heads, retained * (exact.has_ranges + exact.has_minimum))),
+        "retained_index": ("int8", (norm_heads, retained)),
     }
-    pools = {
-        kind: PoolSpec(f"stream.{index}.{kind}", dtype, shape)
-        for kind, (dtype, shape) in shapes.items()
-        if 0 not in shape
-    }
-    return StreamLayout(index, stream, tuple(segments), pools)
+    for kind, (dtype, shape) in shapes.items():
+        if 0 not in shape:
+            layout.pools[kind] = PoolSpec(f"stream.{index}.{kind}", dtype, shape)
+    return layout
+
+
+def _norms_shape(stream: Stream, heads: int, norm_heads: int) -> tuple[int, ...]:
+    if stream.merge == "slerp":
+        return len(stream.layers), norm_heads, BLOCK_SIZE
+    return (1, heads, BLOCK_SIZE) if stream.gaussian else (0,)
 
 
 def plan_layout(plan: CompressionPlan, config: ModelConfig) -> tuple[StreamLayout, ...]:

@@ -3,6 +3,8 @@
     config.json                      format version, model, plan, build options, contract hash, versions, source, files
     decoder.onnx, compressor.onnx    graphs; weights are external data
     quantized.safetensors            weight-only codes and scales (int8, int4)
+    plan.safetensors                 calibrated constants of the plan, where it has any
+    maps.safetensors                 what the graphs take of them: each layer's linear maps into and out of its streams
     checkpoint/                      the Hugging Face checkpoint: config, tokenizer, safetensors files hard-linked
 
 How it comes into being: `minicache_trt.staging`.
@@ -13,22 +15,25 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from minicache_trt.compression.matrices import load_matrices
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.compression.plan_json import plan_from_dict
+from minicache_trt.compression.plan_json import needs_matrices, plan_from_dict
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.contract import contract_hash
 from minicache_trt.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "config.json"
 DECODER = "decoder.onnx"
 COMPRESSOR = "compressor.onnx"
 CHECKPOINT = "checkpoint"
 QUANTIZED = "quantized.safetensors"
+MATRICES = "plan.safetensors"
+MAPS = "maps.safetensors"
 
 _BUILD = "build an engine with minicache-trt build"
 _REBUILD = "build the engine again with minicache-trt build"
@@ -136,7 +141,13 @@ def read_engine(path: str | Path) -> EngineInfo:
         raise UserError(f"{directory} was built for another tensor contract ({contract})", _REBUILD)
     for name, expected in info.files.items():
         _check_file(directory, name, expected)
-    return info
+    plan = info.plan
+    if needs_matrices(plan):
+        plan = replace(plan, matrices=load_matrices(directory / MATRICES))
+    try:
+        return replace(info, plan=plan.validate(info.model))
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG} is damaged: {error.cause}", _REBUILD) from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -171,7 +182,7 @@ def _parse(data: dict[str, Any]) -> EngineInfo:
     files = _section(data, "files", [DECODER])
     for name in files:
         _section(files, name, ["bytes", "sha256"])
-    plan = plan_from_dict(data["plan"]).validate(model)
+    plan = plan_from_dict(data["plan"])
     return EngineInfo(model, plan, build, source, _section(data, "tools", []), files)
 
 

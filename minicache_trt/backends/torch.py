@@ -12,7 +12,7 @@ from torch import Tensor
 from minicache_trt.checkpoint.quantize import dequantized_linears
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.compression.codec import compress_blocks
-from minicache_trt.compression.plan import PARTS
+from minicache_trt.compression.stream import PARTS
 from minicache_trt.contract import compressed_pools, full_pools
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
 from minicache_trt.errors import UserError

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minicache_trt.compression.merge import merge_group, retained_tokens
 from minicache_trt.compression.quantize import dequantize, pack, quantize, saturate_float16, unpack
+from minicache_trt.compression.segment import MODEL
 from minicache_trt.contract import StreamLayout
 
 Fields = dict[str, Tensor]
@@ -46,11 +47,13 @@ def compress_blocks(layout: StreamLayout, x: Tensor, block_index: Tensor) -> Fie
         fields["exact"] = x.gather(3, gather).transpose(0, 1)
     if norms is not None:
         fields["norms"] = saturate_float16(norms)
-    latents, codes, params = [], [], []
+    latents: list[Tensor] = []
+    codes: list[Tensor] = []
+    params: list[Tensor] = []
     for part in layout.segments:
         segment = part.segment
         y = latent[..., part.component : part.component + segment.length]
-        if segment.bits is None:
+        if segment.kind == MODEL:
             latents.append(y.to(x.dtype))
             continue
         code, scale, minimum = quantize(segment, y, retained)
@@ -67,7 +70,7 @@ def restore_latent(layout: StreamLayout, fields: Fields) -> Tensor:
     parts = []
     for part in layout.segments:
         segment = part.segment
-        if segment.bits is None:
+        if segment.kind == MODEL:
             parts.append(fields["latent"][..., part.storage : part.storage + segment.length].float())
             continue
         stored = fields["codes"][..., part.storage : part.storage + segment.length * segment.bits // 8]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minicache_trt.compression.constants import ANTIPODAL_MARGIN, FIRST_SCORE, SMALL_ANGLE
-from minicache_trt.compression.plan import Stream
+from minicache_trt.compression.stream import Stream
 
 
 def _granular(x: Tensor, norm: str) -> Tensor:

@@ -7,7 +7,9 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.errors import UserError
 

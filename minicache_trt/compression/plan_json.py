@@ -1,4 +1,4 @@
-"""plan.json: reading, with errors that name the field, and writing."""
+"""plan.json: reading, with errors that name the field, and writing; matrices are beside it in plan.safetensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.matrices import MATRICES_SUFFIX, Matrices, load_matrices, save_matrices
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.errors import UserError
 
 
-def plan_from_dict(data: Any) -> CompressionPlan:
+def plan_from_dict(data: Any, matrices: Matrices | None = None) -> CompressionPlan:
     """Read a plan from JSON data.
+
+    Parameters
+    ----------
+    data : JSON value
+    matrices : mapping, optional
+        The plan's constants; `CompressionPlan.validate` checks them.
 
     Raises
     ------
@@ -21,11 +30,16 @@ def plan_from_dict(data: Any) -> CompressionPlan:
     """
     fields = _object(data, "", {"method", "streams"}, {"method", "streams"})
     streams = tuple(_stream(item, f"streams[{i}]") for i, item in enumerate(_list(fields["streams"], "streams")))
-    return CompressionPlan(_typed(fields["method"], str, "method"), streams)
+    return CompressionPlan(_typed(fields["method"], str, "method"), streams, matrices or {})
+
+
+def needs_matrices(plan: CompressionPlan) -> bool:
+    """Whether any stream takes calibrated constants."""
+    return any(stream.merge == "linear" or stream.align or stream.match_heads for stream in plan.streams)
 
 
 def load_plan(path: str | Path) -> CompressionPlan:
-    """Read ``plan.json``; see `plan_from_dict` for errors."""
+    """Read ``plan.json`` and, where a stream needs them, the matrices beside it; see `plan_from_dict` for errors."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -34,17 +48,22 @@ def load_plan(path: str | Path) -> CompressionPlan:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"plan: {path} is not JSON: {error}") from error
-    return plan_from_dict(data)
+    plan = plan_from_dict(data)
+    if not needs_matrices(plan):
+        return plan
+    return dataclasses.replace(plan, matrices=load_matrices(Path(path).with_suffix(MATRICES_SUFFIX)))
 
 
 def save_plan(plan: CompressionPlan, path: str | Path) -> None:
-    """Write ``plan.json``.
+    """Write ``plan.json`` and the plan's matrices, if it has any, beside it.
 
     Raises
     ------
     UserError
         The file cannot be written.
     """
+    if plan.matrices:
+        save_matrices(plan.matrices, Path(path).with_suffix(MATRICES_SUFFIX))
     try:
         Path(path).write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -77,7 +96,7 @@ def _object(data: Any, path: str, known: set[str], required: set[str]) -> dict[s
     return fields
 
 
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
 def _build(cls: type, fields: dict[str, Any], path: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minicache_trt.compression.constants import FLOAT16_MAX
-from minicache_trt.compression.plan import Segment
+from minicache_trt.compression.segment import Segment
 from minicache_trt.contract import BYTE_OFFSET
 
 
@@ -38,7 +38,6 @@ def quantize(segment: Segment, y: Tensor, retained: Tensor) -> tuple[Tensor, Ten
     scale, minimum : Tensor
         float16, ``[N, H, B]`` (``token``) or ``[N, H, length]`` (``channel``).
     """
-    assert segment.bits is not None
     levels = 2**segment.bits - 1
     if segment.axis == "token":
         low, high, axis = y.amin(-1), y.amax(-1), -1

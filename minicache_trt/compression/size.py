@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minicache_trt.compression.plan import PARTS, CompressionPlan
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import MODEL, Segment
+from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import compressed_block_bytes, full_block_bytes, plan_layout
 
@@ -59,6 +61,17 @@ def ratio(plan: CompressionPlan, config: ModelConfig, context: int, window: int)
     return baseline_bytes_per_token(config) / bytes_per_token(plan, config, context, window)
 
 
+def constant_bytes(plan: CompressionPlan) -> int:
+    """Bytes of the plan's matrices, which exist once per model whatever the number of tokens."""
+    return sum(value.nbytes for value in plan.matrices.values())
+
+
+def _storage(segment: Segment) -> str:
+    name = "16 bit" if segment.kind == MODEL else segment.format
+    axis = f"/{segment.axis}" if segment.has_ranges else ""
+    return f"{name}{axis}{'/hadamard' if segment.transform == 'hadamard' else ''}"
+
+
 @dataclass(frozen=True)
 class StreamCost:
     """One part (key or value) of one layer in the compressed tier.
@@ -93,7 +106,7 @@ def layer_costs(plan: CompressionPlan, config: ModelConfig) -> list[StreamCost]:
             stream = layout.stream
             total = sum(pool.block_bytes(BASELINE_BYTES) for pool in layout.pools.values())
             share = total / BLOCK_SIZE / len(stream.layers)
-            storage = " + ".join("16 bit" if s.bits is None else f"{s.format}/{s.axis}" for s in stream.segments)
+            storage = " + ".join(_storage(segment) for segment in stream.segments)
             costs.append(
                 StreamCost(part, layer, stream.layers, stream.merge, storage, stream.retained, share, baseline / share)
             )

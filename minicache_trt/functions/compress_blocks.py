@@ -10,7 +10,8 @@ import math
 import onnx_ir as ir
 
 from minicache_trt.compression.constants import ANTIPODAL_MARGIN, FIRST_SCORE, FLOAT16_MAX, SMALL_ANGLE
-from minicache_trt.compression.plan import PARTS, Segment, Stream
+from minicache_trt.compression.segment import MODEL, Segment
+from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import BYTE_OFFSET, COMPRESSOR_INPUTS, StreamLayout
 from minicache_trt.functions.streams import block_slices
@@ -62,7 +63,7 @@ def _fields(
     for part in layout.segments:
         whole = len(layout.segments) == 1
         y = latent if whole else g.slice(latent, part.component, part.component + part.segment.length, 3)
-        if part.segment.bits is None:
+        if part.segment.kind == MODEL:
             runs["latent"].append(g.op("CastLike", y, raw[0]))
             continue
         codes, scale, minimum = _quantize(g, part.segment, y, retained)
@@ -142,7 +143,6 @@ def _quantize(
     g: Emitter, segment: Segment, y: ir.Value, retained: ir.Value | None
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Codes ``[N, H, B, length]`` (float32), scale and minimum (float16) of one segment; see `compression.quantize`."""
-    assert segment.bits is not None
     levels = float(2**segment.bits - 1)
     axis = 3 if segment.axis == "token" else 2
     keep = None
@@ -167,7 +167,6 @@ def _quantize(
 
 def _pack(g: Emitter, codes: ir.Value, segment: Segment, heads: int) -> ir.Value:
     """int8 ``[N, H, B, bytes]``, low bits first, byte minus `BYTE_OFFSET`."""
-    assert segment.bits is not None
     value = codes
     per_byte = 8 // segment.bits
     if per_byte > 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from minicache_trt.compression.segment import MODEL
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import SegmentLayout, StreamLayout
 from minicache_trt.functions.planes import PLANE_RULES, codes_of_planes, interleave, plane_query, plane_sums, planes
@@ -66,7 +67,7 @@ def load_stream(
     segments = []
     for part in layout.segments:
         segment = part.segment
-        if segment.bits is None:
+        if segment.kind == MODEL:
             data = _run(g, gathered["latent"], part.storage, segment.length, layout.pools["latent"].shape[-1])
             segments.append(SegmentValues(part, [g.float32(data)], None, None))
             continue
@@ -101,7 +102,7 @@ def stream_logits(g: Emitter, stream: StreamValues, q: ir.Value) -> ir.Value:
         segment, start = values.layout.segment, values.layout.component
         part = q if len(stream.segments) == 1 else g.slice(q, start, start + segment.length, 4)
         keys = [g.swap_last(plane, 5) for plane in values.data]
-        if segment.bits is None or values.scale is None or values.minimum is None:
+        if segment.kind == MODEL or values.scale is None or values.minimum is None:
             logits = g.op("MatMul", part, keys[0])
         elif segment.axis == "channel":
             mapped, constant = plane_query(g, g.op("Mul", part, values.scale), segment.bits)
@@ -136,7 +137,7 @@ def stream_values(g: Emitter, stream: StreamValues, weights: ir.Value) -> ir.Val
     parts = []
     for values in stream.segments:
         segment = values.layout.segment
-        if segment.bits is None or values.scale is None or values.minimum is None:
+        if segment.kind == MODEL or values.scale is None or values.minimum is None:
             parts.append(g.op("MatMul", w, values.data[0]))
             continue
         channel = segment.axis == "channel"
@@ -160,7 +161,7 @@ def restore_stream(g: Emitter, stream: StreamValues) -> ir.Value:
     parts = []
     for values in stream.segments:
         segment, data = values.layout.segment, values.data
-        if segment.bits is None or values.scale is None or values.minimum is None:
+        if segment.kind == MODEL or values.scale is None or values.minimum is None:
             parts.append(data[0])
             continue
         unpacked = codes_of_planes(g, data, g.floats(PLANE_RULES[segment.bits][-1].offset), segment.bits)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minicache_trt.compression.plan import Segment, Stream
+from minicache_trt.compression.segment import MODEL, Segment
+from minicache_trt.compression.stream import Stream
 
 SMALL_ANGLE = 1e-4
 """Below this many radians, slerp is linear interpolation followed by normalisation."""
@@ -218,7 +219,7 @@ def _encode_segment(
     y: Tensor, excluded: Tensor, segment: Segment, start: int, model_dtype: torch.dtype
 ) -> EncodedSegment:
     """Quantize ``y [N, H, B, length]``; ``excluded [N, H, B]`` marks retained tokens."""
-    if segment.bits is None:
+    if segment.kind == MODEL:
         return EncodedSegment(segment, start, values=y.to(model_dtype))
     channel = segment.axis == "channel"
     if channel:

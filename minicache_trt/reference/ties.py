@@ -139,7 +139,7 @@ def _adopt_segment(
 ) -> EncodedSegment:
     """``kept [1, H, B]``: retained tokens; ``comparable [1, H]``: heads where both sides retain the same ones."""
     segment = part.segment
-    assert segment.bits is not None and own.codes is not None and own.scale is not None and own.minimum is not None
+    assert own.codes is not None and own.scale is not None and own.minimum is not None
     count = part.minimum - part.scale
     params = torch.from_numpy(stored["params"])[None]
     scale, minimum = params[..., part.scale : part.scale + count], params[..., part.minimum : part.minimum + count]

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicache_trt.compression.codec import compress_blocks, restore_blocks
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.quantize import pack, unpack
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import plan_layout, stream_layout
 from minicache_trt.reference.codec import restore

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minicache_trt.compression.plan import PARTS
+from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import plan_layout
 from minicache_trt.functions.compress_blocks import compress_blocks

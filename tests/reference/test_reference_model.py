@@ -11,7 +11,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from minicache_trt.compression.methods import MethodOptions, make_plan
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.reference import Reference, compressed_length, encode, restore

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from minicache_trt.compression.methods import MERGING_METHODS, METHODS, MethodOptions, make_plan
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.config import ModelConfig
 
 
