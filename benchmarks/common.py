@@ -19,7 +19,7 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, ModelConfig
 from minicache_trt.contract import full_pools
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.batch import Batch
+from minicache_trt.runtime.batch import Batch, work_list
 from minicache_trt.runtime.tiered_cache import DemotionRule, blocks_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -118,6 +118,8 @@ def decode_step(engine: Any, sequences: int, context: int, full_blocks: int, com
         slot_mapping=(full_table[:, -1] * BLOCK_SIZE + (position - c) % BLOCK_SIZE).astype(np.int32),
         full_table=full_table,
         compressed_table=compressed_table,
+        full_work=work_list([full] * sequences, full_table.shape[1]),
+        compressed_work=work_list([compressed] * sequences, compressed_table.shape[1]),
         decode_rows=rows,
         prefill_rows=np.zeros((0, 0), np.int32),
         logit_index=rows,

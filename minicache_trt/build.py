@@ -15,12 +15,15 @@ from minicache_trt.backends.base import Engine
 from minicache_trt.checkpoint.quantize import write_quantized
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
+from minicache_trt.compression.matrices import save_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.engine_directory import (
     CHECKPOINT,
     COMPRESSOR,
     DECODER,
+    MAPS,
+    MATRICES,
     QUANTIZED,
     EngineInfo,
     is_engine_directory,
@@ -29,6 +32,7 @@ from minicache_trt.engine_directory import (
 )
 from minicache_trt.errors import UserError
 from minicache_trt.model.graph import build_compressor, build_decoder
+from minicache_trt.model.maps import GraphMaps, plan_maps, write_plan_maps
 from minicache_trt.model.weights import GraphWeights
 from minicache_trt.staging import link_or_copy, staged
 
@@ -185,10 +189,14 @@ def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: 
     locations = {file.name: f"{CHECKPOINT}/{file.name}" for file in files} | {QUANTIZED: QUANTIZED}
     weights = GraphWeights(checkpoint.config, checkpoint.weights, locations, quantized, bits)
     report("graphs", 0, 2)
-    ir.save(build_decoder(checkpoint.config, plan, weights), staging / DECODER)
+    if plan.matrices:
+        save_matrices(plan.matrices, staging / MATRICES)
+    arrays = plan_maps(plan, checkpoint.config)
+    views = write_plan_maps(arrays, staging / MAPS)
+    ir.save(build_decoder(checkpoint.config, plan, weights, GraphMaps(arrays, views)), staging / DECODER)
     report("graphs", 1, 2)
     if plan.compresses:
-        ir.save(build_compressor(checkpoint.config, plan), staging / COMPRESSOR)
+        ir.save(build_compressor(checkpoint.config, plan, GraphMaps(arrays, views)), staging / COMPRESSOR)
     report("graphs", 2, 2)
     return linked
 

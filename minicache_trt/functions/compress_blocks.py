@@ -5,172 +5,176 @@ kv.<l> ──gather source blocks──► merge ──► retention ──► q
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
 
-from minicache_trt.compression.constants import ANTIPODAL_MARGIN, FIRST_SCORE, FLOAT16_MAX, SMALL_ANGLE
-from minicache_trt.compression.segment import MODEL, Segment
+from minicache_trt.compression.constants import FIRST_SCORE
+from minicache_trt.compression.segment import DROPPED, GAUSSIAN, MODEL
 from minicache_trt.compression.stream import PARTS, Stream
-from minicache_trt.config import BLOCK_SIZE, ModelConfig
-from minicache_trt.contract import BYTE_OFFSET, COMPRESSOR_INPUTS, StreamLayout
-from minicache_trt.functions.streams import block_slices
+from minicache_trt.config import BLOCK_SIZE
+from minicache_trt.contract import COMPRESSOR_INPUTS, StreamLayout
+from minicache_trt.functions.merges import Merged, merge_group
+from minicache_trt.functions.quantizers import float16, quantize_gaussian, quantize_ranges
+from minicache_trt.functions.streams import Rotation, block_rotation, block_slices
 from minicache_trt.functions.tape import Emitter
 
-EVERY_ANGLE_ABOVE = 2 * FIRST_SCORE
+BEFORE_ALL = 256 * FIRST_SCORE
+"""Score of the first sink: above every token's, and so are those of the sinks after it."""
+NEVER = -2 * BEFORE_ALL
+"""Score of tokens a threshold rule does not keep."""
 
 
-def compress_blocks(name: str, config: ModelConfig, layout: StreamLayout) -> ir.Function:
+def compress_blocks(name: str, layout: StreamLayout, maps: tuple[str, ...] = ()) -> ir.Function:
     """Build the function for one stream layout.
+
+    Parameters
+    ----------
+    name : str
+    layout : StreamLayout
+    maps : tuple of str
+        Names of the linear maps it takes, as `minicache_trt.model.maps.writer_maps` gives them.
 
     Returns
     -------
     ir.Function
-        Inputs ``source_blocks, target_blocks, block_index [N]`` int32, the full pools of the group's layers, then the
-        stream's own pools; outputs those pools after the update.
+        Inputs ``source_blocks, target_blocks, block_index [N]`` int32, the full pools of the group's layers, the maps,
+        then the stream's own pools; outputs those pools after the update.
     """
     g = Emitter("cb")
     stream = layout.stream
     parameters = {key: g.parameter(key) for key in COMPRESSOR_INPUTS}
     layers = [g.parameter(f"kv{member}") for member in range(len(stream.layers))]
+    constants = {key: g.parameter(key) for key in maps}
     pools = {kind: g.parameter(kind) for kind in layout.pools}
     source = g.int64(parameters["source_blocks"])
     raw = [block_slices(g, kv, source, PARTS.index(stream.part)) for kv in layers]
-    fields = _fields(g, config, layout, raw, parameters["block_index"])
+    if "heads" in constants:
+        rows = [g.op("Gather", constants["heads"], g.constant(i), attrs={"axis": 0}) for i in range(len(raw))]
+        raw = [g.op("Gather", x, heads, attrs={"axis": 1}) for x, heads in zip(raw, rows, strict=True)]
+    fields = _fields(g, layout, raw, g.int64(parameters["block_index"]), constants)
     target = g.unsqueeze(g.int64(parameters["target_blocks"]), 1)
     outputs = [g.op("ScatterND", pools[kind], target, fields[kind]) for kind in layout.pools]
-    return g.function(name, [*parameters.values(), *layers, *pools.values()], outputs)
+    inputs = [*parameters.values(), *layers, *constants.values(), *pools.values()]
+    return g.function(name, inputs, outputs)
 
 
 def _fields(
-    g: Emitter, config: ModelConfig, layout: StreamLayout, raw: list[ir.Value], block_index: ir.Value
+    g: Emitter, layout: StreamLayout, raw: list[ir.Value], block_index: ir.Value, maps: dict[str, ir.Value]
 ) -> dict[str, ir.Value]:
-    """The stream's fields for ``raw``, the group's layers ``[N, H, B, D]`` in compute type."""
+    """The stream's fields for ``raw``, the group's layers ``[N, H, B, D]`` in compute type, by slot."""
     stream = layout.stream
     fields: dict[str, ir.Value] = {}
-    latent, norms, score = _merge(g, config, stream, [g.float32(x) for x in raw])
+    x = [g.float32(layer) for layer in raw]
+    if stream.basis == "pre_rope":
+        rotation: Rotation = block_rotation(g, layout.config, block_index)
+        x = [rotation.apply(g, layer, layout.config.head_dim, inverse=True) for layer in x]
+    merged = merge_group(g, layout, x, maps)
     retained = None
     if stream.retained:
-        assert score is not None
-        chosen, index = _retain(g, stream, score, block_index)
+        assert merged.score is not None
+        chosen, index = _retain(g, stream, merged.score, block_index)
         retained = g.reduce("Max", chosen, 2, keep=False)
         fields["retained_index"] = g.cast(index, ir.DataType.INT8)
-        exact = [g.unsqueeze(g.op("MatMul", chosen, x), 1) for x in raw]
-        fields["exact"] = g.concat(exact, 1)
-    if norms:
-        fields["norms"] = _float16(g, g.concat([g.unsqueeze(norm, 1) for norm in norms], 1))
+        fields |= _exact(g, layout, [g.op("MatMul", chosen, g.float32(layer)) for layer in raw])
+    if merged.norms:
+        fields["norms"] = float16(g, _stack(g, merged.norms))
+    if merged.residuals:
+        fields |= _members(g, layout, "residual", merged.residuals)
+    return fields | _segments(g, layout, merged, retained, raw[0])
+
+
+def _stack(g: Emitter, parts: list[ir.Value]) -> ir.Value:
+    """``[N, ...]`` of each layer as ``[N, m, ...]``."""
+    return g.concat([g.unsqueeze(part, 1) for part in parts], 1)
+
+
+def _exact(g: Emitter, layout: StreamLayout, vectors: list[ir.Value]) -> dict[str, ir.Value]:
+    """Retained vectors ``[N, H, R, D]`` of each layer; slots that hold none are zero."""
+    if layout.exact.kind == MODEL:
+        return {"exact": _stack(g, vectors)}
+    return _members(g, layout, "exact", vectors)
+
+
+def _members(g: Emitter, layout: StreamLayout, kind: str, vectors: list[ir.Value]) -> dict[str, ir.Value]:
+    """Each layer's vectors ``[N, H, x, D]`` quantized with a range per vector: pools ``kind`` and its params."""
+    segment = layout.exact if kind == "exact" else layout.residual
+    assert segment is not None
+    parts = [quantize_ranges(g, segment, x, None, layout.config.num_kv_heads) for x in vectors]
+    return {
+        kind: _stack(g, [part.codes for part in parts]),
+        f"{kind}_params": _stack(g, [g.concat(part.params, 2) for part in parts]),
+    }
+
+
+def _segments(
+    g: Emitter, layout: StreamLayout, merged: Merged, retained: ir.Value | None, like: ir.Value
+) -> dict[str, ir.Value]:
+    """Pools latent, codes and params, and norms of gaussian segments."""
+    stream, latent = layout.stream, merged.latent
+    fields: dict[str, ir.Value] = {}
     runs: dict[str, list[ir.Value]] = {"latent": [], "codes": [], "params": []}
-    for part in layout.segments:
-        whole = len(layout.segments) == 1
-        y = latent if whole else g.slice(latent, part.component, part.component + part.segment.length, 3)
-        if part.segment.kind == MODEL:
-            runs["latent"].append(g.op("CastLike", y, raw[0]))
+    if stream.gaussian:
+        latent, fields["norms"] = _normalised(g, latent)
+    stored = [part.segment for part in layout.segments if part.segment.kind != DROPPED]
+    start = 0
+    for segment in stored:
+        y = latent if len(stored) == 1 else g.slice(latent, start, start + segment.length, 3)
+        start += segment.length
+        if segment.kind == MODEL:
+            runs["latent"].append(g.op("CastLike", y, like))
             continue
-        codes, scale, minimum = _quantize(g, part.segment, y, retained)
-        runs["codes"].append(_pack(g, codes, part.segment, config.num_kv_heads))
-        runs["params"] += [scale, minimum]
+        if segment.kind == GAUSSIAN:
+            quantized = quantize_gaussian(g, segment, y, layout.config.num_kv_heads)
+        else:
+            quantized = quantize_ranges(g, segment, y, retained, layout.config.num_kv_heads)
+        runs["codes"].append(quantized.codes)
+        runs["params"] += quantized.params
     for kind, parts in runs.items():
         if parts:
             fields[kind] = g.concat(parts, 2 if kind == "params" else 3)
     return fields
 
 
-def _merge(
-    g: Emitter, config: ModelConfig, stream: Stream, x: list[ir.Value]
-) -> tuple[ir.Value, list[ir.Value] | None, ir.Value | None]:
-    """Latent ``[N, H, B, D]``, norms ``[N, Hn, B]`` per layer (slerp) and retention score ``[N, Hn, B]``."""
-    if stream.merge == "none":
-        return x[0], None, None
-    heads, dim = config.num_kv_heads, config.head_dim
-    vectors = x
-    if stream.norm == "token":
-        vectors = [g.reshape(g.transpose(v, [0, 2, 1, 3]), [-1, 1, BLOCK_SIZE, heads * dim]) for v in x]
-    (norm0, unit0), (norm1, unit1) = (_direction(g, v) for v in vectors)
-    cosine = g.op("Clip", g.reduce("Sum", g.op("Mul", unit0, unit1), 3), g.floats(-1.0), g.floats(1.0))
-    omega = g.op("Acos", cosine)
-    zero = g.op("Or", _is_zero(g, unit0), _is_zero(g, unit1))
-    meaningless = g.op("Or", zero, g.op("Greater", omega, g.floats(math.pi - ANTIPODAL_MARGIN)))
-    score = g.op("Squeeze", g.op("Where", meaningless, g.floats(FIRST_SCORE), omega), g.constant([3]))
-    if stream.merge == "mean":
-        return g.op("Mul", g.op("Add", x[0], x[1]), g.floats(0.5)), None, score
-    latent = _slerp(g, unit0, unit1, omega, meaningless, stream.t)
-    if stream.norm == "token":
-        latent = g.transpose(g.reshape(latent, [-1, BLOCK_SIZE, heads, dim]), [0, 2, 1, 3])
-    return latent, [g.op("Squeeze", norm, g.constant([3])) for norm in (norm0, norm1)], score
-
-
-def _direction(g: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    norm = g.op("Sqrt", g.reduce("Sum", g.op("Mul", x, x), 3))
-    positive = g.op("Greater", norm, g.floats(0.0))
-    safe = g.op("Where", positive, norm, g.floats(1.0))
-    return norm, g.op("Where", positive, g.op("Div", x, safe), g.floats(0.0))
-
-
-def _is_zero(g: Emitter, unit: ir.Value) -> ir.Value:
-    return g.op("Equal", g.reduce("Max", g.op("Abs", unit), 3), g.floats(0.0))
-
-
-def _slerp(g: Emitter, a: ir.Value, b: ir.Value, omega: ir.Value, meaningless: ir.Value, t: float) -> ir.Value:
-    def blend(weight_a: ir.Value, weight_b: ir.Value) -> ir.Value:
-        return g.op("Add", g.op("Mul", weight_a, a), g.op("Mul", weight_b, b))
-
-    sine = g.op("Sin", omega)
-    safe = g.op("Where", g.op("Greater", sine, g.floats(0.0)), sine, g.floats(1.0))
-    weights = [g.op("Div", g.op("Sin", g.op("Mul", omega, g.floats(w))), safe) for w in (1.0 - t, t)]
-    _, straight = _direction(g, blend(g.floats(1.0 - t), g.floats(t)))
-    small = g.op("Less", omega, g.floats(SMALL_ANGLE))
-    return g.op("Where", meaningless, b, g.op("Where", small, straight, blend(*weights)))
+def _normalised(g: Emitter, z: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``z / nu`` and nu, its root mean square, as float16 ``[N, 1, H, B]``; zero where nu is."""
+    norm = float16(g, g.op("Sqrt", g.reduce("Mean", g.op("Mul", z, z), 3)))
+    wide = g.float32(norm)
+    positive = g.op("Greater", wide, g.floats(0.0))
+    unit = g.op("Div", z, g.op("Where", positive, wide, g.floats(1.0)))
+    # The lowest code, whatever z is: far below every boundary.
+    unit = g.op("Where", positive, unit, g.floats(-FIRST_SCORE * BLOCK_SIZE))
+    return unit, g.unsqueeze(g.op("Squeeze", norm, g.constant([3])), 1)
 
 
 def _retain(g: Emitter, stream: Stream, score: ir.Value, block_index: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """One-hot rows ``[N, Hn, R, B]`` float32 and offsets ``[N, Hn, R]`` (float32, ascending) of the retained tokens."""
+    """One-hot rows ``[N, Hn, R, B]`` float32 and offsets ``[N, Hn, R]`` (float32, ascending, then -1)."""
+    if stream.retention != "topk":
+        score = _thresholded(g, stream, score)
     if stream.sink_tokens:
-        sinks = g.floats([float(i < stream.sink_tokens) * EVERY_ANGLE_ABOVE for i in range(BLOCK_SIZE)])
-        first = g.float32(g.op("Equal", g.int64(block_index), g.constant(0)))
-        score = g.op("Add", score, g.op("Mul", g.unsqueeze(first, 1, 2), sinks))
+        first = g.unsqueeze(g.op("Equal", block_index, g.constant(0)), 1, 2)
+        sinks = g.constant([i < stream.sink_tokens for i in range(BLOCK_SIZE)], "bool")
+        places = g.floats([BEFORE_ALL - i for i in range(BLOCK_SIZE)])
+        score = g.op("Where", g.op("And", first, sinks), places, score)
     count = g.constant([stream.retained])
-    _, best = g.op_multi("TopK", score, count, outputs=2, attrs={"axis": -1, "largest": 1, "sorted": 1})
-    index, _ = g.op_multi("TopK", g.float32(best), count, outputs=2, attrs={"axis": -1, "largest": 0, "sorted": 1})
+    values, best = g.op_multi("TopK", score, count, outputs=2, attrs={"axis": -1, "largest": 1, "sorted": 1})
+    place = g.float32(best)
+    if stream.retention != "topk":
+        place = g.op("Where", g.op("Greater", values, g.floats(NEVER)), place, g.floats(float(BLOCK_SIZE)))
+    index, _ = g.op_multi("TopK", place, count, outputs=2, attrs={"axis": -1, "largest": 0, "sorted": 1})
     offsets = g.floats([float(i) for i in range(BLOCK_SIZE)])
-    return g.float32(g.op("Equal", g.unsqueeze(index, 3), offsets)), index
+    chosen = g.float32(g.op("Equal", g.unsqueeze(index, 3), offsets))
+    if stream.retention != "topk":
+        index = g.op("Where", g.op("Less", index, g.floats(float(BLOCK_SIZE))), index, g.floats(-1.0))
+    return chosen, index
 
 
-def _float16(g: Emitter, x: ir.Value) -> ir.Value:
-    return g.cast(g.op("Clip", x, g.floats(-FLOAT16_MAX), g.floats(FLOAT16_MAX)), ir.DataType.FLOAT16)
-
-
-def _quantize(
-    g: Emitter, segment: Segment, y: ir.Value, retained: ir.Value | None
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Codes ``[N, H, B, length]`` (float32), scale and minimum (float16) of one segment; see `compression.quantize`."""
-    levels = float(2**segment.bits - 1)
-    axis = 3 if segment.axis == "token" else 2
-    keep = None
-    if segment.axis == "channel" and retained is not None:
-        keep = g.op("Equal", g.unsqueeze(retained, 3), g.floats(0.0))
-
-    def bound(kind: str, outside: float) -> ir.Value:
-        inside = y if keep is None else g.op("Where", keep, y, g.floats(outside))
-        return g.reduce(kind, inside, axis, keep=False)
-
-    low, high = bound("Min", math.inf), bound("Max", -math.inf)
-    scale = _float16(g, g.op("Div", g.op("Sub", high, low), g.floats(levels)))
-    minimum = _float16(g, low)
-    step = g.unsqueeze(g.float32(scale), axis)
-    positive = g.op("Greater", step, g.floats(0.0))
-    safe = g.op("Where", positive, step, g.floats(1.0))
-    ratio = g.op("Div", g.op("Sub", y, g.unsqueeze(g.float32(minimum), axis)), safe)
-    codes = g.op("Clip", g.op("Round", ratio), g.floats(0.0), g.floats(levels))
-    coded = positive if keep is None else g.op("And", positive, keep)
-    return g.op("Where", coded, codes, g.floats(0.0)), scale, minimum
-
-
-def _pack(g: Emitter, codes: ir.Value, segment: Segment, heads: int) -> ir.Value:
-    """int8 ``[N, H, B, bytes]``, low bits first, byte minus `BYTE_OFFSET`."""
-    value = codes
-    per_byte = 8 // segment.bits
-    if per_byte > 1:
-        grouped = g.reshape(codes, [-1, heads, BLOCK_SIZE, segment.length // per_byte, per_byte])
-        weights = g.floats([float(1 << (segment.bits * i)) for i in range(per_byte)])
-        value = g.reduce("Sum", g.op("Mul", grouped, weights), 4, keep=False)
-    return g.cast(g.op("Sub", value, g.floats(float(BYTE_OFFSET))), ir.DataType.INT8)
+def _thresholded(g: Emitter, stream: Stream, score: ir.Value) -> ir.Value:
+    """Larger first among the tokens a threshold rule keeps, `NEVER` for the others; ``score [N, Hn, B]``."""
+    meaningful = g.op("Less", score, g.floats(FIRST_SCORE))
+    highest = g.reduce("Max", g.op("Where", meaningful, score, g.floats(-FIRST_SCORE)), 2)
+    lowest = g.reduce("Min", g.op("Where", meaningful, score, g.floats(2 * FIRST_SCORE)), 2)
+    margin = g.op("Mul", g.op("Sub", highest, lowest), g.floats(stream.gamma))
+    if stream.retention == "threshold":
+        kept = g.op("Or", g.op("Greater", score, g.op("Sub", highest, margin)), g.op("Not", meaningful))
+        return g.op("Where", kept, score, g.floats(NEVER))
+    kept = g.op("And", g.op("Less", score, g.op("Add", lowest, margin)), meaningful)
+    return g.op("Where", kept, g.op("Neg", score), g.floats(NEVER))

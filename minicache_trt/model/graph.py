@@ -8,6 +8,7 @@ from functools import partial
 
 import onnx_ir as ir
 
+from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import (
@@ -23,9 +24,12 @@ from minicache_trt.contract import (
     plan_layout,
 )
 from minicache_trt.functions.compress_blocks import compress_blocks
-from minicache_trt.functions.paged_attention import LayerStreams, paged_attention, step_inputs
+from minicache_trt.functions.paged_attention import paged_attention
+from minicache_trt.functions.step import LayerStream, LayerStreams, step_inputs
+from minicache_trt.functions.stream_maps import read_maps
 from minicache_trt.functions.tape import OPSETS, Emitter
 from minicache_trt.model.decoder import decoder
+from minicache_trt.model.maps import GraphMaps, writer_maps
 from minicache_trt.model.onnx_ops import OnnxOps
 from minicache_trt.model.weights import GraphWeights
 
@@ -60,7 +64,8 @@ class _Functions:
 def _variant(layout: StreamLayout) -> Hashable:
     """Equal for streams that store and compute alike, whichever layers they hold."""
     stream = layout.stream
-    return tuple(getattr(stream, field.name) for field in fields(stream) if field.name != "layers")
+    same = tuple(getattr(stream, field.name) for field in fields(stream) if field.name != "layers")
+    return len(stream.layers), same
 
 
 def _call(g: Emitter, function: ir.Function, inputs: list[ir.Value], name: str) -> list[ir.Value]:
@@ -83,11 +88,16 @@ def _output(value: ir.Value, name: str, dtype: ir.DataType, shape: list[str | in
 
 def layer_streams(plan: CompressionPlan, layouts: tuple[StreamLayout, ...], layer: int) -> LayerStreams:
     """Key and value stream of one layer."""
-    (key, key_member), (value, value_member) = plan.find("key", layer), plan.find("value", layer)
-    return LayerStreams(layouts[key], key_member, layouts[value], value_member)
+
+    def own(part: str) -> LayerStream:
+        index, member = plan.find(part, layer)
+        maps = read_maps(layouts[index], stream_matrices(plan.matrices, index), member)
+        return LayerStream(layouts[index], member, tuple(maps))
+
+    return LayerStreams(own("key"), own("value"))
 
 
-def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeights) -> ir.Model:
+def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeights, maps: GraphMaps) -> ir.Model:
     """Graph of the decoder.
 
     Parameters
@@ -96,6 +106,8 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
     plan : CompressionPlan
     weights : GraphWeights
         Emits weights and linear layers; its initializers end up in the graph.
+    maps : GraphMaps
+        The plan's linear maps, likewise.
 
     Returns
     -------
@@ -118,8 +130,10 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
         variant: Hashable = None
         inputs = [q, k, v, full[layer], *(steps[name] for name in step_inputs(plan.compresses))]
         if streams is not None:
-            variant = (_variant(streams.key), streams.key_member, _variant(streams.value), streams.value_member)
-            inputs += [compressed[tensor] for _, tensor in streams.pool_names()]
+            variant = tuple((_variant(own.layout), own.member) for own in (streams.key, streams.value))
+            inputs += [
+                compressed[tensor] if kind == "pool" else maps.value(tensor) for _, kind, tensor in streams.inputs()
+            ]
         function = functions.get("PagedAttention", variant, partial(paged_attention, "PagedAttention", config, streams))
         out, kv = _call(g, function, inputs, f"layers.{layer}.attention")
         pool = full_pools(config)[layer]
@@ -130,10 +144,10 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
     logits = decoder(config, ops, steps["input_ids"], steps["positions"], steps["logit_index"])
     _output(logits, LOGITS, ir.DataType.FLOAT, ["N", config.vocab_size])
     inputs = [*steps.values(), *full, *compressed.values()]
-    return _model("decoder", g, inputs, [logits, *updated], weights.initializers, functions)
+    return _model("decoder", g, inputs, [logits, *updated], [*weights.initializers, *maps.initializers], functions)
 
 
-def build_compressor(config: ModelConfig, plan: CompressionPlan) -> ir.Model:
+def build_compressor(config: ModelConfig, plan: CompressionPlan, maps: GraphMaps) -> ir.Model:
     """Graph of the compressor: full blocks into every stream's compressed blocks, all streams at once."""
     g = Emitter("compressor")
     steps = {
@@ -145,15 +159,17 @@ def build_compressor(config: ModelConfig, plan: CompressionPlan) -> ir.Model:
     outputs: list[ir.Value] = []
     for layout in plan_layout(plan, config):
         own = [_pool_value(pool, "Nc") for pool in layout.pools.values()]
+        writer = writer_maps(layout, stream_matrices(plan.matrices, layout.index))
         function = functions.get(
-            "CompressBlocks", _variant(layout), partial(compress_blocks, "CompressBlocks", config, layout)
+            "CompressBlocks", _variant(layout), partial(compress_blocks, "CompressBlocks", layout, tuple(writer))
         )
-        inputs = [*steps.values(), *(full[layer] for layer in layout.stream.layers), *own]
+        own_maps = [maps.value(tensor) for tensor in writer.values()]
+        inputs = [*steps.values(), *(full[layer] for layer in layout.stream.layers), *own_maps, *own]
         values = _call(g, function, inputs, f"streams.{layout.index}.compress")
         for value, pool in zip(values, layout.pools.values(), strict=True):
             outputs.append(_output(value, pool.output_name, _POOL_TYPES[pool.dtype], ["Nc", *pool.shape]))
         pools += own
-    return _model("compressor", g, [*steps.values(), *full, *pools], outputs, [], functions)
+    return _model("compressor", g, [*steps.values(), *full, *pools], outputs, maps.initializers, functions)
 
 
 def _model(

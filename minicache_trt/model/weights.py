@@ -19,6 +19,13 @@ _TYPES = {
 }
 
 
+def external_value(name: str, view: WeightView, location: str) -> ir.Value:
+    """An initializer whose data stays where it is; ``location``: the file's path as seen from the graph."""
+    shape = ir.Shape(view.shape)
+    tensor = ir.ExternalTensor(location, view.offset, view.nbytes, _TYPES[view.dtype], shape=shape, name=name)
+    return ir.Value(name=name, shape=ir.Shape(view.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
 class GraphWeights:
     """Emits weights and linear layers on one tape.
 
@@ -61,18 +68,7 @@ class GraphWeights:
 
     def _external(self, name: str, view: WeightView) -> ir.Value:
         if name not in self._tables:
-            tensor = ir.ExternalTensor(
-                self._locations[view.file.name],
-                view.offset,
-                view.nbytes,
-                _TYPES[view.dtype],
-                shape=ir.Shape(view.shape),
-                name=name,
-            )
-            value = ir.Value(
-                name=name, shape=ir.Shape(view.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            self._tables[name] = value
+            self._tables[name] = external_value(name, view, self._locations[view.file.name])
         return self._tables[name]
 
     def table(self, name: str) -> ir.Value:

@@ -32,6 +32,8 @@ class Batch:
     slot_mapping: Int32
     full_table: Int32
     compressed_table: Int32
+    full_work: Int32
+    compressed_work: Int32
     decode_rows: Int32
     prefill_rows: Int32
     logit_index: Int32
@@ -64,6 +66,9 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
     ends = query_start[1:].tolist()
     num_decodes = int(np.count_nonzero(counts == 1))
     logit_rows = [row for item, end in zip(work, ends, strict=True) for row in range(end - item.num_logits, end)]
+    full_table = _table([sequence.full_table for sequence in sequences])
+    compressed_table = _table([sequence.compressed_table for sequence in sequences])
+    decodes = sequences[:num_decodes]
     return Batch(
         input_ids=_concatenate([item.sequence.token_ids[item.start : item.end] for item in work]),
         positions=_concatenate([range(item.start, item.end) for item in work]),
@@ -71,11 +76,22 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
         context_len=np.array([item.end for item in work], np.int32),
         compressed_len=np.array([sequence.compressed_len for sequence in sequences], np.int32),
         slot_mapping=np.concatenate([cache.slots(item.sequence, item.start, item.end) for item in work]),
-        full_table=_table([sequence.full_table for sequence in sequences]),
-        compressed_table=_table([sequence.compressed_table for sequence in sequences]),
+        full_table=full_table,
+        compressed_table=compressed_table,
+        full_work=work_list([len(sequence.full_table) for sequence in decodes], full_table.shape[1]),
+        compressed_work=work_list([len(sequence.compressed_table) for sequence in decodes], compressed_table.shape[1]),
         decode_rows=np.arange(num_decodes, dtype=np.int32),
         prefill_rows=_prefill_rows(work[num_decodes:], query_start[num_decodes:]),
         logit_index=np.array(logit_rows, np.int32),
+    )
+
+
+def work_list(used: list[int], width: int) -> Int32:
+    """Places s * width + m of the first ``used[s]`` entries of each row of a table ``[S, width]``."""
+    if not used:
+        return np.zeros(0, np.int32)
+    return np.concatenate(
+        [np.arange(row * width, row * width + count, dtype=np.int32) for row, count in enumerate(used)]
     )
 
 

@@ -28,7 +28,7 @@ def test_function_agrees_with_reference(name: str) -> None:
         kv = [common + 0.5 * torch.randn_like(common) for _ in layout.stream.layers]
         kv[-1][1, :, 0, 7] = 0.0
         pools = [np.full((6, *pool.shape), 1, TYPES[pool.dtype]) for pool in layout.pools.values()]
-        function = compress_blocks("CompressBlocks", CONFIG, layout)
+        function = compress_blocks("CompressBlocks", layout)
         outputs = run_function(function, [SOURCE, TARGET, BLOCK_INDEX, *[x.numpy() for x in kv], *pools])
         for output in outputs:
             assert (output[[0, 3, 5]] == 1).all(), "a block that is not a target was written"
@@ -42,5 +42,5 @@ def test_no_blocks_is_no_change() -> None:
     kv = [np.zeros((3, 2, 2, 64, 80), np.float32) for _ in layout.stream.layers]
     pools = [np.full((2, *pool.shape), 1, TYPES[pool.dtype]) for pool in layout.pools.values()]
     none = np.zeros(0, np.int32)
-    outputs = run_function(compress_blocks("CompressBlocks", CONFIG, layout), [none, none, none, *kv, *pools])
+    outputs = run_function(compress_blocks("CompressBlocks", layout), [none, none, none, *kv, *pools])
     assert all((output == 1).all() for output in outputs)

@@ -11,7 +11,7 @@ import torch
 from minicache_trt.compression.methods import make_plan
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.functions.paged_attention import paged_attention as build_function
-from minicache_trt.functions.paged_attention import step_inputs
+from minicache_trt.functions.step import step_inputs
 from minicache_trt.model.graph import layer_streams
 from minicache_trt.model.torch_attention import paged_attention
 from tests.support.onnx_function import run_function
@@ -44,7 +44,7 @@ def test_function_agrees_with_twin(name: str, kind: str) -> None:
         inputs = [q, k, v, pools.tensors[f"kv.{layer}"].clone()]
         arrays = [x.numpy() for x in inputs] + [getattr(batch, name) for name in step_inputs(plan.compresses)]
         if streams is not None:
-            arrays += [pools.tensors[tensor].numpy() for _, tensor in streams.pool_names()]
+            arrays += [pools.tensors[tensor].numpy() for _, _, tensor in streams.inputs()]
         out, kv = run_function(build_function("PagedAttention", CONFIG, streams), arrays)
         expected = paged_attention(pools, batch, q, k, v, layer)
         np.testing.assert_allclose(out, expected.numpy(), atol=2e-5)
@@ -83,7 +83,7 @@ def test_numbers_that_are_not_finite_never_reach_the_pools(bad: float) -> None:
     streams = layer_streams(plan, pools.layouts, 1)
     arrays = [x.numpy() for x in (q, k, v, pools.tensors["kv.1"])]
     arrays += [getattr(batch, name) for name in step_inputs(True)]
-    arrays += [pools.tensors[tensor].numpy() for _, tensor in streams.pool_names()]
+    arrays += [pools.tensors[tensor].numpy() for _, _, tensor in streams.inputs()]
     _, kv = run_function(build_function("PagedAttention", CONFIG, streams), arrays)
     paged_attention(pools, batch, q, k, v, 1)
     assert np.isfinite(kv).all() and pools.tensors["kv.1"].isfinite().all()

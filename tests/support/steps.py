@@ -12,7 +12,7 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import PREFILL_TILE, full_pools, plan_layout
 from minicache_trt.model.torch_attention import Pools
-from minicache_trt.runtime.batch import Batch
+from minicache_trt.runtime.batch import Batch, work_list
 
 
 def random_pools(
@@ -59,6 +59,8 @@ def step(sequences: Sequence[tuple[int, int, int]], seed: int = 0) -> Batch:
         slot_mapping=np.array(slots, i32),
         full_table=full,
         compressed_table=compressed,
+        full_work=work_list([-(-(n - c) // BLOCK_SIZE) for n, c, _ in sequences[:decodes]], full.shape[1]),
+        compressed_work=work_list([c // BLOCK_SIZE for _, c, _ in sequences[:decodes]], compressed.shape[1]),
         decode_rows=np.arange(decodes, dtype=i32),
         prefill_rows=prefill,
         logit_index=np.zeros(1, i32),

@@ -1,0 +1,207 @@
+"""Decodes of a step: attention of one-token sequences over both tiers, block by block.
+
+    full_work, compressed_work ──split into tiles──► Scan: gather a tile's keys ─► logits ─► weights ─► gather values
+                                                        └─ per block: maximum, sum of weights, weighted values ──┐
+                                             one softmax per sequence over its blocks of both tiers ◄────────────┘
+
+Work lists name blocks in use only, so sequences of different lengths do not pad each other, and a tile's gathered keys
+fit a core's own cache. Partial results are per block of 64 tokens: they depend on nothing else in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from minicache_trt.config import BLOCK_SIZE
+from minicache_trt.functions.step import MASKED, Step, ceil_div, scan
+from minicache_trt.functions.streams import (
+    Rotation,
+    block_rotation,
+    load_stream,
+    prepare_query,
+    restore_stream,
+    stream_logits,
+    stream_values,
+)
+from minicache_trt.functions.tape import Emitter
+
+TILE_BYTES = 1 << 20
+"""Gathered (or unpacked) keys of one tile: half of a core's cache, so that they are still there when they are used."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One tier's blocks, padded to whole tiles with blocks of no sequence.
+
+    ``trips``, ``size`` ``[1]``: tiles, and blocks in a tile. Of each of the W = trips * size blocks, int64 ``[W]``:
+    ``row``, decode it belongs to (Nd: none); ``column``, its number within the tier; ``block``, its id;
+    ``target``, its place in ``[Nd + 1, M]``, M blocks of both tiers.
+    """
+
+    trips: ir.Value
+    size: ir.Value
+    row: ir.Value
+    column: ir.Value
+    block: ir.Value
+    target: ir.Value
+
+    def tiles(self, g: Emitter, x: ir.Value, *shape: int) -> ir.Value:
+        """``[W, ...]`` as ``[trips, size, ...]``."""
+        return g.reshape(x, [self.trips, self.size, *shape])
+
+
+Partial = list[ir.Value]
+"""Per block: largest logit, sum of weights ``[.., H, G, 1]``, weighted values ``[.., H, G, D]``; H by KV head."""
+
+
+def decode_attention(step: Step) -> ir.Value:
+    """``[Nd, Hq * D]``."""
+    g, config, inputs = step.g, step.config, step.inputs
+    shape = [config.num_kv_heads, config.group_size, config.head_dim]
+    count = g.extent(inputs["decode_rows"], 0)
+    decodes = g.reshape(g.slice(step.q, g.constant([0]), count, 0), [count, *shape])
+    # One query more than there are decodes, for blocks that belong to none.
+    q = g.concat([decodes, g.floats(np.zeros((1, *shape), np.float32))], 0)
+    tiers = ["full"] if step.streams is None else ["full", "compressed"]
+    widths = {tier: g.extent(inputs[f"{tier}_table"], 1) for tier in tiers}
+    total = widths["full"] if step.streams is None else g.op("Add", *widths.values())
+    work = _work(step, "full", count, total, None, config.head_dim)
+    targets, partials = [work.target], [_full_tier(step, work, q, count)]
+    if step.streams is not None:
+        rank = max(step.streams.key.layout.stream.rank, step.streams.value.layout.stream.rank, config.head_dim)
+        work = _work(step, "compressed", count, total, widths["full"], rank)
+        targets.append(work.target)
+        partials.append(_compressed_tier(step, work, q))
+    out = _combine(step, count, total, targets, partials)
+    return g.reshape(out, [count, config.num_heads * config.head_dim])
+
+
+def _work(step: Step, tier: str, count: ir.Value, total: ir.Value, before: ir.Value | None, width: int) -> Work:
+    """The tier's work list in tiles; ``before``: blocks of the other tier in front of this one's in ``[Nd + 1, M]``."""
+    g, table = step.g, step.inputs[f"{tier}_table"]
+    items, columns = step.inputs[f"{tier}_work"], g.extent(table, 1)
+    limit = max(1, TILE_BYTES // (step.config.num_kv_heads * BLOCK_SIZE * width * 4))
+    length, one = g.extent(items, 0), g.constant([1])
+    trips = g.op("Max", ceil_div(g, length, g.constant([limit])), one)
+    size = g.op("Max", ceil_div(g, length, trips), one)
+    missing = g.op("Sub", g.op("Mul", trips, size), length)
+    padding = g.op("Expand", g.op("Mul", count, columns), missing)
+    place = g.concat([items, padding], 0)
+    row, column = g.op("Div", place, columns), g.op("Mod", place, columns)
+    flat = g.concat([g.reshape(table, [-1]), g.constant([0])], 0)
+    block = g.op("Gather", flat, place, attrs={"axis": 0})
+    target = g.op("Add", g.op("Mul", row, total), column)
+    return Work(trips, size, row, column, block, target if before is None else g.op("Add", target, before))
+
+
+def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> Partial:
+    g, inputs = step.g, step.inputs
+    length = inputs["context_len"]
+    if step.streams is not None:
+        length = g.op("Sub", length, inputs["compressed_len"])
+    length = g.concat([g.slice(length, g.constant([0]), count, 0), g.constant([0])], 0)
+    used = g.op("Gather", length, work.row, attrs={"axis": 0})
+    used = g.op("Sub", used, g.op("Mul", work.column, g.constant(BLOCK_SIZE)))
+    visible = g.op("Less", g.constant(list(range(BLOCK_SIZE))), g.unsqueeze(used, 1, 2, 3))
+    mask = g.op("Where", visible, g.floats(0.0), g.floats(MASKED))
+    place = g.unsqueeze(work.block, 1)
+    zero = g.op("Mul", place, g.constant(0))
+    keys, values = (g.concat([place, g.op("Add", zero, g.constant(part))], 1) for part in (0, 1))
+
+    def body(tile: list[ir.Value]) -> Partial:
+        row, key, value, hidden = tile
+        queries = g.op("Gather", q, row, attrs={"axis": 0})
+        logits = g.op("MatMul", queries, g.swap_last(g.op("GatherND", step.kv, key), 4))
+        logits = g.op("Add", logits, hidden)
+        return _weigh(g, logits, lambda weights: g.op("MatMul", weights, g.op("GatherND", step.kv, value)))
+
+    int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
+    slices = [
+        (work.tiles(g, work.row), int64, 1),
+        (work.tiles(g, keys, 2), int64, 2),
+        (work.tiles(g, values, 2), int64, 2),
+        (work.tiles(g, mask, 1, 1, BLOCK_SIZE), float32, 4),
+    ]
+    return _scanned(step, "full_tile", slices, body)
+
+
+def _compressed_tier(step: Step, work: Work, q: ir.Value) -> Partial:
+    """Blocks of the compressed tier are complete, so nothing is masked."""
+    assert step.streams is not None
+    g, key, value = step.g, step.streams.key, step.streams.value
+    key_maps, value_maps = step.maps("key"), step.maps("value")
+    query = prepare_query(g, key.layout, key_maps, q)
+    rebuilt = key.layout.stream.basis == "pre_rope"
+    int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
+    slices = [(work.tiles(g, work.row), int64, 1), (work.tiles(g, work.block), int64, 1)]
+    if rebuilt:
+        rotation = block_rotation(g, step.config, work.column)
+        half = step.config.head_dim // 2
+        slices += [(work.tiles(g, part, 1, BLOCK_SIZE, half), float32, 4) for part in (rotation.cos, rotation.sin)]
+
+    def body(tile: list[ir.Value]) -> Partial:
+        row, block, *angles = tile
+        own = query.rows(g, row)
+        stream = load_stream(g, key.layout, key.member, step.pools("key"), block)
+        if rebuilt:
+            keys = restore_stream(g, key.layout, stream, key_maps, Rotation(*angles))
+            logits = g.op("MatMul", own.raw, g.swap_last(keys, 4))
+        else:
+            logits = stream_logits(g, stream, own)
+        if key_maps.slots is not None:
+            logits = g.op("Gather", logits, key_maps.slots, attrs={"axis": 1})
+
+        def attend(weights: ir.Value) -> ir.Value:
+            history = load_stream(g, value.layout, value.member, step.pools("value"), block)
+            return stream_values(g, history, weights, value_maps)
+
+        return _weigh(g, logits, attend)
+
+    return _scanned(step, "compressed_tile", slices, body)
+
+
+def _weigh(g: Emitter, logits: ir.Value, attend: Callable[[ir.Value], ir.Value]) -> Partial:
+    """One block's softmax without its denominator; ``logits [N, H, G, B]``."""
+    peak = g.reduce("Max", logits, 3)
+    weights = g.op("Exp", g.op("Sub", logits, peak))
+    return [peak, g.reduce("Sum", weights, 3), attend(weights)]
+
+
+def _scanned(
+    step: Step,
+    name: str,
+    slices: Sequence[tuple[ir.Value, ir.DataType, int]],
+    body: Callable[[list[ir.Value]], Partial],
+) -> Partial:
+    """The body's partials of every tile, ``[W, H, G, x]``."""
+    g, config = step.g, step.config
+    shapes = [[config.num_kv_heads, config.group_size, width] for width in (1, 1, config.head_dim)]
+    outputs = scan(g, name, slices, body, [[None, *shape] for shape in shapes])
+    return [g.reshape(x, [-1, *shape]) for x, shape in zip(outputs, shapes, strict=True)]
+
+
+def _combine(
+    step: Step, count: ir.Value, total: ir.Value, targets: list[ir.Value], partials: list[Partial]
+) -> ir.Value:
+    """One softmax per decode over its blocks: ``[Nd, H, G, D]``."""
+    g, heads = step.g, [step.config.num_kv_heads, step.config.group_size]
+    rows = g.op("Add", count, g.constant([1]))
+    places = g.op("Mul", rows, total)
+    target = g.unsqueeze(g.concat(targets, 0), 1)
+
+    def spread(index: int, width: int, absent: float) -> ir.Value:
+        """One partial of both tiers by sequence and block, ``[Nd + 1, M, H, G, width]``."""
+        shape = g.op("Concat", places, g.constant([*heads, width]), attrs={"axis": 0})
+        values = g.concat([partial[index] for partial in partials], 0)
+        spreaded = g.op("ScatterND", g.op("Expand", g.floats(absent), shape), target, values)
+        return g.reshape(spreaded, [rows, total, *heads, width])
+
+    peak = spread(0, 1, MASKED)
+    share = g.op("Exp", g.op("Sub", peak, g.reduce("Max", peak, 1)))
+    weight = g.reduce("Sum", g.op("Mul", spread(1, 1, 0.0), share), 1, keep=False)
+    summed = g.reduce("Sum", g.op("Mul", spread(2, step.config.head_dim, 0.0), share), 1, keep=False)
+    return g.slice(g.op("Div", summed, weight), g.constant([0]), count, 0)
