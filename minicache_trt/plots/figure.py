@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +19,16 @@ COLORS = {"key": "#1f77b4", "value": "#d95f02", "neutral": "#555555", "merged": 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches; it belongs to no window and to no global state."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of font caches it builds
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def set_title(figure: Figure, title: str, size: int = 12) -> None:
+    """A title taken as it is: dollar signs are no formulas, and what is no Unicode becomes a question mark."""
+    text = title.encode(errors="replace").decode()
+    figure.suptitle(text, fontsize=size, parse_math=False)
 
 
 def check_file(path: Path) -> None:
@@ -60,7 +69,9 @@ def save(figure: Figure, path: Path) -> None:
         The path cannot be written.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lower().removeprefix("."))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a path's characters may be missing from the font
+        figure.savefig(buffer, format=path.suffix.lower().removeprefix("."))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getvalue())

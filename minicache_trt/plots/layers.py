@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache_trt.plots.figure import COLORS, new_figure
+from minicache_trt.plots.figure import COLORS, new_figure, set_title
 from minicache_trt.tracing.divergence import LOGITS, Divergence
 from minicache_trt.tracing.points import EMBED
 
@@ -20,6 +20,8 @@ KINDS = {
     "middle": ("residual stream after attention", COLORS["value"], "s", ":"),
 }
 """Last component of a trace point to label, colour, marker and line."""
+MANY = 40
+"""With more layers than this, lines and markers are thinner."""
 FLOOR = 1e-8
 """Below float32's resolution; zero, which a logarithmic axis cannot show, is drawn here."""
 
@@ -27,21 +29,22 @@ FLOOR = 1e-8
 def divergence_figure(result: Divergence, a: str, b: str) -> Figure:
     """Relative error per layer, and per layer and token; ``a`` and ``b`` name the sides."""
     layers = 1 + max(point.layer for point in result.points if point.layer is not None)
-    figure = new_figure(13, 5.6)
+    figure = new_figure(13, 6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _lines(left, result, layers)
     _heatmap(figure, right, result, layers)
-    figure.suptitle(f"A: {a}\nB: {b}", fontsize=10, ha="left", x=0.01)
+    set_title(figure, f"A: {a}\nB: {b}", 10)
     return figure
 
 
 def _lines(axes: Any, result: Divergence, layers: int) -> None:
-    width = 1.6 if layers <= 40 else 1.0
+    width, size = (1.6, 4) if layers <= MANY else (1.0, 2.5)
     for kind, (label, color, marker, line) in KINDS.items():
         rows = [point for point in result.points if point.point.endswith(f".{kind}")]
         error = _shown([row.relative_error for row in rows])
-        axes.plot([row.layer for row in rows], error, line, color=color, lw=width, marker=marker, ms=4, label=label)
-    ends = {EMBED: -1, LOGITS: layers}
+        axes.plot([row.layer for row in rows], error, line, color=color, lw=width, marker=marker, ms=size, label=label)
+    gap = max(1, layers // 16)
+    ends = {EMBED: -gap, LOGITS: layers - 1 + gap}
     for row in result.points:
         if row.point in ends:
             axes.plot(ends[row.point], _shown([row.relative_error]), color=COLORS["neutral"], marker="D", ms=5, ls="")
@@ -51,17 +54,14 @@ def _lines(axes: Any, result: Divergence, layers: int) -> None:
         place = ends.get(first.point, first.layer)
         axes.axvline(place, color="crimson", ls=":", lw=1.2, label=f"parts first: {first.point}")
     axes.set_yscale("log")
-    step = max(1, -(-layers // 16))
-    ticks = [-1, *range(0, layers, step), layers]
-    if layers - ticks[-2] < max(1, step // 2):
-        del ticks[-2]
-    axes.set_xticks(ticks, [{-1: "embed", layers: "logits"}.get(tick, str(tick)) for tick in ticks], fontsize=8)
-    axes.get_xticklabels()[0].set_rotation(40)
-    axes.get_xticklabels()[-1].set_rotation(40)
+    inner = range(0, layers, max(1, -(-layers // 16)))
+    axes.set_xticks([ends[EMBED], *inner, ends[LOGITS]], [EMBED, *map(str, inner), LOGITS], fontsize=8)
+    for end in (0, -1):
+        axes.get_xticklabels()[end].set_rotation(40)
     zero = f" (0 is drawn at {FLOOR:g})" if any(point.relative_error == 0 for point in result.points) else ""
     axes.set(xlabel="layer", ylabel=f"relative error  ‖A - B‖ / ‖B‖{zero}", title="All tokens, per layer")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, framealpha=0.9)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, frameon=False)
 
 
 def _heatmap(figure: Figure, axes: Any, result: Divergence, layers: int) -> None:
@@ -84,7 +84,7 @@ def _heatmap(figure: Figure, axes: Any, result: Divergence, layers: int) -> None
         label = "first generated token" if index == 0 else None
         axes.axvline(start + prompt - 0.5, color="deepskyblue", ls="--", lw=1.2, label=label)
         start += length
-    axes.legend(fontsize=8, loc="upper left", framealpha=0.9)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     prompts = "" if len(result.lengths) == 1 else f", {len(result.lengths)} prompts side by side"
     axes.set(xlabel=f"token{prompts}", ylabel="layer", title="Residual stream after the layer, per token")
     axes.set_yticks(range(0, layers, max(1, -(-layers // 16))))

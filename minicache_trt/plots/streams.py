@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minicache_trt.compression.plan import PARTS
-from minicache_trt.plots.figure import COLORS, new_figure, save
+from minicache_trt.plots.figure import COLORS, new_figure, save, set_title
 from minicache_trt.tracing.similarity import BIN_DEGREES, PairSimilarity, Spread, StreamStatistics
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _panels(statistics: StreamStatistics, title: str, draw: Callable[[Any, Strea
         axes.set_title({"key": "keys (after RoPE)", "value": "values"}[part], fontsize=11)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncol=2, frameon=False)
-    figure.suptitle(f"{title}, {statistics.tokens} tokens", fontsize=12)
+    set_title(figure, f"{title}, {statistics.tokens} tokens")
     return figure
 
 
@@ -99,7 +99,14 @@ def _angles(axes: Any, statistics: StreamStatistics, part: str) -> None:
         half = 0.42 * counts / counts.max()
         label = f"distribution over {_over(statistics, part)}" if x == 0 else None
         axes.fill_betweenx(centers, x - half, x + half, color=COLORS[part], alpha=0.65, lw=0, label=label)
-    axes.plot(range(len(pairs)), [pair.angle.mean for pair in pairs], "_", color="black", ms=9, label="mean")
+    axes.plot(
+        range(len(pairs)),
+        [pair.angle.mean for pair in pairs],
+        "_",
+        color="black",
+        ms=min(9, 270 / len(pairs)),
+        label="mean",
+    )
     axes.axhline(90, color=COLORS["neutral"], lw=0.9, ls="--", label="unrelated directions (90°)")
     top = max(pair.angle.p90 for row in PARTS for pair in statistics.of(row)[1])
     axes.set(ylabel="angle (degrees)", ylim=(0, min(180, max(120, top + 30))))

@@ -63,7 +63,7 @@ def other_side(directory: Path, info: EngineInfo, against: str) -> Side:
     if against == UNCOMPRESSED:
         return Side(directory, replace(info, plan=CompressionPlan("full")), "torch")
     path = Path(against)
-    if not path.exists():
+    if not against or not path.exists():
         raise UserError(
             f"--against: {against!r} is no engine directory",
             f"use {TORCH}, {UNCOMPRESSED} or another engine of the same model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from minicache_trt.errors import UserError
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.prompts import parse_prompts
 from minicache_trt.tracing.recording import RecordingEngine, check_finite
@@ -28,9 +29,11 @@ def measure_streams(
     Raises
     ------
     UserError
-        A prompt cannot be used, or the model computes numbers that are not finite.
+        A prompt cannot be used, the model has one layer only, or it computes numbers that are not finite.
     """
     engine = llm.engine
+    if engine.model.num_layers < 2:
+        raise UserError("a model of one layer has no neighbouring layers to compare")
     parsed = parse_prompts(list(prompts), llm.tokenizer, engine.model.vocab_size, engine.build.max_seq_len)
     traces = []
     for done, prompt in enumerate(parsed):
