@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class StreamStatistics:
         ``head`` where it merges nothing.
     norms : tuple of LayerNorms
     pairs : tuple of PairSimilarity
-        All adjacent layers, and those the plan merges.
+        All adjacent layers, and neighbours within the groups the plan merges.
     """
 
     tokens: int
@@ -116,13 +117,13 @@ def stream_statistics(traces: Sequence[Trace], plan: CompressionPlan, num_layers
     granularity = {}
     for place, part in enumerate(PARTS):
         merged = {
-            stream.layers: stream.norm for stream in plan.streams if stream.part == part and len(stream.layers) == 2
+            pair: stream.norm for stream in plan.streams if stream.part == part for pair in pairwise(stream.layers)
         }
         granularity[part] = "token" if "token" in merged.values() else "head"
         vectors = [_vectors(traces, layer, place, granularity[part]) for layer in range(num_layers)]
         norms += [LayerNorms(part, layer, Spread.of(np.linalg.norm(x, axis=-1))) for layer, x in enumerate(vectors)]
         adjacent = {(layer, layer + 1) for layer in range(num_layers - 1)}
-        for a, b in sorted(adjacent | {(layers[0], layers[1]) for layers in merged}):
+        for a, b in sorted(adjacent | merged.keys()):
             pairs.append(_pair(part, (a, b), (a, b) in merged, vectors[a], vectors[b]))
     return StreamStatistics(sum(len(trace["kv.0"]) for trace in traces), granularity, tuple(norms), tuple(pairs))
 
