@@ -198,19 +198,7 @@ def compare_engine(
     UserError
         A prompt cannot be used, or the engine cannot continue it.
     """
-    outputs = llm.generate(list(prompts), SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
-    for index, output in enumerate(outputs):
-        completion = output.outputs[0]
-        if completion.finish_reason == "error":
-            raise UserError(f"prompts[{index}]: the engine ended early: {completion.stop_reason}")
-        if not completion.token_ids:
-            raise UserError(
-                f"prompts[{index}] has {len(output.prompt_token_ids)} tokens and fills the engine's max_seq_len "
-                f"{info.build.max_seq_len}, so there is nothing to compare",
-                "shorten the prompt, or build the engine with a larger max_seq_len",
-            )
-    sequences = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
-    lengths = [len(o.prompt_token_ids) for o in outputs]
+    sequences, lengths = greedy_continuations(llm, prompts, max_tokens)
     recorder = BlockRecorder(llm.engine)
     scores = llm.score(sequences, lengths, start=[length - 1 for length in lengths], observe=recorder)
     reference = reference_for(directory, info)
@@ -230,6 +218,31 @@ def compare_engine(
         )
     progress(len(sequences), len(sequences))
     return Comparison(tuple(rows))
+
+
+def greedy_continuations(
+    llm: LLM, prompts: Sequence[str | list[int]], max_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each prompt with the engine's greedy continuation, and the lengths of the prompts alone.
+
+    Raises
+    ------
+    UserError
+        A prompt cannot be used, or the engine cannot continue it.
+    """
+    outputs = llm.generate(list(prompts), SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
+    for index, output in enumerate(outputs):
+        completion = output.outputs[0]
+        if completion.finish_reason == "error":
+            raise UserError(f"prompts[{index}]: the engine ended early: {completion.stop_reason}")
+        if not completion.token_ids:
+            raise UserError(
+                f"prompts[{index}] has {len(output.prompt_token_ids)} tokens and fills the engine's max_seq_len "
+                f"{llm.engine.build.max_seq_len}, so there is nothing to compare",
+                "shorten the prompt, or build the engine with a larger max_seq_len",
+            )
+    sequences = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+    return sequences, [len(o.prompt_token_ids) for o in outputs]
 
 
 def reference_for(directory: Path, info: EngineInfo) -> Reference:

@@ -21,6 +21,7 @@ from minicache_trt.engine_directory import COMPRESSOR, DECODER, EngineInfo
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.batch import Batch, Int32
 
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _POOL_TYPES = {"model": np.float32, "int8": np.int8, "float16": np.float16}
 
 
@@ -43,8 +44,8 @@ class OnnxRuntimeEngine:
     def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
-        self._decoder = _session(directory / DECODER, num_threads)
-        self._compressor = _session(directory / COMPRESSOR, num_threads) if self.plan.compresses else None
+        self._decoder = self._open_decoder(num_threads)
+        self._compressor = open_session(directory / COMPRESSOR, num_threads) if self.plan.compresses else None
         self._pools: dict[str, NDArray[np.generic]] = {}
         self._decoder_binding = self._decoder.io_binding()
         self._compressor_binding = self._compressor.io_binding() if self._compressor else None
@@ -72,7 +73,7 @@ class OnnxRuntimeEngine:
         logits = self._logits[:rows]
         steps = {name: getattr(batch, name) for name in decoder_inputs(self.plan)}
         _bind_steps(self._decoder_binding, steps)
-        _bind_buffer(self._decoder_binding.bind_output, LOGITS, logits)
+        bind_buffer(self._decoder_binding.bind_output, LOGITS, logits)
         self._decoder.run_with_iobinding(self._decoder_binding)
         return logits
 
@@ -87,19 +88,41 @@ class OnnxRuntimeEngine:
         """A pool by its contract name, for inspection."""
         return self._pools[name]
 
+    def _open_decoder(self, num_threads: int | None) -> ort.InferenceSession:
+        """The session of the decoder; a tracing engine opens one with more outputs."""
+        return open_session(self.directory / DECODER, num_threads)
+
     def _bind(self, binding: ort.IOBinding, inputs: Iterable[PoolSpec], outputs: Iterable[PoolSpec]) -> None:
         for pool in inputs:
-            _bind_buffer(binding.bind_input, pool.name, self._pools[pool.name])
+            bind_buffer(binding.bind_input, pool.name, self._pools[pool.name])
         for pool in outputs:
-            _bind_buffer(binding.bind_output, pool.output_name, self._pools[pool.name])
+            bind_buffer(binding.bind_output, pool.output_name, self._pools[pool.name])
 
 
-def _session(path: Path, num_threads: int | None) -> ort.InferenceSession:
+def open_session(path: Path, num_threads: int | None, graph: bytes | None = None) -> ort.InferenceSession:
+    """Load a graph of an engine directory.
+
+    Parameters
+    ----------
+    path : Path
+        The graph's file; external weights are found relative to its directory.
+    num_threads : int, optional
+        Default: all cores.
+    graph : bytes, optional
+        Serialized model to load in place of the file.
+
+    Raises
+    ------
+    UserError
+        ONNX Runtime refuses it.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads or 0
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        if graph is not None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+        return ort.InferenceSession(path if graph is None else graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(f"ONNX Runtime cannot load {path}: {reason}", "build the engine again") from error
@@ -107,9 +130,9 @@ def _session(path: Path, num_threads: int | None) -> ort.InferenceSession:
 
 def _bind_steps(binding: ort.IOBinding, steps: dict[str, Int32]) -> None:
     for name, array in steps.items():
-        _bind_buffer(binding.bind_input, name, array)
+        bind_buffer(binding.bind_input, name, array)
 
 
-def _bind_buffer(bind: object, name: str, array: NDArray[np.generic]) -> None:
+def bind_buffer(bind: object, name: str, array: NDArray[np.generic]) -> None:
     """Bind memory the caller keeps alive until the run is over."""
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)  # type: ignore[operator]

@@ -18,7 +18,7 @@ from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
 from minicache_trt.errors import UserError
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.torch_attention import Pools, paged_attention
-from minicache_trt.model.torch_ops import TorchOps
+from minicache_trt.model.torch_ops import Attention, TorchOps
 from minicache_trt.runtime.batch import Batch, Int32
 
 _POOL_TYPES = {"model": torch.float32, "int8": torch.int8, "float16": torch.float16}
@@ -70,10 +70,14 @@ class TorchEngine:
         def attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             return paged_attention(self._pools, batch, q, k, v, layer)
 
-        ops = TorchOps(self.model, self._weights, attention)
+        ops = self._ops(attention)
         ids, positions, rows = (torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.logit_index))
         logits: NDArray[np.float32] = decoder(self.model, ops, ids, positions, rows).numpy()
         return logits
+
+    def _ops(self, attention: Attention) -> TorchOps:
+        """The decoder's operations; a tracing engine takes note of what they compute."""
+        return TorchOps(self.model, self._weights, attention)
 
     @torch.inference_mode()
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:

@@ -1,20 +1,25 @@
-"""``minicache-trt compare``: the engine against PyTorch."""
+"""``minicache-trt compare``: the engine against PyTorch, by its logits or layer by layer."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 
 from minicache_trt.cli import options
+from minicache_trt.cli.compare_layers import LayerOptions, compare_layers
 from minicache_trt.cli.console import print_json, progress_bars, stdout, table
 from minicache_trt.cli.run import open_llm, read_prompts
 from minicache_trt.engine_directory import read_engine
+from minicache_trt.errors import UserError
 
 if TYPE_CHECKING:
     from minicache_trt.compare import Agreement, Comparison
+
+LAYERS = "Layer by layer"
 
 
 def compare(
@@ -22,20 +27,54 @@ def compare(
     prompt: options.Prompt = None,
     prompts: options.PromptFile = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate and compare per prompt.")] = 64,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Find the layer where two sides part.", rich_help_panel=LAYERS)
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Other side: torch (this engine in PyTorch), uncompressed (the same without its plan), or another "
+            "engine directory of the same model.",
+            show_default="torch",
+            rich_help_panel=LAYERS,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative error beyond which the sides part.",
+            show_default="1e-3; 1e-2 with 2-bit codes; 0.1 with int8 or int4 weights",
+            rich_help_panel=LAYERS,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the errors into this .png, .svg or .pdf file.", rich_help_panel=LAYERS)
+    ] = None,
     kv_cache_memory: options.CacheMemory = None,
     threads: options.Threads = None,
     backend: options.Backend = None,
     json: options.Json = False,
 ) -> None:
-    """Compare an engine's logits with PyTorch's, with the same plan and without compression.
+    """Compare an engine with PyTorch: its logits, with the same plan and without compression; or each layer.
 
     The engine continues each prompt greedily; Hugging Face's model is then forced along the same tokens. The first
-    table says whether the engine computes its plan correctly, the second what the plan costs in quality.
+    table says whether the engine computes its plan correctly, the second what the plan costs in quality. With --layers,
+    attention outputs and residual streams are compared instead, and the first layer that differs is named.
 
-    [bold]Example[/]
+    [bold]Examples[/]
 
       minicache-trt compare -e engine --prompts prompts.txt --max-tokens 100
+
+      minicache-trt compare -e engine -p "def main():" --layers --against uncompressed --plot layers.png
     """
+    if layers:
+        comparison = LayerOptions(against, tolerance, plot, max_tokens, threads, backend, kv_cache_memory, json)
+        compare_layers(engine, read_prompts(prompt, prompts), comparison)
+        return
+    needless = {"--against": against, "--tolerance": tolerance, "--plot": plot}
+    given = [name for name, value in needless.items() if value is not None]
+    if given:
+        raise UserError(f"{', '.join(given)} only goes with --layers", "add --layers")
     from minicache_trt.compare import compare_engine
     from minicache_trt.reference.ties import TOLERANCE
 

@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from minicache_trt.cli import options
-from minicache_trt.cli.console import print_json, stdout, table
+import typer
+
+from minicache_trt.cli import inspect_streams, options
+from minicache_trt.cli.console import print_json, stderr, stdout, table
 from minicache_trt.cli.plan import layer_table, plan_summary
+from minicache_trt.cli.run import read_prompts
 from minicache_trt.compression.size import layer_costs
 from minicache_trt.contract import compressed_pools, decoder_inputs, full_pools
 from minicache_trt.engine_directory import EngineInfo, read_engine
+from minicache_trt.errors import UserError
+from minicache_trt.plots.figure import check_directory
 from minicache_trt.units import format_bytes
 
 
-def inspect(engine: options.EngineDir, json: options.Json = False) -> None:
+def inspect(
+    engine: options.EngineDir,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run prompts and draw similarity, norms and angles of the keys and values of neighbouring layers "
+            "into this directory."
+        ),
+    ] = None,
+    prompt: options.Prompt = None,
+    prompts: options.PromptFile = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
     """Check an engine directory and show what it is: model, plan, limits, files, tensors.
 
-    [bold]Example[/]
+    With --plot, show instead how alike its layers' keys and values are on some prompts, and which of them it merges.
+
+    [bold]Examples[/]
 
       minicache-trt inspect -e engine
+
+      minicache-trt inspect -e engine --prompts prompts.txt --plot plots
     """
+    if plot is None:
+        if prompt or prompts is not None:
+            raise UserError("--prompt and --prompts only go with --plot", "add --plot DIRECTORY")
+        _describe(engine, read_engine(engine), json)
+        return
+    check_directory(plot)
     info = read_engine(engine)
+    statistics = inspect_streams.measure(engine, info, read_prompts(prompt, prompts), threads, not json)
+    plots = inspect_streams.save_plots(statistics, plot, engine, info)
+    if json:
+        print_json({"engine": str(engine), "method": info.plan.method, **inspect_streams.to_json(statistics, plots)})
+        return
+    inspect_streams.print_statistics(statistics)
+    stderr.print(f"wrote {', '.join(plots)}", soft_wrap=True)
+
+
+def _describe(engine: Path, info: EngineInfo, json: bool) -> None:
     summary = plan_summary(info.plan, info.model, info.build.max_seq_len, info.build.window)
     if json:
         print_json({**info.to_dict(), "cache": summary, "tensors": _tensors(info)})

@@ -20,6 +20,8 @@ from minicache_trt.runtime.request import RequestOutput, SamplingParams
 from minicache_trt.units import format_bytes
 
 if TYPE_CHECKING:
+    from minicache_trt.backends.base import Engine
+    from minicache_trt.config import KvCacheConfig
     from minicache_trt.runtime.llm import LLM
 
 SAMPLING = "Sampling"
@@ -87,17 +89,22 @@ def open_llm(engine: Path, threads: int | None, backend: str | None, memory: str
     config = options.cache_config(memory)
     with stderr.status(Text(f"loading {engine}")):
         from minicache_trt.build import load_engine
-        from minicache_trt.runtime.llm import LLM
 
-        quiet_transformers()
-        loaded = load_engine(engine, threads, backend)
-        llm = LLM.from_engine(loaded, tokenizer=engine / CHECKPOINT, kv_cache_config=config)
-        if llm.tokenizer is None:
-            raise UserError(
-                f"{engine} has no tokenizer, so it takes no text",
-                "add tokenizer.json to the checkpoint and build the engine again",
-            )
-        return llm
+        return text_llm(load_engine(engine, threads, backend), engine, config)
+
+
+def text_llm(engine: Engine, directory: Path, config: KvCacheConfig) -> LLM:
+    """A loaded engine with its cache allocated and the tokenizer of its directory."""
+    from minicache_trt.runtime.llm import LLM
+
+    quiet_transformers()
+    llm = LLM.from_engine(engine, tokenizer=directory / CHECKPOINT, kv_cache_config=config)
+    if llm.tokenizer is None:
+        raise UserError(
+            f"{directory} has no tokenizer, so it takes no text",
+            "add tokenizer.json to the checkpoint and build the engine again",
+        )
+    return llm
 
 
 def read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:

@@ -17,6 +17,8 @@ Refused = Callable[..., None]
 
 VERBS: dict[str, list[object]] = {"run": ["run", "-p", "the cat"], "compare": ["compare", "-p", "the cat"]}
 VERBS["inspect"] = ["inspect"]
+VERBS["layers"] = ["compare", "-p", "the cat", "--layers"]
+VERBS["plot"] = ["inspect", "-p", "the cat", "--plot", "plots"]
 
 
 def _edit_config(engine: Path, change: Callable[[dict[str, Any]], Any]) -> None:
