@@ -11,7 +11,7 @@ from rich.text import Text
 
 from minicache_trt.cli.console import progress_bars, stderr, stdout, table
 from minicache_trt.cli.run import text_llm
-from minicache_trt.compression.plan import PARTS
+from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import KvCacheConfig
 from minicache_trt.engine_directory import EngineInfo
 

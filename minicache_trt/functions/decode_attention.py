@@ -29,7 +29,7 @@ from minicache_trt.functions.streams import (
 )
 from minicache_trt.functions.tape import Emitter
 
-TILE_BYTES = 1 << 20
+TILE_BYTES = 1 << 19
 """Gathered (or unpacked) keys of one tile: half of a core's cache, so that they are still there when they are used."""
 
 
@@ -38,13 +38,14 @@ class Work:
     """One tier's blocks, padded to whole tiles with blocks of no sequence.
 
     ``trips``, ``size`` ``[1]``: tiles, and blocks in a tile. Of each of the W = trips * size blocks, int64 ``[W]``:
-    ``row``, decode it belongs to (Nd: none); ``column``, its number within the tier; ``block``, its id;
-    ``target``, its place in ``[Nd + 1, M]``, M blocks of both tiers.
+    ``row``, decode it belongs to (Nd: none); ``query``, a row of q to go with it; ``column``, its number within the
+    tier; ``block``, its id; ``target``, its place in ``[Nd + 1, M]``, M blocks of both tiers.
     """
 
     trips: ir.Value
     size: ir.Value
     row: ir.Value
+    query: ir.Value
     column: ir.Value
     block: ir.Value
     target: ir.Value
@@ -54,8 +55,9 @@ class Work:
         return g.reshape(x, [self.trips, self.size, *shape])
 
 
-Partial = list[ir.Value]
-"""Per block: largest logit, sum of weights ``[.., H, G, 1]``, weighted values ``[.., H, G, D]``; H by KV head."""
+PEAK, WEIGHT, VALUES = 0, 1, 2
+"""First component of the parts of a block's partial result ``[H, G, 2 + D]``, H by KV head: its largest logit, the sum
+of its weights relative to that, and the values they weigh."""
 
 
 def decode_attention(step: Step) -> ir.Value:
@@ -63,9 +65,7 @@ def decode_attention(step: Step) -> ir.Value:
     g, config, inputs = step.g, step.config, step.inputs
     shape = [config.num_kv_heads, config.group_size, config.head_dim]
     count = g.extent(inputs["decode_rows"], 0)
-    decodes = g.reshape(g.slice(step.q, g.constant([0]), count, 0), [count, *shape])
-    # One query more than there are decodes, for blocks that belong to none.
-    q = g.concat([decodes, g.floats(np.zeros((1, *shape), np.float32))], 0)
+    q = g.reshape(step.q, [-1, *shape])
     tiers = ["full"] if step.streams is None else ["full", "compressed"]
     widths = {tier: g.extent(inputs[f"{tier}_table"], 1) for tier in tiers}
     total = widths["full"] if step.streams is None else g.op("Add", *widths.values())
@@ -95,10 +95,12 @@ def _work(step: Step, tier: str, count: ir.Value, total: ir.Value, before: ir.Va
     flat = g.concat([g.reshape(table, [-1]), g.constant([0])], 0)
     block = g.op("Gather", flat, place, attrs={"axis": 0})
     target = g.op("Add", g.op("Mul", row, total), column)
-    return Work(trips, size, row, column, block, target if before is None else g.op("Add", target, before))
+    # A block of no decode is weighed by whatever query there is: its partial result goes nowhere.
+    query = g.op("Min", row, g.op("Sub", g.extent(step.inputs["slot_mapping"], 0), one))
+    return Work(trips, size, row, query, column, block, target if before is None else g.op("Add", target, before))
 
 
-def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> Partial:
+def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir.Value:
     g, inputs = step.g, step.inputs
     length = inputs["context_len"]
     if step.streams is not None:
@@ -112,7 +114,7 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> Partial:
     zero = g.op("Mul", place, g.constant(0))
     keys, values = (g.concat([place, g.op("Add", zero, g.constant(part))], 1) for part in (0, 1))
 
-    def body(tile: list[ir.Value]) -> Partial:
+    def body(tile: list[ir.Value]) -> ir.Value:
         row, key, value, hidden = tile
         queries = g.op("Gather", q, row, attrs={"axis": 0})
         logits = g.op("MatMul", queries, g.swap_last(g.op("GatherND", step.kv, key), 4))
@@ -121,7 +123,7 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> Partial:
 
     int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
     slices = [
-        (work.tiles(g, work.row), int64, 1),
+        (work.tiles(g, work.query), int64, 1),
         (work.tiles(g, keys, 2), int64, 2),
         (work.tiles(g, values, 2), int64, 2),
         (work.tiles(g, mask, 1, 1, BLOCK_SIZE), float32, 4),
@@ -129,7 +131,7 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> Partial:
     return _scanned(step, "full_tile", slices, body)
 
 
-def _compressed_tier(step: Step, work: Work, q: ir.Value) -> Partial:
+def _compressed_tier(step: Step, work: Work, q: ir.Value) -> ir.Value:
     """Blocks of the compressed tier are complete, so nothing is masked."""
     assert step.streams is not None
     g, key, value = step.g, step.streams.key, step.streams.value
@@ -137,13 +139,13 @@ def _compressed_tier(step: Step, work: Work, q: ir.Value) -> Partial:
     query = prepare_query(g, key.layout, key_maps, q)
     rebuilt = key.layout.stream.basis == "pre_rope"
     int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
-    slices = [(work.tiles(g, work.row), int64, 1), (work.tiles(g, work.block), int64, 1)]
+    slices = [(work.tiles(g, work.query), int64, 1), (work.tiles(g, work.block), int64, 1)]
     if rebuilt:
         rotation = block_rotation(g, step.config, work.column)
         half = step.config.head_dim // 2
         slices += [(work.tiles(g, part, 1, BLOCK_SIZE, half), float32, 4) for part in (rotation.cos, rotation.sin)]
 
-    def body(tile: list[ir.Value]) -> Partial:
+    def body(tile: list[ir.Value]) -> ir.Value:
         row, block, *angles = tile
         own = query.rows(g, row)
         stream = load_stream(g, key.layout, key.member, step.pools("key"), block)
@@ -164,44 +166,41 @@ def _compressed_tier(step: Step, work: Work, q: ir.Value) -> Partial:
     return _scanned(step, "compressed_tile", slices, body)
 
 
-def _weigh(g: Emitter, logits: ir.Value, attend: Callable[[ir.Value], ir.Value]) -> Partial:
-    """One block's softmax without its denominator; ``logits [N, H, G, B]``."""
+def _weigh(g: Emitter, logits: ir.Value, attend: Callable[[ir.Value], ir.Value]) -> ir.Value:
+    """Partial results ``[N, H, G, 2 + D]`` of blocks with ``logits [N, H, G, B]``."""
     peak = g.reduce("Max", logits, 3)
     weights = g.op("Exp", g.op("Sub", logits, peak))
-    return [peak, g.reduce("Sum", weights, 3), attend(weights)]
+    return g.concat([peak, g.reduce("Sum", weights, 3), attend(weights)], 3)
 
 
 def _scanned(
     step: Step,
     name: str,
     slices: Sequence[tuple[ir.Value, ir.DataType, int]],
-    body: Callable[[list[ir.Value]], Partial],
-) -> Partial:
-    """The body's partials of every tile, ``[W, H, G, x]``."""
+    body: Callable[[list[ir.Value]], ir.Value],
+) -> ir.Value:
+    """The body's partial results of every tile, ``[W, H, G, 2 + D]``."""
     g, config = step.g, step.config
-    shapes = [[config.num_kv_heads, config.group_size, width] for width in (1, 1, config.head_dim)]
-    outputs = scan(g, name, slices, body, [[None, *shape] for shape in shapes])
-    return [g.reshape(x, [-1, *shape]) for x, shape in zip(outputs, shapes, strict=True)]
+    shape = [config.num_kv_heads, config.group_size, VALUES + config.head_dim]
+    (stacked,) = scan(g, name, slices, lambda tile: [body(tile)], [[None, *shape]])
+    return g.reshape(stacked, [-1, *shape])
 
 
 def _combine(
-    step: Step, count: ir.Value, total: ir.Value, targets: list[ir.Value], partials: list[Partial]
+    step: Step, count: ir.Value, total: ir.Value, targets: list[ir.Value], partials: list[ir.Value]
 ) -> ir.Value:
     """One softmax per decode over its blocks: ``[Nd, H, G, D]``."""
-    g, heads = step.g, [step.config.num_kv_heads, step.config.group_size]
+    g, config = step.g, step.config
+    shape = [config.num_kv_heads, config.group_size, VALUES + config.head_dim]
     rows = g.op("Add", count, g.constant([1]))
-    places = g.op("Mul", rows, total)
-    target = g.unsqueeze(g.concat(targets, 0), 1)
-
-    def spread(index: int, width: int, absent: float) -> ir.Value:
-        """One partial of both tiers by sequence and block, ``[Nd + 1, M, H, G, width]``."""
-        shape = g.op("Concat", places, g.constant([*heads, width]), attrs={"axis": 0})
-        values = g.concat([partial[index] for partial in partials], 0)
-        spreaded = g.op("ScatterND", g.op("Expand", g.floats(absent), shape), target, values)
-        return g.reshape(spreaded, [rows, total, *heads, width])
-
-    peak = spread(0, 1, MASKED)
+    places = g.op("Concat", g.op("Mul", rows, total), g.constant(shape), attrs={"axis": 0})
+    absent = np.zeros(shape[-1], np.float32)
+    absent[PEAK] = MASKED
+    spread = g.op("Expand", g.floats(absent), places)
+    spread = g.op("ScatterND", spread, g.unsqueeze(g.concat(targets, 0), 1), g.concat(partials, 0))
+    spread = g.reshape(spread, [rows, total, *shape])
+    peak = g.slice(spread, PEAK, WEIGHT, 4)
     share = g.op("Exp", g.op("Sub", peak, g.reduce("Max", peak, 1)))
-    weight = g.reduce("Sum", g.op("Mul", spread(1, 1, 0.0), share), 1, keep=False)
-    summed = g.reduce("Sum", g.op("Mul", spread(2, step.config.head_dim, 0.0), share), 1, keep=False)
-    return g.slice(g.op("Div", summed, weight), g.constant([0]), count, 0)
+    summed = g.op("Mul", g.slice(spread, WEIGHT, shape[-1], 4), share)
+    summed = g.slice(g.reduce("Sum", summed, 1, keep=False), g.constant([0]), count, 0)
+    return g.op("Div", g.slice(summed, 1, shape[-1] - 1, 3), g.slice(summed, 0, 1, 3))

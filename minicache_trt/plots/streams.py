@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicache_trt.compression.plan import PARTS
+from minicache_trt.compression.stream import PARTS
 from minicache_trt.plots.figure import COLORS, new_figure, save, set_title
 from minicache_trt.tracing.similarity import BIN_DEGREES, PairSimilarity, Spread, StreamStatistics
 
