@@ -31,8 +31,6 @@ class Contender(Protocol):
 
     def cache_bytes(self) -> tuple[int, int] | None: ...
 
-    def close(self) -> None: ...
-
 
 @dataclass(frozen=True)
 class Grid:

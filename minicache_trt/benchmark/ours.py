@@ -64,6 +64,3 @@ class Ours:
             statistics.full_bytes_used + statistics.compressed_bytes_used,
             statistics.full_bytes_allocated + statistics.compressed_bytes_allocated,
         )
-
-    def close(self) -> None:
-        """Nothing to end."""

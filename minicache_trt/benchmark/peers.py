@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,23 @@ _WORKER = Path(__file__).with_name("genai.py")
 
 @dataclass(frozen=True)
 class PeerCommand:
-    """How a worker is started; ``reserved_ids`` are tokens that mean something to it and must not be in prompts."""
+    """How a worker is started.
+
+    Parameters
+    ----------
+    name : str
+    arguments : tuple of str
+        Program and arguments.
+    reserved_ids : frozenset of int
+        Tokens that mean something to it and must not be in prompts.
+    remedy : str
+        What to do when it fails.
+    """
 
     name: str
     arguments: tuple[str, ...]
-    reserved_ids: frozenset[int] = field(default_factory=frozenset)
+    reserved_ids: frozenset[int] = frozenset()
+    remedy: str = ""
 
 
 def hugging_face(engine: Path, threads: int | None, prompt: Sequence[int]) -> PeerCommand:
@@ -97,7 +109,7 @@ def onnxruntime_genai(
         raise UserError(f"--peer-model: {directory} holds {limit} tokens, {length} are asked for", "lower --contexts")
     ids = {token for value in reserved for token in (value if isinstance(value, list) else [value])} - {None}
     arguments = (str(python), "-I", str(_WORKER), str(directory), str(threads or 0))
-    return PeerCommand("onnxruntime-genai", arguments, frozenset(ids))
+    return PeerCommand("onnxruntime-genai", arguments, frozenset(ids), f"{_SETUP} --peer-python")
 
 
 class Peer:
@@ -110,7 +122,7 @@ class Peer:
     """
 
     def __init__(self, command: PeerCommand) -> None:
-        self.name = command.name
+        self.name, self._remedy = command.name, command.remedy
         # A file, because nobody reads a pipe while the worker works.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
@@ -119,7 +131,8 @@ class Peer:
             )
         except OSError as error:
             self._errors.close()
-            raise UserError(f"{self.name} cannot be started: {error.strerror}: {command.arguments[0]}") from error
+            cause = f"{self.name} cannot be started: {error.strerror}: {command.arguments[0]}"
+            raise UserError(cause, command.remedy) from error
         self.pid = self._process.pid
         try:
             self.about: dict[str, Any] = self._answer()
@@ -165,4 +178,4 @@ class Peer:
         code = self._process.wait()
         self._errors.seek(0)
         lines = [text.strip() for text in self._errors if text.strip()]
-        raise UserError(f"{self.name} failed: {lines[-1] if lines else f'it ended with status {code}'}")
+        raise UserError(f"{self.name} failed: {lines[-1] if lines else f'it ended with status {code}'}", self._remedy)

@@ -12,11 +12,11 @@ from rich.text import Text
 
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, progress_bars, quiet_transformers, stderr, stdout
-from minicache_trt.engine_directory import EngineInfo, read_engine
+from minicache_trt.engine_directory import EngineInfo, read_engine, tool_versions
 from minicache_trt.errors import UserError
 
 if TYPE_CHECKING:
-    from minicache_trt.benchmark.measure import Cell, Grid
+    from minicache_trt.benchmark.measure import Cell, Contender, Grid
     from minicache_trt.benchmark.ours import Ours
     from minicache_trt.benchmark.peers import PeerCommand
 
@@ -75,18 +75,20 @@ def bench(
     grid.check(info.build)
     for flag, path in (("--csv", csv), ("--plot", plot)):
         _check_output(flag, path)
+    about: dict[str, Any] = {}
     command = _peer_command(engine, info, grid, threads, against, peer_model, peer_python)
     with ExitStack() as stack, stderr.status(Text(f"loading {engine}")) as status:
-        contenders: list[Any] = [_open(engine, threads, backend, kv_cache_memory)]
+        contenders: list[Contender] = [_open(engine, threads, backend, kv_cache_memory)]
         if command is not None:
             from minicache_trt.benchmark.peers import Peer
 
             status.update(Text(f"starting {command.name}"))
-            contenders.append(Peer(command))
-            stack.callback(contenders[-1].close)
+            peer = Peer(command)
+            stack.callback(peer.close)
+            contenders.append(peer)
+            about[peer.name] = peer.about
         status.stop()
         cells = _measure(contenders, grid, info, command, not json)
-        about = {peer.name: peer.about for peer in contenders[1:]}
     _write(cells, engine, info, csv, plot)
     if json:
         from minicache_trt.benchmark.report import to_json
@@ -165,7 +167,7 @@ def _open(engine: Path, threads: int | None, backend: str | None, memory: str | 
 
 
 def _measure(
-    contenders: list[Any], grid: Grid, info: EngineInfo, command: PeerCommand | None, show: bool
+    contenders: list[Contender], grid: Grid, info: EngineInfo, command: PeerCommand | None, show: bool
 ) -> list[Cell]:
     from minicache_trt.benchmark.measure import measure, random_prompts
 
@@ -195,6 +197,7 @@ def _settings(engine: Path, info: EngineInfo, grid: Grid, threads: int | None, b
         "threads": threads,
         "new_tokens": grid.new_tokens,
         "rounds": grid.rounds,
+        "tools": tool_versions(),
     }
 
 

@@ -18,7 +18,7 @@ from minicache_trt.engine_directory import QUANTIZED, read_engine
 from tests.cli.command import Invoke, assert_refused, run_process
 from tests.cli.conftest import MAX_SEQ_LEN
 
-VERBS = ("build", "run", "compare", "plan", "inspect", "doctor")
+VERBS = ("build", "run", "compare", "bench", "plan", "inspect", "doctor")
 PROMPT = "the cat sat on"
 ONE_THREAD = ["--threads", "1"]
 """More would only wait for one another."""
@@ -48,7 +48,7 @@ def test_help_of_the_command(invoke: Invoke) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, minicache_trt.cli.app; "
-        "print([name for name in ('torch', 'transformers', 'onnxruntime', 'onnx_ir', 'onnx') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'onnxruntime', 'onnx_ir', 'onnx', 'matplotlib') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
