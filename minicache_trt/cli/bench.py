@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from minicache_trt.cli import options
-from minicache_trt.cli.console import print_json, progress_bars, quiet_transformers, stderr, stdout
+from minicache_trt.cli.console import print_json, progress_bars, stderr, stdout
 from minicache_trt.engine_directory import EngineInfo, read_engine, tool_versions
 from minicache_trt.errors import UserError
 
@@ -68,7 +68,7 @@ def bench(
 
       minicache-trt bench -e engine --against hf
 
-      minicache-trt bench -e engine --against onnxruntime-genai --peer-model build/peers/models/fp32
+      minicache-trt bench -e engine --against onnxruntime-genai --peer-model EXPORT
     """
     info = read_engine(engine)
     grid = _grid(batch_sizes, contexts, new_tokens, rounds)
@@ -162,7 +162,6 @@ def _open(engine: Path, threads: int | None, backend: str | None, memory: str | 
     from minicache_trt.build import load_engine
     from minicache_trt.runtime.llm import LLM
 
-    quiet_transformers()
     return Ours(LLM.from_engine(load_engine(engine, threads, backend), kv_cache_config=config))
 
 

@@ -46,10 +46,8 @@ def test_help_of_the_command(invoke: Invoke) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, minicache_trt.cli.app; "
-        "print([name for name in ('torch', 'transformers', 'onnxruntime', 'onnx_ir', 'onnx', 'matplotlib') if name in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "onnxruntime", "onnx_ir", "onnx", "matplotlib")
+    code = f"import sys, minicache_trt.cli.app; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
