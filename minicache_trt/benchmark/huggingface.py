@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, __version__
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 from transformers.generation.streamers import BaseStreamer
 
 from minicache_trt.benchmark.timings import Timings, alternate
@@ -82,12 +82,14 @@ def faster_attention(
     return models[max(speeds, key=lambda name: speeds[name])], speeds
 
 
-def main(checkpoint: str, threads: str, prompt: str) -> None:
+def main(checkpoint: str, threads: str, context: str) -> None:
     """Answer requests, a line of JSON each; the first line says who answers."""
     quiet_transformers()
     if int(threads):
         torch.set_num_threads(int(threads))
-    model, speeds = faster_attention(checkpoint, json.loads(prompt))
+    vocabulary = AutoConfig.from_pretrained(checkpoint).vocab_size
+    prompt = torch.randint(vocabulary, (int(context),), generator=torch.Generator().manual_seed(0)).tolist()
+    model, speeds = faster_attention(checkpoint, [prompt])
     settings = {"attention": model.model.config._attn_implementation, "attention_probe": speeds}
     print(json.dumps({"name": "transformers", "version": __version__, "settings": settings}), flush=True)
     for line in sys.stdin:

@@ -48,13 +48,13 @@ class PeerCommand:
     remedy: str = ""
 
 
-def hugging_face(engine: Path, threads: int | None, prompt: Sequence[int]) -> PeerCommand:
+def hugging_face(engine: Path, threads: int | None, context: int) -> PeerCommand:
     """transformers on the checkpoint inside an engine directory.
 
-    It decodes ``prompt`` with either attention implementation first, and stays with the faster one.
+    It decodes after ``context`` tokens with either attention implementation first, and stays with the faster one.
     """
     worker = (sys.executable, "-m", "minicache_trt.benchmark.huggingface")
-    return PeerCommand("hf", (*worker, str(engine / CHECKPOINT), str(threads or 0), json.dumps([list(prompt)])))
+    return PeerCommand("hf", (*worker, str(engine / CHECKPOINT), str(threads or 0), str(context)))
 
 
 def onnxruntime_genai(

@@ -89,13 +89,13 @@ def bench(
             about[peer.name] = peer.about
         status.stop()
         cells = _measure(contenders, grid, info, command, not json)
-    _write(cells, engine, info, csv, plot)
     if json:
         from minicache_trt.benchmark.report import to_json
 
         print_json({**_settings(engine, info, grid, threads, backend), "peers": about, "cells": to_json(cells)})
     else:
         _print(cells)
+    _write(cells, engine, info, csv, plot)
 
 
 def _grid(batch_sizes: str, contexts: str, new_tokens: int, rounds: int) -> Grid:
@@ -111,7 +111,7 @@ def _grid(batch_sizes: str, contexts: str, new_tokens: int, rounds: int) -> Grid
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
     """Positive numbers of a comma-separated list, each once, in order."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and word.isascii() and 0 < int(word) < 1 << 31 for word in words):
+    if not all(word.isascii() and word.isdecimal() and len(word) < 10 and int(word) for word in words):
         raise UserError(f"{flag}: expected positive numbers separated by commas, got {text!r}", f"such as {flag} 1,8")
     return tuple(dict.fromkeys(map(int, words)))
 
@@ -137,7 +137,6 @@ def _peer_command(
 ) -> PeerCommand | None:
     """How to start the peer, when there is one and it can be started."""
     from minicache_trt.benchmark import peers
-    from minicache_trt.benchmark.measure import random_prompts
 
     if against is not None and against not in peers.PEERS:
         raise UserError(f"--against: unknown peer {against!r}", f"peers: {', '.join(peers.PEERS)}")
@@ -146,7 +145,7 @@ def _peer_command(
             raise UserError("--peer-model and --peer-python belong to --against onnxruntime-genai")
         if against is None:
             return None
-        return peers.hugging_face(engine, threads, random_prompts(info.model, 1, max(grid.contexts))[0])
+        return peers.hugging_face(engine, threads, max(grid.contexts))
     if model is None:
         raise UserError(
             "--against onnxruntime-genai needs --peer-model, its own export of the checkpoint",

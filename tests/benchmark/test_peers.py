@@ -88,8 +88,8 @@ def test_an_answer_without_a_field() -> None:
 
 
 def test_command_of_transformers() -> None:
-    arguments = hugging_face(Path("engine"), None, [4, 5]).arguments
-    assert arguments[-3:] == (str(Path("engine", "checkpoint")), "0", "[[4, 5]]")
+    arguments = hugging_face(Path("engine"), None, 512).arguments
+    assert arguments[-3:] == (str(Path("engine", "checkpoint")), "0", "512")
 
 
 def export(tmp_path: Path, **changes: Any) -> Path:
