@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,16 @@ def disk_bytes(directory: Path, beside: Path | None) -> int:
     return sum(stat.st_blocks * 512 for stat in stats if stat.st_ino not in shared)
 
 
+_METER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+seconds = time.perf_counter() - start
+print(json.dumps([code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+"""
+"""A process starts with its parent's peak as its own: only a child of a small one can be measured."""
+
+
 def cost_of(command: Sequence[str], output: Path, checkpoint: Path | None) -> Cost:
     """Run a command that writes ``output`` and measure it; what it prints is shown only when it fails.
 
@@ -36,18 +46,13 @@ def cost_of(command: Sequence[str], output: Path, checkpoint: Path | None) -> Co
     RuntimeError
         The command failed.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    messages = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}: {messages[-2000:]}")
+    metered = [sys.executable, "-I", "-S", "-c", _METER, *command]
+    process = subprocess.run(metered, capture_output=True, text=True, check=True)
+    code, seconds, peak = json.loads(process.stdout)
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with status {code}: {process.stderr[-2000:]}")
     # Linux counts in KiB, macOS in bytes.
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Cost(seconds, peak, disk_bytes(output, checkpoint))
+    return Cost(seconds, peak * (1 if sys.platform == "darwin" else 1024), disk_bytes(output, checkpoint))
 
 
 def build_cost(arguments: Sequence[str], output: Path, checkpoint: Path | None) -> Cost:
