@@ -10,17 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 import math
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from common import run
+from costs import Cost, build_cost
 from reporting import JsonFile, write_report
 
 from minicache_trt.checkpoint.families import FAMILIES, weight_shapes
@@ -30,15 +27,6 @@ from minicache_trt.units import format_bytes
 
 LIMITS = {"seconds": 60.0, "peak_bytes": 2 * 2**30, "added_bytes": 100 * 2**20}
 TARGETS = ["target", "< 60 s", "< 2 GB", "< 100 MB", ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """One build: wall-clock time, peak resident memory, bytes on disk beyond the checkpoint it links to."""
-
-    seconds: float
-    peak_bytes: int
-    added_bytes: int
 
 
 def sparse_checkpoint(directory: Path, preset: str, shards: int) -> None:
@@ -71,37 +59,6 @@ def sparse_checkpoint(directory: Path, preset: str, shards: int) -> None:
     (directory / "config.json").write_text(json_module.dumps(dict(model.raw_config)))
 
 
-def disk_bytes(directory: Path, beside: Path | None) -> int:
-    """Bytes of disk a directory takes, without files it shares with another."""
-    shared = {path.stat().st_ino for path in beside.rglob("*")} if beside else set()
-    stats = [path.stat() for path in directory.rglob("*") if path.is_file()]
-    return sum(stat.st_blocks * 512 for stat in stats if stat.st_ino not in shared)
-
-
-def measure(arguments: list[str], output: Path, checkpoint: Path | None) -> Cost:
-    """Run ``minicache-trt build`` and measure it.
-
-    Raises
-    ------
-    RuntimeError
-        The build failed.
-    """
-    program = shutil.which("minicache-trt", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        raise RuntimeError("minicache-trt is not installed: pip install -e .")
-    command = [program, "build", *arguments, "--output", str(output), "--json"]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"the build ended with status {process.returncode}")
-    # Linux counts in KiB, macOS in bytes.
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Cost(seconds, peak, disk_bytes(output, checkpoint))
-
-
 def main(
     preset: Annotated[str, typer.Option(help="Model.")] = "llama2-7b",
     merge_start: Annotated[int, typer.Option(help="First merged layer.")] = 16,
@@ -122,17 +79,17 @@ def main(
             f"checkpoint, {shards} files": (["--model", str(checkpoint)], checkpoint),
         }
         for kind, (arguments, source) in kinds.items():
-            costs = []
+            builds = []
             for repeat in range(repeats):
                 stderr.print(f"{kind}: build {repeat + 1}/{repeats}")
                 output = Path(temporary, f"engine-{len(results)}-{repeat}")
-                costs.append(measure([*arguments, "--merge-start", str(merge_start)], output, source))
+                builds.append(build_cost([*arguments, "--merge-start", str(merge_start)], output, source))
                 shutil.rmtree(output)
-            worst = Cost(*(max(values) for values in zip(*map(dataclasses.astuple, costs), strict=True)))
+            worst = Cost(*(max(values) for values in zip(*map(dataclasses.astuple, builds), strict=True)))
             met = all(value <= LIMITS[name] for name, value in dataclasses.asdict(worst).items())
             memory, disk = format_bytes(worst.peak_bytes), format_bytes(worst.added_bytes)
             rows.append([kind, f"{worst.seconds:.2f} s", memory, disk, "yes" if met else "no"])
-            results.append({"kind": kind, "builds": [dataclasses.asdict(cost) for cost in costs]})
+            results.append({"kind": kind, "builds": [dataclasses.asdict(cost) for cost in builds]})
     columns = ("model", "time", "peak memory", "added on disk", "within targets")
     write_report(f"Building {preset}, --merge-start {merge_start}", columns, [*rows, TARGETS], results, json)
 

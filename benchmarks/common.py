@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import typer
 
+from minicache_trt.benchmark import timings
 from minicache_trt.build import build_engine, load_engine
 from minicache_trt.cli.console import print_error, stderr
 from minicache_trt.compression.methods import make_plan
@@ -19,8 +20,10 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, ModelConfig
 from minicache_trt.contract import full_pools
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.batch import Batch, work_list
+from minicache_trt.runtime.batch import Batch, prefill_past, work_list
 from minicache_trt.runtime.tiered_cache import DemotionRule, blocks_for
+
+Sample = TypeVar("Sample")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -122,6 +125,7 @@ def decode_step(engine: Any, sequences: int, context: int, full_blocks: int, com
         compressed_work=work_list([compressed] * sequences, compressed_table.shape[1]),
         decode_rows=rows,
         prefill_rows=np.zeros((0, 0), np.int32),
+        prefill_past=prefill_past([]),
         logit_index=rows,
     )
 
@@ -147,35 +151,13 @@ def seconds_per_call(call: Callable[[], object], calls: int) -> float:
     return statistics.median(times)
 
 
-def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure contenders in turn, A B C A B C ..., so that a busy moment of the machine meets them alike.
+def alternate(
+    contenders: Mapping[str, Callable[[], Sample]], rounds: int, value: Callable[[Sample], float] = float
+) -> dict[str, list[Sample]]:
+    """`minicache_trt.benchmark.timings.alternate` that tells after each round the ``value`` of its samples."""
 
-    Returns
-    -------
-    dict of str to list of float
-        What each contender returned, one number per round.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for done in range(rounds):
-        for name, measure in contenders.items():
-            samples[name].append(measure())
-        line = "  ".join(f"{name} {values[-1]:.4g}" for name, values in samples.items())
-        stderr.print(f"round {done + 1}/{rounds}: {line}")
-    return samples
+    def report(done: int, samples: dict[str, list[Sample]]) -> None:
+        line = "  ".join(f"{name} {value(values[-1]):.4g}" for name, values in samples.items())
+        stderr.print(f"round {done}/{rounds}: {line}")
 
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """Quotient of two contenders: median over rounds of the quotient within a round, and its range."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-        ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-        return cls(statistics.median(ratios), min(ratios), max(ratios))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+    return timings.alternate(contenders, rounds, report)

@@ -1,14 +1,13 @@
 """How fast do we decode, against Hugging Face ``generate`` with the same checkpoint?
 
-Prefill is not timed: on our side `Statistics.decode_seconds`, on the other the time from the first new token a streamer
-sees to the last. Both sides are greedy, hold a full cache of their own kind, and run on the same number of threads.
+Prefill is not timed: every step counts from one token of each sequence to the next. Both sides are greedy, hold a full
+cache of their own kind, and run on the same number of threads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -16,89 +15,19 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from common import CACHE_DIR, CacheDir, Ratio, Shape, alternate, engine_directory, random_llama, run
+from common import CACHE_DIR, CacheDir, Shape, alternate, engine_directory, random_llama, run
 from reporting import JsonFile, write_report
-from transformers import AutoModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
+from minicache_trt.benchmark.huggingface import faster_attention
+from minicache_trt.benchmark.measure import same_tokens
+from minicache_trt.benchmark.ours import Ours
+from minicache_trt.benchmark.timings import Ratio, Timings
 from minicache_trt.build import load_engine
 from minicache_trt.cli.console import stderr
 from minicache_trt.config import BuildConfig, KvCacheConfig
 from minicache_trt.runtime.llm import LLM
-from minicache_trt.runtime.request import SamplingParams
 
 TARGETS = {("full/fp32", 1): 1.2, ("full/fp32", 8): 1.7, ("full/int4", 1): 3.5}
-Prompts = list[list[int]]
-
-
-class Stamps(BaseStreamer):
-    """Time of every token `generate` reports; the first report is the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: object) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-class HuggingFace:
-    """``generate`` of transformers in float32."""
-
-    def __init__(self, checkpoint: str, attention: str) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=attention
-        )
-        self.tokens: Prompts = []
-
-    def __call__(self, prompts: Prompts, new_tokens: int) -> float:
-        """Decoded tokens per second."""
-        stamps, ids = Stamps(), torch.tensor(prompts)
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=stamps,
-        )
-        self.tokens = output[:, ids.shape[1] :].tolist()
-        return len(prompts) * (new_tokens - 1) / (stamps.times[-1] - stamps.times[1])
-
-
-class Ours:
-    """`LLM.generate`."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-        self.tokens: Prompts = []
-
-    def __call__(self, prompts: Prompts, new_tokens: int) -> float:
-        """Decoded tokens per second."""
-        outputs = self.llm.generate(prompts, SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True))
-        self.tokens = [output.outputs[0].token_ids for output in outputs]
-        steps = self.llm.statistics
-        if steps.decode_tokens != len(prompts) * (new_tokens - 1):
-            raise RuntimeError(f"expected steps of {len(prompts)} sequences, {steps.decode_tokens} tokens were decoded")
-        return steps.decode_tokens_per_second
-
-
-def faster_attention(checkpoint: str, prompts: Prompts) -> tuple[HuggingFace, dict[str, float]]:
-    """Hugging Face's model with the faster of its two attention implementations."""
-    models = {name: HuggingFace(checkpoint, name) for name in ("sdpa", "eager")}
-    for model in models.values():
-        model(prompts, 4)
-    samples = alternate({name: partial(model, prompts, 16) for name, model in models.items()}, 3)
-    speeds = {name: statistics.median(values) for name, values in samples.items()}
-    return models[max(speeds, key=lambda name: speeds[name])], speeds
-
-
-def same_tokens(mine: Prompts, theirs: Prompts) -> float:
-    """Share of positions with the same token."""
-    return float((np.array(mine) == np.array(theirs)).mean())
 
 
 def main(
@@ -136,17 +65,20 @@ def main(
     for size in sizes:
         stderr.print(f"batch {size}, tokens per second")
         some = prompts[:size]
-        calls: dict[str, Callable[[], float]] = {"transformers": partial(theirs, some, new_tokens)}
+        calls: dict[str, Callable[[], Timings]] = {"transformers": partial(theirs.run, some, new_tokens)}
         for name, ours in contenders.items():
-            ours(some, 3)
-            calls[name] = partial(ours, some, new_tokens)
-        samples = alternate(calls, rounds)
+            ours.run(some, 3)
+            calls[name] = partial(ours.run, some, new_tokens)
+        runs = alternate(calls, rounds, lambda timings: timings.decode_rate)
+        if any(len(timings.steps) != new_tokens - 1 for taken in runs.values() for timings in taken):
+            raise RuntimeError(f"expected {new_tokens - 1} steps of {size} sequences")
+        samples = {name: [timings.decode_rate for timings in taken] for name, taken in runs.items()}
         baseline = samples["transformers"]
         rows.append([f"batch {size}: transformers fp32", statistics.median(baseline), "1", "", ""])
         results.append(record(size, "transformers", baseline, None, None, attention))
-        for name, ours in contenders.items():
+        for name in contenders:
             # With other weights or history the model is another one; tokens of a random model part at once.
-            same = same_tokens(ours.tokens, theirs.tokens) if name == "full/fp32" else None
+            same = same_tokens(runs[name][-1].tokens, runs["transformers"][-1].tokens) if name == "full/fp32" else None
             ratio = Ratio.of(samples[name], baseline)
             target = TARGETS.get((name, size))
             rows.append(

@@ -19,7 +19,6 @@ import typer
 from common import (
     CACHE_DIR,
     CacheDir,
-    Ratio,
     Shape,
     alternate,
     block_ids,
@@ -33,6 +32,7 @@ from common import (
 )
 from reporting import JsonFile, write_report
 
+from minicache_trt.benchmark.timings import Ratio
 from minicache_trt.cli.console import stderr
 from minicache_trt.compression.size import ratio as size_ratio
 from minicache_trt.config import BLOCK_SIZE, BuildConfig

@@ -17,7 +17,6 @@ import typer
 from common import (
     CACHE_DIR,
     CacheDir,
-    Ratio,
     Shape,
     alternate,
     block_ids,
@@ -31,6 +30,7 @@ from common import (
 )
 from reporting import JsonFile, write_report
 
+from minicache_trt.benchmark.timings import Ratio
 from minicache_trt.cli.console import stderr
 from minicache_trt.config import BuildConfig
 from minicache_trt.units import format_bytes

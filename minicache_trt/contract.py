@@ -1,9 +1,9 @@
 """The contract between builder, runtime, kernels and plugins: every tensor's name, dtype and shape, once.
 
 Symbols: T tokens, S sequences and Nd decodes (one-token sequences, which come first) of a step; Sp = S - Nd prefill
-chunks, Qm their longest, padded; N rows of logits or blocks to compress; Mf, Mc widths of the block tables; Wf, Wc
-blocks of each tier the decodes attend to; Nf, Nc blocks of the full and the compressed tier; H KV heads; B tokens per
-block; D head_dim.
+chunks, Qm their longest, padded, P the longest uncompressed history before any of them; N rows of logits or blocks to
+compress; Mf, Mc widths of the block tables; Wf, Wc blocks of each tier the decodes attend to; Nf, Nc blocks of the full
+and the compressed tier; H KV heads; B tokens per block; D head_dim.
 
 Positions of a sequence at one step::
 
@@ -50,6 +50,7 @@ DECODER_INPUTS: dict[str, tuple[str, ...]] = {
     "compressed_work": ("Wc",),
     "decode_rows": ("Nd",),
     "prefill_rows": ("Sp", "Qm"),
+    "prefill_past": ("P",),
     "logit_index": ("N",),
 }
 """int32 inputs of the decoder, in order.
@@ -57,8 +58,8 @@ DECODER_INPUTS: dict[str, tuple[str, ...]] = {
 query_start: prefix sums of the sequences' token counts. context_len: tokens of each sequence after this step.
 slot_mapping: block * B + offset in the full tier for each new token. full_work, compressed_work: the blocks the decodes
 attend to, as places s * M + m in the table, ascending (a kernel that walks the tables needs neither). decode_rows:
-0 .. Nd-1. prefill_rows: packed row of each query of each prefill chunk, padded with T. logit_index: packed rows whose
-logits are wanted.
+0 .. Nd-1. prefill_rows: packed row of each query of each prefill chunk, padded with T. prefill_past: zeros;
+its length tells how many keys a tile of queries may see. logit_index: packed rows whose logits are wanted.
 """
 
 COMPRESSED_INPUTS = ("compressed_len", "compressed_table", "compressed_work")

@@ -1,15 +1,22 @@
-"""Prefill chunks of a step: history restored, attention causal and tiled over queries."""
+"""Prefill chunks of a step: history restored, attention causal, tiled over queries, head by head within a tile.
+
+    chunks ──► q by tile and head ──► Scan over tiles: keys a tile can see, its mask ──► Scan over KV heads: softmax
+
+A head's logits of one tile stay in a core's own cache. How many keys a tile can see follows from the shapes of
+prefill_rows and prefill_past, so no shape depends on data.
+"""
 
 from __future__ import annotations
-
-import math
 
 import onnx_ir as ir
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import PREFILL_TILE
-from minicache_trt.functions.step import Step, arange, loop
+from minicache_trt.functions.step import MASKED, Step, arange, scan
 from minicache_trt.functions.streams import block_rotation, block_slices, load_stream, restore_stream, to_heads
+
+SMALLEST_TILE = 32
+"""Queries of a tile at least, however many query heads share a KV head."""
 
 
 def prefill_attention(step: Step, decoded: ir.Value) -> ir.Value:
@@ -27,31 +34,78 @@ def prefill_attention(step: Step, decoded: ir.Value) -> ir.Value:
 
 def _prefill_chunks(step: Step, decoded: ir.Value) -> ir.Value:
     g, config, inputs = step.g, step.config, step.inputs
-    tokens, decodes = g.extent(inputs["q"], 0), g.extent(inputs["decode_rows"], 0)
-    chunks = g.extent(inputs["prefill_rows"], 0)
-    width = config.num_heads * config.head_dim
+    heads, group, dim = config.num_kv_heads, config.group_size, config.head_dim
+    rows = inputs["prefill_rows"]
+    tokens, chunks, width = g.extent(inputs["q"], 0), g.extent(rows, 0), g.extent(rows, 1)
+    tile = _tile(step, width)
+    trips = g.op("Div", width, tile)
+    real = g.op("Min", rows, g.op("Sub", tokens, g.constant([1])))
+    q = g.reshape(g.op("Gather", step.q, real, attrs={"axis": 0}), [chunks, trips, tile, heads, group, dim])
+    queries = g.op("Mul", tile, g.constant([group]))
+    q = g.reshape(g.transpose(q, [1, 3, 0, 4, 2, 5]), [trips, heads, chunks, queries, dim])
+    attended = _attend(step, q, trips, tile, chunks)
+    attended = g.reshape(attended, [trips, heads, chunks, group, tile, dim])
+    attended = g.reshape(g.transpose(attended, [2, 0, 4, 1, 3, 5]), [chunks, width, heads * group * dim])
     # One row more than there are tokens: padded queries write there.
-    free = g.op("Sub", g.op("Add", tokens, g.constant([1])), decodes)
-    blank = g.op("Expand", g.floats(0.0), g.op("Concat", free, g.constant([width]), attrs={"axis": 0}))
-    out = g.concat([decoded, blank], 0)
-    keys, values, position = _history(step, chunks, decodes)
-    last = g.constant([2**31 - 1])
+    free = g.op("Sub", g.op("Add", tokens, g.constant([1])), g.extent(inputs["decode_rows"], 0))
+    blank = g.op("Expand", g.floats(0.0), g.op("Concat", free, g.constant([heads * group * dim]), attrs={"axis": 0}))
+    out = g.op("ScatterND", g.concat([decoded, blank], 0), g.unsqueeze(rows, 2), attended)
+    return g.slice(out, g.constant([0]), tokens, 0)
+
+
+def _tile(step: Step, width: ir.Value) -> ir.Value:
+    """Queries of a tile: all of a short step; fewer than `PREFILL_TILE` where several query heads share keys."""
+    g, tile = step.g, PREFILL_TILE
+    while tile > SMALLEST_TILE and tile * step.config.group_size > PREFILL_TILE:
+        tile //= 2
+    short = g.op("LessOrEqual", width, g.constant([PREFILL_TILE]))
+    return g.op("Max", g.op("Where", short, width, g.constant([tile])), g.constant([1]))
+
+
+def _attend(step: Step, q: ir.Value, trips: ir.Value, tile: ir.Value, chunks: ir.Value) -> ir.Value:
+    """Attention of ``q [trips, H, Sp, G * tile, D]``, in the same shape."""
+    g, config, inputs = step.g, step.config, step.inputs
+    group, dim = config.group_size, config.head_dim
+    decodes, last = g.extent(inputs["decode_rows"], 0), g.constant([2**31 - 1])
+    keys, values, position, before = _history(step, chunks, decodes)
     length = g.slice(inputs["context_len"], decodes, last, 0)
     starts = g.slice(inputs["query_start"], decodes, last, 0)
-    queries = g.op("Sub", g.slice(starts, 1, 2**31 - 1, 0), g.slice(starts, 0, -1, 0))
-    first = g.unsqueeze(g.op("Sub", length, queries), 1)
-    tile = g.op("Max", g.op("Min", g.extent(inputs["prefill_rows"], 1), g.constant([PREFILL_TILE])), g.constant([1]))
-    trips = g.op("Div", g.extent(inputs["prefill_rows"], 1), tile)
+    count = g.op("Sub", g.slice(starts, 1, 2**31 - 1, 0), g.slice(starts, 0, -1, 0))
+    first = g.unsqueeze(g.op("Sub", length, count), 1)
+    past = g.op("Add", before, g.extent(inputs["prefill_past"], 0))
+    start = g.op("Mul", arange(g, trips), tile)
+    seen = g.unsqueeze(g.op("Add", g.op("Add", start, tile), past), 1)
+    inside = arange(g, tile)
+    int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
 
-    def attend(iteration: ir.Value, carried: ir.Value) -> ir.Value:
-        return _prefill_tile(step, iteration, carried, tile, chunks, first, keys, values, position)
+    def attend_tile(slices: list[ir.Value]) -> list[ir.Value]:
+        queries, begin, limit = slices
+        at = g.op("Add", first, g.op("Add", inside, begin))
+        visible = g.op("LessOrEqual", g.slice(position, g.constant([0]), limit, 2), g.unsqueeze(at, 2))
+        hidden = g.unsqueeze(g.op("Where", visible, g.floats(0.0), g.floats(MASKED)), 1)
+        own = [g.slice(x, g.constant([0]), limit, 2) for x in (keys, values)]
 
-    looped = loop(g, "prefill_tile", trips, out, attend)
-    return g.slice(looped, g.constant([0]), tokens, 0)
+        def attend_head(slices: list[ir.Value]) -> list[ir.Value]:
+            query, key, value = slices
+            logits = g.op("MatMul", query, g.swap_last(key, 3))
+            logits = g.op("Add", g.reshape(logits, [chunks, group, tile, -1]), hidden)
+            weights = g.op("Softmax", logits, attrs={"axis": -1})
+            weights = g.reshape(weights, [chunks, g.op("Mul", tile, g.constant([group])), -1])
+            return [g.op("MatMul", weights, value)]
+
+        return list(
+            scan(g, "prefill_head", [(x, float32, 3) for x in (queries, *own)], attend_head, [[None, None, dim]])
+        )
+
+    shape = [config.num_kv_heads, None, None, dim]
+    inputs_of_tiles = [(q, float32, 4), (g.unsqueeze(start, 1), int64, 1), (seen, int64, 1)]
+    return scan(g, "prefill_tile", inputs_of_tiles, attend_tile, [shape])[0]
 
 
-def _history(step: Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Keys ``[Sp, H, D, C]``, values ``[Sp, H, C, D]`` and positions ``[Sp, 1, C]`` of all a chunk may attend to.
+def _history(step: Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """Keys and values ``[H, Sp, C, D]`` and positions ``[Sp, 1, C]`` of all a chunk may attend to.
+
+    The last result, ``[1]``, is how many of the C entries are the compressed tier's.
 
     Entries of the compressed tier past the compressed length get a position no query reaches.
     """
@@ -59,31 +113,29 @@ def _history(step: Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value,
     heads, dim = config.num_kv_heads, config.head_dim
     last = g.constant([2**31 - 1])
     full = g.slice(inputs["full_table"], decodes, last, 0)
-    spans = [g.op("Mul", g.extent(full, 1), g.constant([BLOCK_SIZE]))]
     flat = g.reshape(full, [-1])
     tiers = [[block_slices(g, step.kv, flat, 0), block_slices(g, step.kv, flat, 1)]]
-    position = g.unsqueeze(arange(g, spans[0]), 0)
+    position = g.unsqueeze(arange(g, g.op("Mul", g.extent(full, 1), g.constant([BLOCK_SIZE]))), 0)
+    before = g.constant([0])
     if step.streams is None:
         zero = g.op("Mul", g.slice(inputs["context_len"], decodes, last, 0), g.constant(0))
         position = g.op("Add", position, g.unsqueeze(zero, 1))
     else:
         blocks = g.slice(inputs["compressed_table"], decodes, last, 0)
         tiers.insert(0, _restored(step, chunks, blocks))
-        spans.insert(0, g.op("Mul", g.extent(blocks, 1), g.constant([BLOCK_SIZE])))
+        before = g.op("Mul", g.extent(blocks, 1), g.constant([BLOCK_SIZE]))
         compressed = g.unsqueeze(g.slice(inputs["compressed_len"], decodes, last, 0), 1)
-        history = g.unsqueeze(arange(g, spans[0]), 0)
+        history = g.unsqueeze(arange(g, before), 0)
         history = g.op("Where", g.op("Less", history, compressed), history, g.constant(2**31 - 1))
         position = g.concat([history, g.op("Add", position, compressed)], 1)
 
-    def joined(part: int, perm: list[int]) -> list[ir.Value]:
-        """``[Sp * M, H, B, D]`` of each tier as ``[Sp, M, H, B, D]`` in the order of ``perm``."""
-        return [g.transpose(g.reshape(tier[part], [chunks, -1, heads, BLOCK_SIZE, dim]), perm) for tier in tiers]
+    def joined(part: int) -> ir.Value:
+        """``[Sp * M, H, B, D]`` of each tier as ``[H, Sp, M * B, D]``, one behind the other."""
+        split = [g.reshape(tier[part], [chunks, -1, heads, BLOCK_SIZE, dim]) for tier in tiers]
+        moved = [g.reshape(g.transpose(x, [2, 0, 1, 3, 4]), [heads, chunks, -1, dim]) for x in split]
+        return g.concat(moved, 2)
 
-    keys = [g.reshape(x, [chunks, heads, dim, span]) for x, span in zip(joined(0, [0, 2, 4, 1, 3]), spans, strict=True)]
-    values = [
-        g.reshape(x, [chunks, heads, span, dim]) for x, span in zip(joined(1, [0, 2, 1, 3, 4]), spans, strict=True)
-    ]
-    return g.concat(keys, 3), g.concat(values, 2), g.unsqueeze(position, 1)
+    return joined(0), joined(1), g.unsqueeze(position, 1), before
 
 
 def _restored(step: Step, chunks: ir.Value, blocks: ir.Value) -> list[ir.Value]:
@@ -100,34 +152,3 @@ def _restored(step: Step, chunks: ir.Value, blocks: ir.Value) -> list[ir.Value]:
         stream = load_stream(g, own.layout, own.member, step.pools(part), flat)
         result.append(to_heads(g, restore_stream(g, own.layout, stream, maps, rotation), maps))
     return result
-
-
-def _prefill_tile(
-    step: Step,
-    iteration: ir.Value,
-    carried: ir.Value,
-    tile: ir.Value,
-    chunks: ir.Value,
-    first: ir.Value,
-    keys: ir.Value,
-    values: ir.Value,
-    position: ir.Value,
-) -> ir.Value:
-    """One tile of queries of every chunk. ``first [Sp, 1]`` is the position of each chunk's first query."""
-    g, config = step.g, step.config
-    heads, group, dim = config.num_kv_heads, config.group_size, config.head_dim
-    start = g.op("Mul", g.unsqueeze(iteration, 0), tile)
-    rows = g.slice(step.inputs["prefill_rows"], start, g.op("Add", start, tile), 1)
-    real = g.op("Min", rows, g.op("Sub", g.extent(step.q, 0), g.constant(1)))
-    q = g.reshape(g.op("Gather", step.q, real, attrs={"axis": 0}), [chunks, tile, heads, group, dim])
-    at = g.op("Add", first, g.op("Add", arange(g, tile), start))
-    visible = g.op("LessOrEqual", position, g.unsqueeze(at, 2))
-    q = g.reshape(g.transpose(q, [0, 2, 3, 1, 4]), [chunks, heads, g.op("Mul", tile, g.constant([group])), dim])
-    context = g.extent(keys, 3)
-    logits = g.reshape(g.op("MatMul", q, keys), [chunks, heads, group, tile, context])
-    logits = g.op("Where", g.unsqueeze(visible, 1, 2), logits, g.floats(-math.inf))
-    weights = g.op("Softmax", logits, attrs={"axis": -1})
-    weights = g.reshape(weights, [chunks, heads, g.op("Mul", tile, g.constant([group])), context])
-    attended = g.reshape(g.op("MatMul", weights, values), [chunks, heads, group, tile, dim])
-    attended = g.reshape(g.transpose(attended, [0, 3, 1, 2, 4]), [chunks, tile, heads * group * dim])
-    return g.op("ScatterND", carried, g.unsqueeze(rows, 2), attended)

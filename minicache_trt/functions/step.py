@@ -23,6 +23,7 @@ STEP_INPUTS = (
     "compressed_work",
     "decode_rows",
     "prefill_rows",
+    "prefill_past",
 )
 """Decoder inputs the op takes after q, k, v and kv; those of the compressed tier only where there is one."""
 
@@ -103,22 +104,6 @@ def arange(g: Emitter, count: ir.Value) -> ir.Value:
 
 def ceil_div(g: Emitter, a: ir.Value, b: ir.Value) -> ir.Value:
     return g.op("Div", g.op("Sub", g.op("Add", a, b), g.constant([1])), b)
-
-
-def loop(
-    g: Emitter, name: str, trips: ir.Value, carried: ir.Value, body: Callable[[ir.Value, ir.Value], ir.Value]
-) -> ir.Value:
-    """Run ``carried = body(i, carried)`` for i in [0, trips); ``trips`` is ``[1]`` int64, ``carried`` float32."""
-    iteration, condition, value = (g.parameter(f"{name}.{part}") for part in ("i", "cond", "out"))
-    for item, dtype in ((iteration, ir.DataType.INT64), (condition, ir.DataType.BOOL), (value, ir.DataType.FLOAT)):
-        item.type = ir.TensorType(dtype)
-    iteration.shape, condition.shape = ir.Shape([]), ir.Shape([])
-    with g.subgraph() as tape:
-        updated = body(iteration, value)
-        proceed = g.op("Identity", condition)
-    proceed.type, updated.type = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([iteration, condition, value], [proceed, updated], nodes=tape.nodes, name=name)
-    return g.op("Loop", g.op("Squeeze", trips), None, carried, attrs={"body": graph})
 
 
 def scan(

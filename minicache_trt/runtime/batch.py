@@ -36,6 +36,7 @@ class Batch:
     compressed_work: Int32
     decode_rows: Int32
     prefill_rows: Int32
+    prefill_past: Int32
     logit_index: Int32
 
     @property
@@ -82,6 +83,7 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
         compressed_work=work_list([len(sequence.compressed_table) for sequence in decodes], compressed_table.shape[1]),
         decode_rows=np.arange(num_decodes, dtype=np.int32),
         prefill_rows=_prefill_rows(work[num_decodes:], query_start[num_decodes:]),
+        prefill_past=prefill_past([item.start - item.sequence.compressed_len for item in work[num_decodes:]]),
         logit_index=np.array(logit_rows, np.int32),
     )
 
@@ -93,6 +95,11 @@ def work_list(used: list[int], width: int) -> Int32:
     return np.concatenate(
         [np.arange(row * width, row * width + count, dtype=np.int32) for row, count in enumerate(used)]
     )
+
+
+def prefill_past(lengths: list[int]) -> Int32:
+    """The tensor that is as long as the longest of the chunks' uncompressed histories."""
+    return np.zeros(max(lengths, default=0), np.int32)
 
 
 def _concatenate(parts: list[list[int]] | list[range]) -> Int32:

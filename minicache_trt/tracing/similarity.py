@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache_trt.compression.stream import PARTS, CompressionPlan
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.stream import PARTS
 from minicache_trt.tracing.points import Trace
 
 BIN_DEGREES = 3

@@ -12,7 +12,7 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import PREFILL_TILE, full_pools, plan_layout
 from minicache_trt.model.torch_attention import Pools
-from minicache_trt.runtime.batch import Batch, work_list
+from minicache_trt.runtime.batch import Batch, prefill_past, work_list
 
 
 def random_pools(
@@ -63,5 +63,6 @@ def step(sequences: Sequence[tuple[int, int, int]], seed: int = 0) -> Batch:
         compressed_work=work_list([c // BLOCK_SIZE for _, c, _ in sequences[:decodes]], compressed.shape[1]),
         decode_rows=np.arange(decodes, dtype=i32),
         prefill_rows=prefill,
+        prefill_past=prefill_past([n - tokens - c for n, c, tokens in sequences[decodes:]]),
         logit_index=np.zeros(1, i32),
     )
