@@ -40,7 +40,8 @@ class Ties:
         Codes and retained positions compared.
     differing_codes, differing_retained : int
     farthest : float
-        Largest distance of a differing decision from its boundary.
+        Largest distance of a differing decision from its boundary, less what float32 leaves uncertain (see
+        `distances`).
     disagreements : int
         Decisions farther than `TOLERANCE` from their boundary, malformed lists of retained positions, ranges and norms
         that are neither equal nor neighbouring float16 numbers (and move a code by more than `TOLERANCE` steps), exact

@@ -106,6 +106,17 @@ def test_matched_heads_are_merged_with_their_match() -> None:
     assert encode(x, torch.tensor([0]), Stream("value", (0, 1), (Segment(D),), merge="slerp")).score.mean() > 1
 
 
+def test_heads_in_a_cycle_are_put_back_where_they_came_from() -> None:
+    """Three heads, so that the order and its inverse differ."""
+    stream = Stream("value", (0, 1), (Segment(D),), merge="mean", match_heads=True)
+    x = torch.zeros(2, 1, 3, BLOCK_SIZE, D)
+    x[0, :, 0], x[0, :, 1], x[0, :, 2] = 10.0, 20.0, 30.0
+    x[1, :, 1], x[1, :, 2], x[1, :, 0] = 12.0, 22.0, 32.0
+    encoded = encode(x, torch.tensor([0]), stream, constants=Constants(head_map=torch.tensor([[0, 1, 2], [1, 2, 0]])))
+    assert encoded.latent[0, :, 0, 0].tolist() == [11.0, 21.0, 31.0]
+    assert restore(encoded)[:, 0, :, 0, 0].tolist() == [[11.0, 21.0, 31.0], [31.0, 11.0, 21.0]]
+
+
 def test_aligned_layers_merge_without_loss() -> None:
     """Layer 0 is layer 1 turned by an orthogonal matrix, which ``align`` undoes."""
     turn = torch.linalg.qr(torch.randn(HEADS, D, D, generator=torch.Generator().manual_seed(1)).double())[0]
