@@ -10,7 +10,7 @@ For a query at position p, with c its compressed length (`compressed_length`)::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.reference.codec import EncodedBlocks, encode, restore
+from minicache_trt.reference.constants import Constants
 
 ATTENTION_NAME = "minicache_reference"
 """Name of `tiered_attention` among transformers' attention implementations."""
@@ -46,6 +47,8 @@ class TieredHistory:
     Parameters
     ----------
     plan : CompressionPlan
+    constants : sequence of Constants
+        Of each stream.
     adopt : callable, optional
         May replace each block's encoding; see `minicache_trt.reference.ties`.
 
@@ -57,8 +60,9 @@ class TieredHistory:
         Per stream and block, what compression stored (each with N = 1).
     """
 
-    def __init__(self, plan: CompressionPlan, adopt: Adopt | None = None) -> None:
+    def __init__(self, plan: CompressionPlan, constants: Sequence[Constants], adopt: Adopt | None = None) -> None:
         self.plan = plan
+        self._constants = tuple(constants)
         self._adopt = adopt
         self.compressed = 0
         self.states: dict[tuple[str, int], Tensor] = {}
@@ -78,7 +82,7 @@ class TieredHistory:
                 states = [self.states[stream.part, layer] for layer in stream.layers]
                 x = torch.stack([state[:, tokens] for state in states])[:, None]
                 block_index = torch.tensor([start // BLOCK_SIZE])
-                encoded = encode(x, block_index, stream, model_dtype=x.dtype)
+                encoded = encode(x, block_index, stream, x.dtype, self._constants[index])
                 if self._adopt is not None:
                     encoded = self._adopt(index, start // BLOCK_SIZE, x, encoded)
                 for state, restored in zip(states, restore(encoded), strict=True):

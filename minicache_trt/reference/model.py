@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.reference.codec import EncodedBlocks
+from minicache_trt.reference.constants import Constants
 from minicache_trt.reference.history import ATTENTION_NAME, Adopt, TieredHistory, compressed_length
 
 
@@ -31,7 +33,7 @@ class Reference:
     model : str, Path or PreTrainedModel
         Checkpoint directory, or a model object, which keeps its own dtype and attention implementation.
     plan : CompressionPlan
-        Without streams nothing is ever compressed.
+        With its matrices. Without streams nothing is ever compressed.
     window : int
         Most recent tokens kept exact.
     quantum : int
@@ -67,6 +69,14 @@ class Reference:
         if plan.compresses:
             plan.validate(_model_shape(self.model.config))
         self.plan = plan
+        self._constants = [
+            Constants.of(
+                stream,
+                stream_matrices(plan.matrices, index),
+                _rope_frequencies(self.model) if stream.basis == "pre_rope" else None,
+            )
+            for index, stream in enumerate(plan.streams)
+        ]
         self.window = window
         self.quantum = quantum
         self.stored: list[list[EncodedBlocks]] = [[] for _ in plan.streams]
@@ -135,7 +145,7 @@ class Reference:
         return compressed_length(position, prompt_len, self.window, self.quantum)
 
     def _new_history(self, adopt: Adopt | None = None) -> TieredHistory:
-        history = TieredHistory(self.plan, adopt)
+        history = TieredHistory(self.plan, self._constants, adopt)
         self.stored = history.stored
         return history
 
@@ -184,3 +194,20 @@ def _model_shape(config: Any) -> ModelConfig:
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
     )
+
+
+def _rope_frequencies(model: Any) -> Tensor:
+    """Radians per position of the model's own rotary embedding, float32 ``[D / 2]``.
+
+    Raises
+    ------
+    ValueError
+        The model has no rotary embedding, or one that also scales what it rotates.
+    """
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            if getattr(module, "attention_scaling", 1.0) != 1.0:
+                raise ValueError(f"attention_scaling: expected 1.0 for basis pre_rope, got {module.attention_scaling}")
+            frequencies: Tensor = module.inv_freq.to(torch.float32)
+            return frequencies
+    raise ValueError(f"model: expected one with rotary embeddings for basis pre_rope, got {type(model).__name__}")

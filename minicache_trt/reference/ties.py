@@ -7,23 +7,27 @@ reference can adopt what an engine stored, after checking that each adopted diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from minicache_trt.compression.segment import DROPPED, GAUSSIAN, MODEL
 from minicache_trt.config import BLOCK_SIZE
-from minicache_trt.contract import BYTE_OFFSET, SegmentLayout, StreamLayout
-from minicache_trt.reference.codec import EncodedBlocks, EncodedSegment
+from minicache_trt.contract import StreamLayout
+from minicache_trt.reference.codec import EncodedBlocks, encode, read_exact
+from minicache_trt.reference.distances import code_distances, component_noise, range_slack
+from minicache_trt.reference.retention import rankings, retained_mask
+from minicache_trt.reference.segments import EncodedSegment, with_codes
+from minicache_trt.reference.stored import Stored, stored_segment, stored_vectors
+
+__all__ = ["TOLERANCE", "Stored", "Ties", "adopt"]
 
 TOLERANCE = 1e-3
 """Farthest a differing decision may lie from its boundary, in quantization steps or in units of the retention score."""
-
-Stored = Mapping[str, NDArray[np.generic]]
-"""One block of every pool of a stream, by the kind of the pool, in the contract's shapes."""
 
 
 @dataclass
@@ -36,11 +40,12 @@ class Ties:
         Codes and retained positions compared.
     differing_codes, differing_retained : int
     farthest : float
-        Largest distance of a differing decision from its boundary.
+        Largest distance of a differing decision from its boundary, less what float32 leaves uncertain (see
+        `distances`).
     disagreements : int
-        Decisions farther than `TOLERANCE` from their boundary, ranges and norms that are neither equal nor
-        neighbouring float16 numbers (and move a code by more than `TOLERANCE` steps), exact and unquantized numbers
-        that differ: errors, not ties.
+        Decisions farther than `TOLERANCE` from their boundary, malformed lists of retained positions, ranges and norms
+        that are neither equal nor neighbouring float16 numbers (and move a code by more than `TOLERANCE` steps), exact
+        and unquantized numbers that differ: errors, not ties.
     """
 
     codes: int = 0
@@ -68,12 +73,12 @@ class Ties:
     def neighbours(self, mine: Tensor, other: Tensor, slack: Tensor | float) -> None:
         """Count float16 numbers that are more than one float16 step and ``slack`` apart."""
         apart = (mine.float() - other.float()).abs()
-        self.disagreements += int((apart > 2.0**-10 * other.float().abs() + 2.0**-24 + slack).sum())
+        self.disagreements += int((~(apart <= 2.0**-10 * other.float().abs() + 2.0**-24 + slack)).sum())
 
     def close(self, mine: Tensor, other: Tensor) -> None:
         """Count numbers that differ by more than `TOLERANCE` of the largest."""
         limit = TOLERANCE * other.float().abs().amax() if other.numel() else 0.0
-        self.disagreements += int(((mine.float() - other.float()).abs() > limit).sum())
+        self.disagreements += int((~((mine.float() - other.float()).abs() <= limit)).sum())
 
 
 def adopt(layout: StreamLayout, x: Tensor, encoded: EncodedBlocks, stored: Stored, ties: Ties) -> EncodedBlocks:
@@ -91,79 +96,117 @@ def adopt(layout: StreamLayout, x: Tensor, encoded: EncodedBlocks, stored: Store
     ties : Ties
         Counts are added here.
     """
-    stream = layout.stream
-    result = encoded
-    same_tokens = torch.ones(encoded.score.shape[:2], dtype=torch.bool)
-    if stream.retained:
-        index = torch.from_numpy(stored["retained_index"].astype(np.int64))[None]
-        same_tokens = (index == encoded.retained_index).all(-1)
-        chosen = encoded.score.gather(-1, index)
-        boundary = encoded.score.gather(-1, encoded.retained_index).amin(-1, keepdim=True)
-        other = ~(index.unsqueeze(-1) == encoded.retained_index.unsqueeze(-2)).any(-1)
-        ties.retained += index.numel()
-        ties.differing_retained += int(other.sum())
-        ties.decide((boundary - chosen)[other].clamp_min(0))
-        ties.disagreements += int((index[..., 1:] <= index[..., :-1]).sum())
-        gather = index.expand(-1, x.shape[2], -1)[..., None].expand(-1, -1, -1, x.shape[-1])
-        exact = torch.stack([layer.gather(2, gather) for layer in x], dim=1)
-        ties.close(torch.from_numpy(stored["exact"])[None], exact)
-        result = replace(result, retained_index=index, exact=exact)
-    if encoded.norms is not None:
-        norms = torch.from_numpy(stored["norms"])[None]
-        ties.neighbours(norms, encoded.norms, TOLERANCE * 2.0**-4 * encoded.norms.float().abs())
-        result = replace(result, norms=norms)
-    kept = torch.zeros(encoded.latent.shape[:3], dtype=torch.bool)
-    if stream.retained:
-        mask = torch.zeros(encoded.score.shape, dtype=torch.bool).scatter_(-1, result.retained_index, True)
-        kept = mask.expand(-1, kept.shape[1], -1)
-    comparable = same_tokens.expand(-1, kept.shape[1])
+    own = _adopt_retained(x, encoded, stored, ties)
+    noise = component_noise(x, own)
+    own = _adopt_norms(own, noise, stored, ties)
+    index = own.retained_index.expand(*own.latent.shape[:2], -1)
+    excluded = retained_mask(index, BLOCK_SIZE)
+    norm = own.norms[:, 0] if own.stream.gaussian and own.norms is not None else None
     segments = []
-    for part, own in zip(layout.segments, encoded.segments, strict=True):
-        if own.values is not None:
-            mine = stored["latent"][..., part.storage : part.storage + part.segment.length]
-            ties.close(torch.from_numpy(mine)[None], own.values)
-            segments.append(own)
-        else:
-            segments.append(_adopt_segment(part, own, encoded.latent, kept, comparable, stored, ties))
-    return replace(result, segments=tuple(segments))
+    for part, mine in zip(layout.segments, own.segments, strict=True):
+        theirs = stored_segment(part, mine, stored)
+        segments.append(_adopt_numbers(mine, theirs, excluded, norm, noise, ties))
+    result = replace(own, segments=tuple(segments))
+    if own.residual is not None:
+        theirs = stored_vectors("residual", own.residual, stored)
+        everything = torch.zeros(own.residual.components.shape[:-1], dtype=torch.bool)
+        residual = _adopt_numbers(own.residual, theirs, everything, None, noise[:, None], ties)
+        result = replace(result, residual=residual)
+    if own.stream.retained:
+        numbers = _adopt_exact(own.exact_numbers, index, stored, ties)
+        result = replace(result, exact_numbers=numbers, exact=read_exact(numbers))
+    return result
 
 
-def _adopt_segment(
-    part: SegmentLayout,
-    own: EncodedSegment,
-    latent: Tensor,
-    kept: Tensor,
-    comparable: Tensor,
-    stored: Stored,
-    ties: Ties,
+def _adopt_retained(x: Tensor, encoded: EncodedBlocks, stored: Stored, ties: Ties) -> EncodedBlocks:
+    """``encoded``, encoded again with the engine's retained tokens where they differ.
+
+    A malformed list of positions is counted and not adopted.
+    """
+    stream = encoded.stream
+    if not stream.retained:
+        return encoded
+    index = torch.from_numpy(np.asarray(stored["retained_index"]).astype(np.int64))[None]
+    ties.retained += index.numel()
+    if torch.equal(index, encoded.retained_index):
+        return encoded
+    malformed = sum(not _is_ascending(row) for row in index[0].tolist())
+    ties.disagreements += malformed
+    if malformed:
+        return encoded
+    ranked = rankings(encoded.score, encoded.meaningful, encoded.block_index, stream)[0]
+    for ranking, row in zip(ranked, index[0].tolist(), strict=True):
+        chosen = [position for position in row if position >= 0]
+        ties.differing_retained += len(set(chosen) ^ set(ranking.kept))
+        ties.decide(torch.tensor(ranking.distances(chosen), dtype=torch.float64))
+    return encode(x, encoded.block_index, stream, encoded.model_dtype, encoded.constants, index)
+
+
+def _is_ascending(row: list[int]) -> bool:
+    """Whether a list of positions is ascending and in the block, with nothing but -1 after the used ones."""
+    used = [position for position in row if position != -1]
+    padded = used + [-1] * (len(row) - len(used))
+    return row == padded and used == sorted(set(used)) and all(0 <= position < BLOCK_SIZE for position in used)
+
+
+def _adopt_norms(own: EncodedBlocks, noise: Tensor, stored: Stored, ties: Ties) -> EncodedBlocks:
+    """Norms of slerp, or of gaussian components, whose codes then follow from the engine's norm."""
+    if own.norms is None:
+        return own
+    norms = torch.from_numpy(np.asarray(stored["norms"]))[None]
+    slack: Tensor = TOLERANCE * 2.0**-4 * own.norms.float().abs()
+    if own.stream.gaussian:
+        inverse = 1.0 if own.constants.sigma is None else (1 / own.constants.sigma.amin(dim=-1))[:, None]
+        slack = (noise * inverse)[:, None]
+    ties.neighbours(norms, own.norms, slack)
+    return replace(own, norms=norms)
+
+
+def _adopt_numbers(
+    own: EncodedSegment, theirs: EncodedSegment, excluded: Tensor, norm: Tensor | None, noise: Tensor, ties: Ties
 ) -> EncodedSegment:
-    """``kept [1, H, B]``: retained tokens; ``comparable [1, H]``: heads where both sides retain the same ones."""
-    segment = part.segment
-    assert own.codes is not None and own.scale is not None and own.minimum is not None
-    count = part.minimum - part.scale
-    params = torch.from_numpy(stored["params"])[None]
-    scale, minimum = params[..., part.scale : part.scale + count], params[..., part.minimum : part.minimum + count]
-    channel = segment.axis == "channel"
-    heads = comparable if channel else torch.ones_like(comparable)
-    # What a range may be off by: as much as moves a code by TOLERANCE steps.
-    slack = TOLERANCE * own.scale[heads].float()
-    ties.neighbours(scale[heads], own.scale[heads], slack / (2**segment.bits - 1))
-    ties.neighbours(minimum[heads], own.minimum[heads], slack)
-    size = segment.length * segment.bits // 8
-    data = stored["codes"][..., part.storage : part.storage + size].astype(np.int64) + BYTE_OFFSET
-    digits = [(data >> (segment.bits * i)) & (2**segment.bits - 1) for i in range(8 // segment.bits)]
-    codes = torch.from_numpy(np.stack(digits, -1).reshape(1, *data.shape[:2], segment.length))
-    axis = 2 if channel else 3
-    step = scale.float().unsqueeze(axis)
-    y = latent[..., part.component : part.component + segment.length]
-    grid = ((y - minimum.float().unsqueeze(axis)) / torch.where(step > 0, step, 1.0)).clamp(0, 2**segment.bits - 1)
-    grid = torch.where(step > 0, grid, 0.0)
-    if channel:
-        grid = grid.masked_fill(kept.unsqueeze(-1), 0.0)
-    ties.codes += codes.numel()
-    ties.differing_codes += int((codes != own.codes).sum())
-    ties.decide(((grid - codes).abs() - 0.5).clamp_min(0).flatten())
-    # Where a scale was rounded the other way, codes may differ from the reference's own without being near a boundary
-    # of its grid; they are judged on the grid that was stored with them.
-    assert codes.shape[2] == BLOCK_SIZE
-    return replace(own, scale=scale, minimum=minimum, codes=codes.to(own.codes.dtype))
+    """Judge one segment's stored numbers.
+
+    Where a range was rounded the other way, codes may differ from the reference's own without being near a boundary of
+    its grid; they are judged on the grid that was stored with them.
+
+    Parameters
+    ----------
+    excluded : Tensor
+        bool ``[..., B]``: retained tokens.
+    noise : Tensor
+        ``[..., B]``: what float32 arithmetic leaves uncertain about the components, in their own units.
+    """
+    if own.segment.kind == DROPPED:
+        return own
+    if own.segment.kind == MODEL:
+        assert own.values is not None and theirs.values is not None
+        ties.close(theirs.values, own.values)
+        return own
+    assert own.codes is not None and theirs.codes is not None
+    if own.segment.kind != GAUSSIAN:
+        for mine, other, slack in range_slack(own, theirs, noise, TOLERANCE):
+            ties.neighbours(other, mine, slack)
+    regridded = with_codes(theirs, excluded, norm)
+    distance = code_distances(regridded, theirs.codes, norm, noise)
+    if own.segment.axis == "channel" and own.segment.has_ranges:
+        zero = torch.where(theirs.codes == 0, 0.0, math.inf).to(distance.dtype)
+        distance = torch.where(excluded[..., None], zero, distance)
+    ties.codes += own.codes.numel()
+    ties.differing_codes += int((theirs.codes != own.codes).sum())
+    ties.decide(distance.flatten())
+    return replace(regridded, codes=theirs.codes)
+
+
+def _adopt_exact(own: EncodedSegment, index: Tensor, stored: Stored, ties: Ties) -> EncodedSegment:
+    """Judge retained vectors ``[1, m, H, R, D]``; what unused slots hold does not matter."""
+    theirs = stored_vectors("exact", own, stored)
+    used = (index >= 0)[:, None].expand(own.components.shape[:-1])
+    fields: dict[str, Any] = {}
+    for name in ("values", "codes", "scale", "minimum"):
+        mine, other = getattr(own, name), getattr(theirs, name)
+        if mine is not None:
+            mask = used[..., None] if mine.dim() > used.dim() else used
+            fields[name] = torch.where(mask, other.to(mine.dtype), mine)
+    everything, noise = torch.zeros_like(used), torch.zeros(used.shape)
+    return _adopt_numbers(own, replace(theirs, **fields), everything, None, noise, ties)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -16,7 +17,7 @@ from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.errors import UserError
-from minicache_trt.reference import Reference, compressed_length, encode, restore
+from minicache_trt.reference import Constants, Reference, compressed_length, encode, restore
 
 FULL = CompressionPlan("full")
 VOCAB = 96
@@ -85,6 +86,41 @@ def lossless_plan(model: Model) -> CompressionPlan:
     return CompressionPlan("custom", tuple(streams))
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+ROPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {"rope_scaling": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "rope_theta": 5e5},
+}
+
+
+def calibrated_plan(model: Model, key_segments: tuple[Segment, ...], value_segments: tuple[Segment, ...]) -> Any:
+    """Keys before RoPE and values of all layers in one linear stream each, with random orthonormal matrices."""
+    shape = shape_of(model)
+    heads, layers, width = shape.num_kv_heads, shape.num_layers, shape.num_layers * shape.head_dim
+    rng = np.random.default_rng(0)
+    streams = (
+        Stream("key", tuple(range(layers)), key_segments, "linear", "pre_rope", True, True, retained=2, sink_tokens=1),
+        Stream("value", tuple(range(layers)), value_segments, "linear", match_heads=True),
+    )
+    matrices: dict[str, Any] = {}
+    for index, stream in enumerate(streams):
+        axes = np.linalg.qr(rng.normal(size=(heads, width, width)))[0].astype(np.float32)
+        own = {
+            "head_map": np.stack([rng.permutation(heads) for _ in range(layers)]).astype(np.int32),
+            "encode": axes[:, :, : stream.rank].copy(),
+            "decode": axes[:, :, : stream.rank].swapaxes(1, 2).copy(),
+            "mean": rng.normal(size=(heads, width)).astype(np.float32) / 8,
+        }
+        if stream.align:
+            turns = rng.normal(size=(layers, heads, shape.head_dim, shape.head_dim))
+            own["align"] = np.linalg.qr(turns)[0].astype(np.float32)
+        if stream.gaussian:
+            own["sigma"] = np.linspace(0.5, 0.1, heads * stream.rank).reshape(heads, -1).astype(np.float32)
+        matrices |= {f"streams.{index}.{name}": value for name, value in own.items()}
+    return CompressionPlan("custom", streams, matrices)
+
+
 def random_tokens(length: int) -> list[int]:
     tokens: list[int] = torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     return tokens
@@ -134,6 +170,17 @@ def test_plans_that_lose_nothing_equal_hugging_face(variant: str, lossless: bool
     assert [len(blocks) for blocks in reference.stored] == [4] * len(plan.streams)
 
 
+@pytest.mark.parametrize("rope", ROPES)
+def test_full_rank_streams_before_rope_equal_hugging_face(rope: str) -> None:
+    model = make_model("llama-gqa", **ROPES[rope])
+    width = 3 * shape_of(model).head_dim
+    plan = calibrated_plan(model, (Segment(16), Segment(width - 16)), (Segment(width, transform="hadamard"),))
+    reference = Reference(model, plan, window=64, quantum=128)
+    tokens = random_tokens(350)
+    expected = reference.uncompressed_logits(tokens)
+    torch.testing.assert_close(reference.logits(tokens, prompt_len=280), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_checkpoint_directory(tmp_path: Path) -> None:
     model = make_model("llama-gqa")
     model.save_pretrained(tmp_path)
@@ -171,10 +218,12 @@ def cached_logits(model: Model, plan: CompressionPlan, tokens: list[int], prompt
     for position, token in enumerate(tokens):
         for block in range(done, compressed_length(position, prompt_len, 64, 128) // BLOCK_SIZE):
             span = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-            for stream in plan.streams:
+            for index, stream in enumerate(plan.streams):
                 entries = [getattr(cache.layers[layer], f"{stream.part}s") for layer in stream.layers]
                 x = torch.stack([entry[:, :, span] for entry in entries])
-                for entry, restored in zip(entries, restore(encode(x, torch.tensor([block]), stream)), strict=True):
+                constants = Constants.from_plan(plan, index, shape_of(model))
+                encoded = encode(x, torch.tensor([block]), stream, constants=constants)
+                for entry, restored in zip(entries, restore(encoded), strict=True):
                     entry[:, :, span] = restored
             done = block + 1
         with torch.no_grad():
@@ -194,6 +243,18 @@ def test_compressed_history_matches_a_token_by_token_cache(method: str, norm: st
     actual = Reference(model, plan, window=64, quantum=128).logits(tokens, prompt_len)
     expected = cached_logits(model, plan, tokens, prompt_len)
     torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_calibrated_history_matches_a_token_by_token_cache() -> None:
+    model = make_model("llama-gqa").double()
+    keys = (Segment(16, "g4", transform="hadamard"), Segment(16, "g2"))
+    values = (Segment(16, "int8", "channel"), Segment(16, "fp8", transform="hadamard"), Segment(16, "drop"))
+    plan = calibrated_plan(model, keys, values)
+    tokens = random_tokens(330)
+    reference = Reference(model, plan, window=64, quantum=128)
+    actual = reference.logits(tokens, 260)
+    torch.testing.assert_close(actual, cached_logits(model, plan, tokens, 260).float(), rtol=1e-4, atol=1e-4)
+    assert (actual - reference.uncompressed_logits(tokens))[128:].abs().amax() > 1e-2
 
 
 def test_compression_changes_logits_from_the_second_quantum_on() -> None:
