@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicache_trt.compression.codec import compress_blocks, restore_blocks
+from minicache_trt.compression.packing import pack, unpack
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.compression.quantize import pack, unpack
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import Stream
 from minicache_trt.config import ModelConfig
@@ -39,7 +39,7 @@ def test_twin_agrees_with_reference(name: str) -> None:
         expected = assert_blocks_agree(layout, fields, x, block_index)
         restored = torch.cat([restore(block) for block in expected], dim=1)
         for member in range(len(layout.stream.layers)):
-            mine = restore_blocks(layout, fields, member)
+            mine = restore_blocks(layout, fields, member, block_index)
             assert (mine - restored[member]).abs().amax() <= 1e-4 * restored.abs().amax()
 
 
@@ -59,7 +59,8 @@ def test_any_stream_agrees_with_reference(
     fmt: str, axis: str, merge: str, norm: str, retained: int, sinks: int, t: float, scale: float, seed: int
 ) -> None:
     layers, kept = ((0,), 0) if merge == "none" else ((0, 1), retained)
-    stream = Stream("key", layers, (Segment(64, fmt, axis),), merge, t, norm, kept, "topk", min(sinks, kept))
+    segments = (Segment(64, fmt, axis),)
+    stream = Stream("key", layers, segments, merge=merge, t=t, norm=norm, retained=kept, sink_tokens=min(sinks, kept))
     layout = stream_layout(0, stream, CONFIG)
     x = group(stream, 2, seed, scale)
     x[-1, 0, 0, 5] = 0.0
@@ -105,7 +106,7 @@ def test_retained_tokens_are_exact() -> None:
     x = group(stream, 1, 4)
     fields = compress_blocks(layout, x, torch.tensor([0]))
     for member in range(2):
-        restored = restore_blocks(layout, fields, member)
+        restored = restore_blocks(layout, fields, member, block_index)
         for head in range(CONFIG.num_kv_heads):
             index = fields["retained_index"][0, head].long()
             assert {0, 1} <= set(index.tolist())
