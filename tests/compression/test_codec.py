@@ -97,14 +97,16 @@ def test_lossless_streams_restore_exactly() -> None:
     stream = Stream("value", (1,), (Segment(32), Segment(32)))
     layout = stream_layout(0, stream, CONFIG)
     x = group(stream, 2, 3)
-    assert torch.equal(restore_blocks(layout, compress_blocks(layout, x, torch.tensor([0, 1])), 0), x[0])
+    block_index = torch.tensor([0, 1])
+    assert torch.equal(restore_blocks(layout, compress_blocks(layout, x, block_index), 0, block_index), x[0])
 
 
 def test_retained_tokens_are_exact() -> None:
     stream = Stream("key", (0, 1), (Segment(64, "int2", "token"),), merge="slerp", retained=3, sink_tokens=2)
     layout = stream_layout(0, stream, CONFIG)
     x = group(stream, 1, 4)
-    fields = compress_blocks(layout, x, torch.tensor([0]))
+    block_index = torch.tensor([0])
+    fields = compress_blocks(layout, x, block_index)
     for member in range(2):
         restored = restore_blocks(layout, fields, member, block_index)
         for head in range(CONFIG.num_kv_heads):
