@@ -15,12 +15,14 @@ from minicache_trt.backends.base import Engine
 from minicache_trt.checkpoint.quantize import write_quantized
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
+from minicache_trt.compression.matrices import save_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.engine_directory import (
     CHECKPOINT,
     COMPRESSOR,
     DECODER,
+    MATRICES,
     QUANTIZED,
     EngineInfo,
     is_engine_directory,
@@ -28,6 +30,7 @@ from minicache_trt.engine_directory import (
     write_config,
 )
 from minicache_trt.errors import UserError
+from minicache_trt.functions.support import unsupported
 from minicache_trt.model.graph import build_compressor, build_decoder
 from minicache_trt.model.weights import GraphWeights
 from minicache_trt.staging import link_or_copy, staged
@@ -57,6 +60,9 @@ def silent(stage: str, done: int, total: int) -> None:
 Configure = Callable[[ModelConfig], tuple[CompressionPlan, BuildConfig]]
 """From the model's shape, once it is known, to what to build."""
 
+Calibrate = Callable[[CompressionPlan, Checkpoint, Report], CompressionPlan]
+"""From a plan to the same plan with constants computed from the checkpoint."""
+
 DEFAULT_MAX_SEQ_LEN = 4096
 
 
@@ -70,6 +76,7 @@ def build_engine(
     output: str | Path,
     configure: Configure,
     *,
+    calibrate: Calibrate | None = None,
     load_format: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -84,6 +91,8 @@ def build_engine(
     output : str or Path
         Directory to create; it appears only when it is complete.
     configure : callable
+    calibrate : callable, optional
+        For plans whose constants depend on the checkpoint.
     load_format : str
         ``auto`` or ``dummy`` (the model's shape without its weights).
     revision : str, optional
@@ -108,7 +117,10 @@ def build_engine(
         plan.validate(checkpoint.config)
         open_backend(build.backend)
         _check_limits(checkpoint.config, build)
+        _check_backend(plan, build)
         report("checkpoint", 1, 1)
+        if calibrate is not None:
+            plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)
         linked = _write(staging, checkpoint, plan, build, report)
         report("fingerprint", 0, 1)
         write_config(staging, EngineInfo(checkpoint.config, plan, build, _source(checkpoint)))
@@ -159,6 +171,12 @@ def _check_limits(config: ModelConfig, build: BuildConfig) -> None:
         )
 
 
+def _check_backend(plan: CompressionPlan, build: BuildConfig) -> None:
+    reason = unsupported(plan)
+    if reason is not None and build.backend != "torch":
+        raise UserError(f"the {build.backend} backend cannot compute {reason} yet", "use --backend torch")
+
+
 def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: BuildConfig, report: Report) -> bool:
     """Everything but config.json; True if no weight file had to be copied."""
     linked = True
@@ -182,6 +200,22 @@ def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: 
         linears = linear_views(checkpoint.config, checkpoint.weights)
         path = staging / QUANTIZED
         quantized = write_quantized(path, linears, bits, partial(report, "quantize"))
+    if plan.matrices:
+        save_matrices(plan.matrices, staging / MATRICES)
+    if unsupported(plan) is None:
+        _write_graphs(staging, checkpoint, plan, quantized, bits, report)
+    return linked
+
+
+def _write_graphs(
+    staging: Path,
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    quantized: dict[str, WeightView],
+    bits: int | None,
+    report: Report,
+) -> None:
+    files = checkpoint.weight_files()
     locations = {file.name: f"{CHECKPOINT}/{file.name}" for file in files} | {QUANTIZED: QUANTIZED}
     weights = GraphWeights(checkpoint.config, checkpoint.weights, locations, quantized, bits)
     report("graphs", 0, 2)
@@ -190,7 +224,6 @@ def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: 
     if plan.compresses:
         ir.save(build_compressor(checkpoint.config, plan), staging / COMPRESSOR)
     report("graphs", 2, 2)
-    return linked
 
 
 def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:

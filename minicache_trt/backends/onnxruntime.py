@@ -19,6 +19,7 @@ from minicache_trt.contract import (
 )
 from minicache_trt.engine_directory import COMPRESSOR, DECODER, EngineInfo
 from minicache_trt.errors import UserError
+from minicache_trt.functions.support import unsupported
 from minicache_trt.runtime.batch import Batch, Int32
 
 _POOL_TYPES = {"model": np.float32, "int8": np.int8, "float16": np.float16}
@@ -36,11 +37,19 @@ class OnnxRuntimeEngine:
     info : EngineInfo
     num_threads : int, optional
         Default: all cores.
+
+    Raises
+    ------
+    UserError
+        The engine's plan is one the ONNX functions cannot compute, so it has no graphs.
     """
 
     element_bytes = 4
 
     def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
+        reason = unsupported(info.plan)
+        if reason is not None:
+            raise UserError(f"the onnxruntime backend cannot compute {reason} yet", "use --backend torch")
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
         self._decoder = _session(directory / DECODER, num_threads)
