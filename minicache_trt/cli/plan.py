@@ -13,6 +13,7 @@ from rich.table import Table
 from minicache_trt.checkpoint import resolve_config
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, stderr, stdout, table
+from minicache_trt.compression.methods import CALIBRATED_METHODS
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import save_plan
 from minicache_trt.compression.size import (
@@ -23,6 +24,7 @@ from minicache_trt.compression.size import (
     layer_costs,
 )
 from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
 
 
@@ -51,6 +53,11 @@ def plan(
 
       minicache-trt plan -m ./checkpoint --merge-start 8 --kv-format int8 --save plan.json
     """
+    if save is not None and plan is None and method in CALIBRATED_METHODS:
+        raise UserError(
+            f"method {method!r} has no plan to save before it is calibrated",
+            "build --calibration-text FILE writes it to the engine directory",
+        )
     config = resolve_config(model, revision=revision)
     chosen = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)(config)
     summary = plan_summary(chosen, config, context, BuildConfig().window)

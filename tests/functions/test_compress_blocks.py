@@ -12,10 +12,10 @@ from minicache_trt.contract import plan_layout
 from minicache_trt.functions.compress_blocks import compress_blocks
 from tests.support.agreement import assert_blocks_agree
 from tests.support.onnx_function import run_function
-from tests.support.plans import mixed_plan, named_plans
+from tests.support.plans import onnx_plans
 
 CONFIG = ModelConfig("llama", 4, 64, 64, 6, 2, 80, 100, 4096)
-PLANS = named_plans(CONFIG) | {"mixed": mixed_plan(CONFIG)}
+PLANS = onnx_plans(CONFIG)
 TYPES = {"model": np.float32, "int8": np.int8, "float16": np.float16}
 SOURCE, TARGET, BLOCK_INDEX = (np.array(x, np.int32) for x in ([3, 1, 5], [2, 4, 1], [0, 9, 0]))
 

@@ -15,12 +15,12 @@ from minicache_trt.functions.paged_attention import step_inputs
 from minicache_trt.model.graph import layer_streams
 from minicache_trt.model.torch_attention import paged_attention
 from tests.support.onnx_function import run_function
-from tests.support.plans import mixed_plan, named_plans
+from tests.support.plans import onnx_plans
 from tests.support.steps import random_pools, step
 
 CONFIG = ModelConfig("llama", 4, 64, 64, 6, 2, 80, 100, 4096)
 MHA = ModelConfig("llama", 4, 64, 64, 2, 2, 64, 100, 4096)
-PLANS = {"full": make_plan(CONFIG, "full")} | named_plans(CONFIG) | {"mixed": mixed_plan(CONFIG)}
+PLANS = {"full": make_plan(CONFIG, "full")} | onnx_plans(CONFIG)
 # (length after the step, compressed length, tokens): decodes first, then prefill chunks.
 STEPS = {
     "mixed": [(70, 64, 1), (200, 128, 1), (190, 64, 126), (300, 64, 150), (20, 0, 20)],

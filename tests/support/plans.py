@@ -9,6 +9,7 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.config import ModelConfig
+from minicache_trt.functions.support import unsupported
 from tests.support.matrices import random_matrices
 
 
@@ -36,6 +37,34 @@ def mixed_plan(config: ModelConfig) -> CompressionPlan:
             Stream("value", (2, 3), (Segment(d, "int2", "channel"),), merge="slerp", norm="token", retained=1),
         ),
     ).validate(config)
+
+
+def onnx_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """Of all plans those that the ONNX functions compute."""
+    plans = named_plans(config) | {"mixed": mixed_plan(config)} | full_codec_plans(config)
+    return {name: plan for name, plan in plans.items() if unsupported(plan) is None}
+
+
+ONNX_METHODS = [
+    name
+    for name in METHODS
+    if unsupported(make_plan(ModelConfig("llama", 4, 64, 64, 4, 2, 64, 100, 4096), name)) is None
+]
+"""Of all methods those that the ONNX functions compute."""
+
+
+def lossless_plan(config: ModelConfig) -> CompressionPlan:
+    """Everything rotated, matched, aligned, merged and transformed back and forth, and nothing lost but rounding."""
+    half = config.head_dim // 2
+    plain, turned = Segment(half), Segment(half, transform="hadamard")
+    options = {"align": True, "match_heads": True}
+    return completed(
+        config,
+        Stream("key", (0, 2), (plain, turned) * 2, merge="linear", basis="pre_rope", **options),  # type: ignore[arg-type]
+        Stream("key", (1,), (turned, plain), merge="linear", **options),  # type: ignore[arg-type]
+        Stream("key", (3,), (plain, turned), basis="pre_rope", **options),  # type: ignore[arg-type]
+        Stream("value", (1, 2, 3), (Segment(3 * config.head_dim),), merge="linear", **options),  # type: ignore[arg-type]
+    )
 
 
 def completed(config: ModelConfig, *streams: Stream, seed: int = 0) -> CompressionPlan:
