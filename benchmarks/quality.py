@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from minicache_trt.checkpoint.resolve import resolve_config
 from minicache_trt.cli.console import stderr
-from minicache_trt.compression.methods import MERGING_METHODS, MethodOptions, make_plan
+from minicache_trt.compression.methods import CALIBRATED_METHODS, MERGING_METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
 from minicache_trt.compression.size import ratio, sequence_bytes
@@ -119,6 +119,8 @@ def plan_for(method: str, merge_start: int | None, config: ModelConfig) -> Compr
     """A method's plan, or the one in a file."""
     if method.endswith(".json"):
         return load_plan(Path(method)).validate(config)
+    if method in CALIBRATED_METHODS:
+        raise UserError(f"method {method!r} is calibrated, so it has no plan of its own", "give a calibrated plan.json")
     return make_plan(config, method, MethodOptions(merge_start=merge_start if method in MERGING_METHODS else None))
 
 

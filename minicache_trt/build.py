@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import onnx_ir as ir
 
 from minicache_trt.backends import open_backend
 from minicache_trt.backends.base import Engine
-from minicache_trt.checkpoint.quantize import write_quantized
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
-from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
-from minicache_trt.compression.matrices import save_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.engine_directory import (
     CHECKPOINT,
-    COMPRESSOR,
-    DECODER,
-    MAPS,
-    MATRICES,
-    QUANTIZED,
     EngineInfo,
     is_engine_directory,
     read_engine,
     write_config,
 )
+from minicache_trt.engine_writer import Report, write_engine
 from minicache_trt.errors import UserError
-from minicache_trt.model.graph import build_compressor, build_decoder
-from minicache_trt.model.maps import GraphMaps, plan_maps, write_plan_maps
-from minicache_trt.model.weights import GraphWeights
-from minicache_trt.staging import link_or_copy, staged
-
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-"""Bits of a code in the weight-only formats."""
-
-Report = Callable[[str, int, int], None]
-"""Progress: stage, done, total."""
+from minicache_trt.staging import staged
 
 
 @dataclass(frozen=True)
@@ -61,6 +41,9 @@ def silent(stage: str, done: int, total: int) -> None:
 Configure = Callable[[ModelConfig], tuple[CompressionPlan, BuildConfig]]
 """From the model's shape, once it is known, to what to build."""
 
+Calibrate = Callable[[CompressionPlan, Checkpoint, Report], CompressionPlan]
+"""From a plan to the same plan with constants computed from the checkpoint."""
+
 DEFAULT_MAX_SEQ_LEN = 4096
 
 
@@ -74,6 +57,7 @@ def build_engine(
     output: str | Path,
     configure: Configure,
     *,
+    calibrate: Calibrate | None = None,
     load_format: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -88,6 +72,8 @@ def build_engine(
     output : str or Path
         Directory to create; it appears only when it is complete.
     configure : callable
+    calibrate : callable, optional
+        For plans whose constants depend on the checkpoint.
     load_format : str
         ``auto`` or ``dummy`` (the model's shape without its weights).
     revision : str, optional
@@ -113,7 +99,9 @@ def build_engine(
         open_backend(build.backend)
         _check_limits(checkpoint.config, build)
         report("checkpoint", 1, 1)
-        linked = _write(staging, checkpoint, plan, build, report)
+        if calibrate is not None:
+            plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)
+        linked = write_engine(staging, checkpoint, plan, build, report)
         report("fingerprint", 0, 1)
         write_config(staging, EngineInfo(checkpoint.config, plan, build, _source(checkpoint)))
         report("fingerprint", 1, 1)
@@ -161,53 +149,3 @@ def _check_limits(config: ModelConfig, build: BuildConfig) -> None:
             f"max_seq_len {build.max_seq_len} is beyond the model's sliding window of {config.sliding_window} tokens",
             f"use --max-seq-len {config.sliding_window} or less: within it the window changes nothing",
         )
-
-
-def _write(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: BuildConfig, report: Report) -> bool:
-    """Everything but config.json; True if no weight file had to be copied."""
-    linked = True
-    target = staging / CHECKPOINT
-    target.mkdir()
-    files = checkpoint.weight_files()
-    for done, file in enumerate(files):
-        report("weights", done, len(files))
-        linked &= link_or_copy(file, target / file.name)
-    report("weights", len(files), len(files))
-    index = checkpoint.directory / INDEX_FILE
-    for file in (
-        checkpoint.directory / "config.json",
-        *checkpoint.sidecar_files(),
-        *([index] if index.exists() else []),
-    ):
-        shutil.copyfile(file, target / file.name)
-    quantized: dict[str, WeightView] = {}
-    bits = WEIGHT_BITS.get(build.weights)
-    if bits is not None:
-        linears = linear_views(checkpoint.config, checkpoint.weights)
-        path = staging / QUANTIZED
-        quantized = write_quantized(path, linears, bits, partial(report, "quantize"))
-    locations = {file.name: f"{CHECKPOINT}/{file.name}" for file in files} | {QUANTIZED: QUANTIZED}
-    weights = GraphWeights(checkpoint.config, checkpoint.weights, locations, quantized, bits)
-    report("graphs", 0, 2)
-    if plan.matrices:
-        save_matrices(plan.matrices, staging / MATRICES)
-    arrays = plan_maps(plan, checkpoint.config)
-    views = write_plan_maps(arrays, staging / MAPS)
-    ir.save(build_decoder(checkpoint.config, plan, weights, GraphMaps(arrays, views)), staging / DECODER)
-    report("graphs", 1, 2)
-    if plan.compresses:
-        ir.save(build_compressor(checkpoint.config, plan, GraphMaps(arrays, views)), staging / COMPRESSOR)
-    report("graphs", 2, 2)
-    return linked
-
-
-def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:
-    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included."""
-    linears = {
-        name.removesuffix(".weight"): view
-        for name, view in views.items()
-        if len(view.shape) == 2 and name != "embed.weight"
-    }
-    if config.tie_word_embeddings:
-        linears["lm_head"] = views["embed.weight"]
-    return linears

@@ -1,7 +1,7 @@
 """The engine directory: what is in it and how it is checked.
 
     config.json                      format version, model, plan, build options, contract hash, versions, source, files
-    decoder.onnx, compressor.onnx    graphs; weights are external data
+    decoder.onnx, compressor.onnx    graphs; weights are external data (absent where only the torch backend can run)
     quantized.safetensors            weight-only codes and scales (int8, int4)
     plan.safetensors                 calibrated constants of the plan, where it has any
     maps.safetensors                 what the graphs take of them: each layer's linear maps into and out of its streams
@@ -179,10 +179,10 @@ def _parse(data: dict[str, Any]) -> EngineInfo:
     model = ModelConfig.from_dict(_section(data, "model", [f.name for f in fields(ModelConfig)]))
     build = BuildConfig(**_section(data, "build", [f.name for f in fields(BuildConfig)]))
     source = _section(data, "source", ["name", "directory", "revision", "checksum", "dummy"])
+    plan = plan_from_dict(data["plan"])
     files = _section(data, "files", [DECODER])
     for name in files:
         _section(files, name, ["bytes", "sha256"])
-    plan = plan_from_dict(data["plan"])
     return EngineInfo(model, plan, build, source, _section(data, "tools", []), files)
 
 

@@ -82,10 +82,10 @@ class TorchEngine:
     @torch.inference_mode()
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:
         source, target = torch.from_numpy(source_blocks).long(), torch.from_numpy(target_blocks).long()
-        for layout in self._pools.layouts:
+        for layout, constants in zip(self._pools.layouts, self._pools.constants, strict=True):
             place = PARTS.index(layout.stream.part)
             x = torch.stack([self._pools.tensors[f"kv.{layer}"][source, place] for layer in layout.stream.layers])
-            for kind, values in compress_blocks(layout, x, torch.from_numpy(block_index)).items():
+            for kind, values in compress_blocks(layout, x, torch.from_numpy(block_index), constants).items():
                 self._pools.tensors[layout.pools[kind].name][target] = values
 
     def pool(self, name: str) -> NDArray[np.generic]:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minicache_trt.cli import options
-from minicache_trt.cli.console import print_json, progress_bars, stderr, stdout, table
+from minicache_trt.cli.console import print_json, progress_bars, quiet_transformers, stderr, stdout, table
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.size import bytes_per_token, ratio
+from minicache_trt.compression.smoothquant import key_scales, with_scales
 from minicache_trt.config import WEIGHT_FORMATS, BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
 
 if TYPE_CHECKING:
     from minicache_trt.build import BuildResult
+    from minicache_trt.checkpoint import Checkpoint
+    from minicache_trt.engine_writer import Report
 
 LIMITS = "Limits"
 
@@ -33,6 +37,7 @@ def build(
     gamma: options.Gamma = None,
     norm: options.Norm = None,
     sink_tokens: options.SinkTokens = None,
+    calibration_text: options.CalibrationText = None,
     weights: Annotated[str, typer.Option(help=f"Weight format: {', '.join(WEIGHT_FORMATS)}.")] = "fp32",
     backend: Annotated[str, typer.Option(help="onnxruntime, or torch (reference).")] = "onnxruntime",
     max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.", rich_help_panel=LIMITS)] = 8,
@@ -61,9 +66,12 @@ def build(
       minicache-trt build -m llama2-7b --merge-start 16 -o engine            (the MiniCache paper's plan)
 
       minicache-trt build -m llama2-7b --method minicache4 --weights int4 -o engine
+
+      minicache-trt build -m ./checkpoint --method smoothquant --calibration-text text.txt --backend torch -o engine
     """
     from minicache_trt.build import build_engine, default_max_seq_len
 
+    options.check_calibration_text(calibration_text, method, plan, load_format)
     plan_options = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
@@ -77,7 +85,14 @@ def build(
     start = time.perf_counter()
     with progress_bars(not json) as report:
         result = build_engine(
-            model, output, configure, load_format=load_format, revision=revision, overwrite=force, report=report
+            model,
+            output,
+            configure,
+            calibrate=None if calibration_text is None else partial(_calibrate, calibration_text),
+            load_format=load_format,
+            revision=revision,
+            overwrite=force,
+            report=report,
         )
     summary = _summary(result, time.perf_counter() - start)
     if json:
@@ -89,6 +104,12 @@ def build(
     for key, value in summary.items():
         rows.add_row(key.replace("_", " "), format_bytes(value) if key.startswith("bytes_added") else _text(value))
     stdout.print(rows)
+
+
+def _calibrate(text: Path, plan: CompressionPlan, checkpoint: Checkpoint, report: Report) -> CompressionPlan:
+    quiet_transformers()
+    progress = partial(report, "calibrate")
+    return with_scales(plan, key_scales(checkpoint.directory, checkpoint.config, text, progress))
 
 
 def _text(value: object) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 from minicache_trt.errors import UserError
 
 if TYPE_CHECKING:
-    from minicache_trt.build import Report
+    from minicache_trt.engine_writer import Report
 
 # Paths and prompts are printed as they are: [brackets] and :colons: in them mean nothing.
 stdout = Console(highlight=False, markup=False, emoji=False)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.compression.methods import DEFAULT_METHOD, METHODS, MethodOptions, make_plan
+from minicache_trt.compression.methods import CALIBRATED_METHODS, DEFAULT_METHOD, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
 from minicache_trt.config import KvCacheConfig, ModelConfig
@@ -78,6 +78,13 @@ SinkTokens = Annotated[
     int | None,
     typer.Option(help="First positions always kept exact.", show_default="0", rich_help_panel=PLAN_HELP),
 ]
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"Text to calibrate {', '.join(CALIBRATED_METHODS)} on: UTF-8, documents separated by newline and NUL.",
+        rich_help_panel=PLAN_HELP,
+    ),
+]
 KV_FORMATS = ("model", "int8", "int4", "int2")
 
 
@@ -126,6 +133,24 @@ class PlanOptions:
             if (value := getattr(self, name)) is not None
         }
         return make_plan(config, method, MethodOptions(**chosen))
+
+
+def check_calibration_text(text: Path | None, method: str | None, plan: Path | None, load_format: str) -> None:
+    """Refuse calibration text where nothing is calibrated, and its absence where something must be.
+
+    A dummy model has no weights to calibrate: its scales stay 1 unless text is given.
+    """
+    calibrated = plan is None and method in CALIBRATED_METHODS
+    if text is not None and not calibrated:
+        chosen = f"method {method!r}" if method is not None else "the default method" if plan is None else "--plan"
+        raise UserError(
+            f"{chosen} takes no --calibration-text", f"methods that take one: {', '.join(CALIBRATED_METHODS)}"
+        )
+    if text is None and calibrated and load_format != "dummy":
+        raise UserError(
+            f"method {method!r} needs text to calibrate on",
+            "give --calibration-text FILE, a text of the kind the model will read",
+        )
 
 
 def cache_config(memory: str | None) -> KvCacheConfig:

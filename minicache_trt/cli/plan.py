@@ -13,10 +13,18 @@ from rich.table import Table
 from minicache_trt.checkpoint import resolve_config
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, stderr, stdout, table
+from minicache_trt.compression.methods import CALIBRATED_METHODS
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import save_plan
-from minicache_trt.compression.size import StreamCost, baseline_bytes_per_token, bytes_per_token, layer_costs
+from minicache_trt.compression.size import (
+    StreamCost,
+    baseline_bytes_per_token,
+    bytes_per_token,
+    constant_bytes,
+    layer_costs,
+)
 from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
 
 
@@ -45,6 +53,11 @@ def plan(
 
       minicache-trt plan -m ./checkpoint --merge-start 8 --kv-format int8 --save plan.json
     """
+    if save is not None and plan is None and method in CALIBRATED_METHODS:
+        raise UserError(
+            f"method {method!r} has no plan to save before it is calibrated",
+            "build --calibration-text FILE writes it to the engine directory",
+        )
     config = resolve_config(model, revision=revision)
     chosen = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)(config)
     summary = plan_summary(chosen, config, context, BuildConfig().window)
@@ -61,6 +74,8 @@ def plan(
     rows.add_row("bytes per token", f"{summary['bytes_per_token']:.0f} (16 bit: {summary['baseline_bytes_per_token']})")
     rows.add_row("tokens per GiB", f"{summary['tokens_per_gib']} (16 bit: {summary['baseline_tokens_per_gib']})")
     rows.add_row("cache of one sequence", format_bytes(summary["bytes_per_token"] * context))
+    if summary["constant_bytes"]:
+        rows.add_row("constants, once per model", format_bytes(summary["constant_bytes"]))
     stdout.print(rows)
 
 
@@ -75,6 +90,7 @@ def plan_summary(plan: CompressionPlan, config: ModelConfig, context: int, windo
         "baseline_bytes_per_token": baseline,
         "tokens_per_gib": int(2**30 / size),
         "baseline_tokens_per_gib": 2**30 // baseline,
+        "constant_bytes": constant_bytes(plan),
     }
 
 

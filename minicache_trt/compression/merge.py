@@ -1,17 +1,42 @@
-"""Cross-layer merges in PyTorch: from the vectors of a group of layers to one latent vector and back.
+"""Cross-layer merges in PyTorch: from the vectors of a group of layers to one latent vector.
 
 Source: MiniCache, arXiv 2405.14366, sections 3.2 and 3.3. All arithmetic is float32.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minicache_trt.compression.constants import ANTIPODAL_MARGIN, FIRST_SCORE, SMALL_ANGLE
+from minicache_trt.compression import linear
+from minicache_trt.compression.constants import FIRST_SCORE
+from minicache_trt.compression.spherical import directions, largest_angle, slerp, spherical_mean
 from minicache_trt.compression.stream import Stream
+from minicache_trt.compression.stream_constants import StreamConstants
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged group.
+
+    Parameters
+    ----------
+    latent : Tensor
+        ``[N, H, B, rank]``.
+    norms : Tensor, optional
+        ``[N, m, Hn, B]``, ``slerp`` only.
+    score : Tensor, optional
+        ``[N, Hn, B]``, of streams that retain tokens: distance, `FIRST_SCORE` where it has no meaning.
+    residual : Tensor, optional
+        ``[N, m, H, B, D]``, of streams with a residual: each layer's direction minus the latent vector.
+    """
+
+    latent: Tensor
+    norms: Tensor | None = None
+    score: Tensor | None = None
+    residual: Tensor | None = None
 
 
 def _granular(x: Tensor, norm: str) -> Tensor:
@@ -30,71 +55,29 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.reshape(n, block, heads, size // heads).permute(0, 2, 1, 3)
 
 
-def directions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm ``[..., 1]`` and unit direction of the last axis; the direction of a zero vector is zero."""
-    norm = x.square().sum(-1, keepdim=True).sqrt()
-    return norm, torch.where(norm > 0, x / norm, torch.zeros_like(x))
-
-
-def pair_angle(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Angle ``[..., 1]`` between unit vectors in radians, and where it has no meaning (antipodal or zero vector)."""
-    omega = (first * second).sum(-1, keepdim=True).clamp(-1.0, 1.0).acos()
-    zero = (first.abs().amax(-1, keepdim=True) == 0) | (second.abs().amax(-1, keepdim=True) == 0)
-    return omega, zero | (omega > math.pi - ANTIPODAL_MARGIN)
-
-
-def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
-    """Spherical interpolation of unit vectors ``[..., vector]``, ``t`` the weight of ``second``.
-
-    Angles below `SMALL_ANGLE` are interpolated linearly and normalised; where the angle has no meaning the result is
-    ``second`` (the paper leaves both cases open).
-    """
-    omega, meaningless = pair_angle(first, second)
-    sine = omega.sin()
-    safe = torch.where(sine > 0, sine, torch.ones_like(sine))
-    curved = ((1 - t) * omega).sin() / safe * first + (t * omega).sin() / safe * second
-    _, straight = directions((1 - t) * first + t * second)
-    result = torch.where(omega < SMALL_ANGLE, straight, curved)
-    return torch.where(meaningless, second, result)
-
-
-def merge_group(stream: Stream, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Merge the layers of a group.
-
-    Parameters
-    ----------
-    stream : Stream
-    x : Tensor
-        ``[m, N, H, B, D]`` float32, the group's layers.
-
-    Returns
-    -------
-    latent : Tensor
-        ``[N, H, B, D]``.
-    norms : Tensor or None
-        ``[N, m, Hn, B]``, ``slerp`` only.
-    score : Tensor or None
-        ``[N, Hn, B]``, retention score (larger is retained first); None for ``merge="none"``.
-    """
+def merge_group(stream: Stream, x: Tensor, constants: StreamConstants) -> Merged:
+    """Merge the layers of a group, ``x [m, N, H, B, D]`` float32, heads matched and aligned."""
     if stream.merge == "none":
-        return x[0], None, None
-    heads = x.shape[2]
-    vectors = [_granular(layer, stream.norm) for layer in x]
-    (norm0, unit0), (norm1, unit1) = directions(vectors[0]), directions(vectors[1])
-    omega, meaningless = pair_angle(unit0, unit1)
-    score = torch.where(meaningless, torch.full_like(omega, FIRST_SCORE), omega).squeeze(-1)
+        return Merged(x[0])
+    if stream.merge == "linear":
+        y = linear.encode(x, constants)
+        return Merged(y, score=linear.relative_error(stream, x, y, constants) if stream.retained else None)
+    norms, units = zip(*(directions(_granular(layer, stream.norm)) for layer in x), strict=True)
+    omega, meaningless = largest_angle(list(units))
     if stream.merge == "mean":
-        return (x[0] + x[1]) * 0.5, None, score
-    latent = _per_head(slerp(unit0, unit1, stream.t), heads)
-    return latent, torch.stack([norm0.squeeze(-1), norm1.squeeze(-1)], dim=1), score
+        latent = (x[0] + x[1]) * 0.5 if len(x) == 2 else x.mean(0)
+        return Merged(latent, score=_score(omega, meaningless))
+    if len(units) == 2:
+        direction = slerp(units[0], units[1], omega, meaningless, stream.t)
+    else:
+        direction, meaningless = spherical_mean(list(units), meaningless, stream.t)
+    heads = x.shape[2]
+    residual = None
+    if stream.residual != "none":
+        residual = torch.stack([_per_head(unit - direction, heads) for unit in units], 1)
+    stacked = torch.stack([norm.squeeze(-1) for norm in norms], 1)
+    return Merged(_per_head(direction, heads), stacked, _score(omega, meaningless), residual)
 
 
-def retained_tokens(stream: Stream, score: Tensor, block_index: Tensor) -> Tensor:
-    """Offsets ``[N, Hn, R]`` int64, ascending, of the tokens a block keeps exactly.
-
-    ``score`` is ``[N, Hn, B]``; ties go to the lower position; in block 0 of a sequence the sink tokens come first.
-    """
-    position = torch.arange(score.shape[-1], device=score.device)
-    sink = (block_index[:, None, None] == 0) & (position < stream.sink_tokens)
-    ranked = torch.sort(score + 2 * FIRST_SCORE * sink, dim=-1, descending=True, stable=True).indices
-    return ranked[..., : stream.retained].sort(dim=-1).values
+def _score(omega: Tensor, meaningless: Tensor) -> Tensor:
+    return torch.where(meaningless, torch.full_like(omega, FIRST_SCORE), omega).squeeze(-1)

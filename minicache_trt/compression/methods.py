@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.smoothquant import unit_scales, with_scales
 from minicache_trt.compression.stream import Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.errors import UserError
@@ -57,6 +58,11 @@ def _chosen(config: ModelConfig, options: MethodOptions) -> Formats:
 def _kivi(config: ModelConfig, fmt: str) -> Formats:
     """KIVI's scheme: keys per channel over a block, values per token (arXiv 2402.02750)."""
     return {"key": Segment(config.head_dim, fmt, "channel"), "value": Segment(config.head_dim, fmt, "token")}
+
+
+def _per_token(config: ModelConfig, fmt: str, transform: str = "none") -> Formats:
+    segment = Segment(config.head_dim, fmt, "token", transform)
+    return {"key": segment, "value": segment}
 
 
 def _groups(config: ModelConfig, start: int) -> Iterator[tuple[int, ...]]:
@@ -122,6 +128,29 @@ def kivi2(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
     return _streams(config, "none", _kivi(config, "int2"), options)
 
 
+def rtn(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """Round to nearest: 4 bits per token for keys and values, no merging."""
+    return _streams(config, "none", _per_token(config, "int4"), options)
+
+
+def hadamard4(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """`rtn` after a Walsh-Hadamard transform of every head (QuaRot, arXiv 2404.00456, of the cache only)."""
+    return _streams(config, "none", _per_token(config, "int4", "hadamard"), options)
+
+
+def hadamard2(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """`hadamard4` in 2 bits."""
+    return _streams(config, "none", _per_token(config, "int2", "hadamard"), options)
+
+
+def smoothquant(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
+    """8 bits per token; keys are divided by a calibrated scale per channel first (arXiv 2211.10438)."""
+    return tuple(
+        dataclasses.replace(stream, merge="linear") if stream.part == "key" else stream
+        for stream in _streams(config, "none", _per_token(config, "int8"), options)
+    )
+
+
 def minicache(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...]:
     """The paper's plan with 16-bit directions (arXiv 2405.14366)."""
     return _streams(config, "slerp", _chosen(config, options), options)
@@ -133,17 +162,22 @@ def minicache4(config: ModelConfig, options: MethodOptions) -> tuple[Stream, ...
 
 
 METHODS: dict[str, Callable[[ModelConfig, MethodOptions], tuple[Stream, ...]]] = {
-    method.__name__: method for method in (full, mean, kivi4, kivi2, minicache, minicache4)
+    method.__name__: method
+    for method in (full, rtn, hadamard4, hadamard2, smoothquant, kivi4, kivi2, mean, minicache, minicache4)
 }
 MERGING_METHODS = ("mean", "minicache", "minicache4")
 FORMATTED_METHODS = ("mean", "minicache")
 """Methods that take a ``kv_format``; the others fix it."""
+CALIBRATED_METHODS = ("smoothquant",)
+"""Methods with constants that depend on the checkpoint; see `minicache_trt.compression.smoothquant`."""
 DEFAULT_METHOD = "kivi4"
 """The method with the least measured loss; merging raw layers is the user's choice, not ours (README, Results)."""
 
 
 def make_plan(config: ModelConfig, method: str, options: MethodOptions | None = None) -> CompressionPlan:
     """Plan of a named method for a model.
+
+    A calibrated method's constants are those of no calibration (scales of 1): they have the right size.
 
     Raises
     ------
@@ -171,6 +205,9 @@ def make_plan(config: ModelConfig, method: str, options: MethodOptions | None = 
     if not 0.0 <= options.gamma <= 0.5:
         raise UserError(f"gamma: expected a number in [0, 0.5], got {options.gamma}")
     try:
-        return CompressionPlan(method, METHODS[method](config, options)).validate(config)
+        plan = CompressionPlan(method, METHODS[method](config, options))
+        if method in CALIBRATED_METHODS:
+            plan = with_scales(plan, unit_scales(config))
+        return plan.validate(config)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -169,7 +169,9 @@ def _retain(g: Emitter, stream: Stream, score: ir.Value, block_index: ir.Value) 
 
 def _thresholded(g: Emitter, stream: Stream, score: ir.Value) -> ir.Value:
     """Larger first among the tokens a threshold rule keeps, `NEVER` for the others; ``score [N, Hn, B]``."""
-    meaningful = g.op("Less", score, g.floats(FIRST_SCORE))
+    # Relative errors are always meaningful; angles are where they are below the score of those that are not.
+    limit = 2 * FIRST_SCORE if stream.merge == "linear" else FIRST_SCORE
+    meaningful = g.op("Less", score, g.floats(limit))
     highest = g.reduce("Max", g.op("Where", meaningful, score, g.floats(-FIRST_SCORE)), 2)
     lowest = g.reduce("Min", g.op("Where", meaningful, score, g.floats(2 * FIRST_SCORE)), 2)
     margin = g.op("Mul", g.op("Sub", highest, lowest), g.floats(stream.gamma))

@@ -9,6 +9,7 @@ from itertools import combinations
 import onnx_ir as ir
 
 from minicache_trt.compression.constants import ANTIPODAL_MARGIN, FIRST_SCORE, KARCHER_STEPS, SMALL_ANGLE
+from minicache_trt.compression.spherical import layer_weights
 from minicache_trt.compression.stream import Stream
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import StreamLayout
@@ -139,15 +140,9 @@ def _slerp(g: Emitter, a: ir.Value, b: ir.Value, omega: ir.Value, t: float) -> i
     return g.op("Where", g.op("Less", omega, g.floats(SMALL_ANGLE)), straight, blend(*weights))
 
 
-def group_weights(t: float, members: int) -> list[float]:
-    """Weights of a spherical mean, proportional to t**i * (1 - t)**(m - 1 - i)."""
-    raw = [t**i * (1 - t) ** (members - 1 - i) for i in range(members)]
-    return [weight / sum(raw) for weight in raw]
-
-
 def _karcher(g: Emitter, stream: Stream, units: list[ir.Value], meaningless: ir.Value) -> ir.Value:
     """Weighted spherical mean: the normalised weighted sum, refined in the tangent space of the current mean."""
-    weights = group_weights(stream.t, len(units))
+    weights = layer_weights(len(units), stream.t)
     _, mean = _direction(g, _add(g, [g.op("Mul", u, g.floats(w)) for u, w in zip(units, weights, strict=True)]))
     meaningless = g.op("Or", meaningless, _is_zero(g, mean))
     for _ in range(KARCHER_STEPS):

@@ -13,36 +13,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from minicache_trt.compression.matrices import Matrices
 from minicache_trt.compression.segment import DROPPED, Segment
+from minicache_trt.compression.transforms import transform
 from minicache_trt.contract import StreamLayout
 
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def hadamard(length: int) -> NDArray[np.float64]:
-    """Orthonormal, symmetric Walsh-Hadamard matrix, block-diagonal in the largest powers of two that fit."""
-    result, start = np.zeros((length, length)), 0
-    while start < length:
-        block = np.ones((1, 1))
-        while 2 * len(block) <= length - start:
-            block = np.block([[block, block], [block, -block]])
-        result[start : start + len(block), start : start + len(block)] = block / np.sqrt(len(block))
-        start += len(block)
-    return result
-
-
-def transform(segments: tuple[Segment, ...]) -> NDArray[np.float64] | None:
+def stored_transform(segments: tuple[Segment, ...]) -> NDArray[np.float64] | None:
     """T, from all components to the stored ones ``[r, stored]``; None for the identity."""
     rank = sum(segment.length for segment in segments)
     columns, start = [], 0
     for segment in segments:
         part = np.zeros((rank, segment.length))
-        part[start : start + segment.length] = (
-            hadamard(segment.length) if segment.transform == "hadamard" else np.eye(segment.length)
-        )
+        identity = torch.eye(segment.length, dtype=torch.float64)
+        part[start : start + segment.length] = transform(segment, identity).numpy()
         if segment.kind != DROPPED:
             columns.append(part)
         start += segment.length
@@ -59,7 +48,7 @@ def read_maps(layout: StreamLayout, matrices: Matrices, member: int) -> Arrays:
     stream, dim = layout.stream, layout.config.head_dim
     result: Arrays = {}
     align = matrices["align"][member].astype(np.float64) if stream.align else np.eye(dim)[None]
-    latent = transform(stream.segments)
+    latent = stored_transform(stream.segments)
     matrix = align
     if stream.merge == "linear":
         own = slice(member * dim, (member + 1) * dim)
@@ -89,7 +78,7 @@ def write_maps(layout: StreamLayout, matrices: Matrices) -> Arrays:
     """
     stream, dim = layout.stream, layout.config.head_dim
     result: Arrays = {}
-    latent = transform(stream.segments)
+    latent = stored_transform(stream.segments)
     if stream.match_heads:
         result["heads"] = matrices["head_map"].astype(np.int64)
     if stream.merge != "linear":

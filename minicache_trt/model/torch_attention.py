@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minicache_trt.compression.codec import restore_blocks
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.stream_constants import StreamConstants
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import StreamLayout, plan_layout
 from minicache_trt.runtime.batch import Batch
@@ -17,16 +18,20 @@ from minicache_trt.runtime.batch import Batch
 
 @dataclass(frozen=True)
 class Pools:
-    """Cache pools as tensors, keyed by the contract's names (``kv.<layer>``, ``stream.<index>.<kind>``)."""
+    """Cache pools as tensors, keyed by the contract's names (``kv.<layer>``, ``stream.<index>.<kind>``), and each
+    stream's constants."""
 
     config: ModelConfig
     plan: CompressionPlan
     layouts: tuple[StreamLayout, ...]
+    constants: tuple[StreamConstants, ...]
     tensors: dict[str, Tensor]
 
     @classmethod
     def of(cls, config: ModelConfig, plan: CompressionPlan, tensors: dict[str, Tensor]) -> Pools:
-        return cls(config, plan, plan_layout(plan, config), tensors)
+        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        constants = tuple(StreamConstants.of(plan, index, device) for index in range(len(plan.streams)))
+        return cls(config, plan, plan_layout(plan, config), constants, tensors)
 
     def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Write ``k, v [T, H*D]`` into their slots; a number that is not finite is written as zero."""
@@ -35,11 +40,13 @@ class Pools:
         kv[slot_mapping // BLOCK_SIZE, :, :, slot_mapping % BLOCK_SIZE] = torch.where(new.isfinite(), new, 0)
 
     def history(self, part: str, layer: int, blocks: Tensor) -> Tensor:
-        """Restored ``[H, len(blocks) * B, D]`` of one layer, float32."""
+        """Restored ``[H, len(blocks) * B, D]`` of one layer, float32; ``blocks`` are a sequence's, from its start."""
         index, member = self.plan.find(part, layer)
         layout = self.layouts[index]
         fields = {kind: self.tensors[pool.name][blocks] for kind, pool in layout.pools.items()}
-        return restore_blocks(layout, fields, member).transpose(0, 1).flatten(1, 2)
+        block_index = torch.arange(len(blocks), device=blocks.device)
+        restored = restore_blocks(layout, fields, member, block_index, self.constants[index])
+        return restored.transpose(0, 1).flatten(1, 2)
 
     def recent(self, place: int, layer: int, blocks: Tensor) -> Tensor:
         """Keys (``place`` 0) or values (1) of full-tier blocks, ``[H, len(blocks) * B, D]`` float32."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache_trt.backends.base import Engine
-from minicache_trt.compression.methods import DEFAULT_METHOD, make_plan
+from minicache_trt.compression.methods import CALIBRATED_METHODS, DEFAULT_METHOD, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, KvCacheConfig, ModelConfig
 from minicache_trt.errors import UserError
@@ -286,6 +286,11 @@ def _engine_directory(
 
     if is_engine_directory(model):
         return Path(model)
+    if plan is None and method in CALIBRATED_METHODS:
+        raise UserError(
+            f"method {method!r} needs text to calibrate on",
+            f"give an engine that minicache-trt build --method {method} --calibration-text FILE wrote",
+        )
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
         build = build_config or BuildConfig(max_seq_len=default_max_seq_len(config))

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from minicache_trt.checkpoint import FAMILIES, parse_config, weight_shapes
 from minicache_trt.cli import main
 from minicache_trt.compression.methods import MethodOptions, make_plan
-from minicache_trt.config import BuildConfig
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import BuildConfig, ModelConfig
 from tests.cli.command import Invoke, Result, assert_refused, snapshot
 
 MAX_SEQ_LEN = 192
@@ -103,6 +104,31 @@ def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_engine(
         str(checkpoint), output, lambda config: (make_plan(config, "minicache4", MethodOptions(merge_start=2)), limits)
     )
+    return output
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two documents."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("the cat sat on the mat. \n\0" + "a dog and a log? " * 200, newline="")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smooth_engine(checkpoint: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine with calibrated matrices, for the torch backend. Not to be changed."""
+    from minicache_trt.build import build_engine
+    from minicache_trt.compression.smoothquant import key_scales, with_scales
+
+    output = tmp_path_factory.mktemp("built") / "engine"
+    limits = BuildConfig(2, MAX_SEQ_LEN, MAX_SEQ_LEN, backend="torch")
+
+    def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
+        scales = key_scales(checkpoint, config, calibration_text, lambda done, total: None)
+        return with_scales(make_plan(config, "smoothquant"), scales), limits
+
+    build_engine(str(checkpoint), output, configure)
     return output
 
 

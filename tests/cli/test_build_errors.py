@@ -123,6 +123,11 @@ def test_damaged_shard(refused: Refused, sharded: Path, workspace: Path, damage:
         (["--merge-start", "3"], ["merge start 3", "4 layers", "from 0 to 2"]),
         (["--merge-start", "99999999999999999999"], ["merge start 99999999999999999999"]),
         (["--method", "kivi4", "--merge-start", "1"], ["'kivi4' merges no layers", "merge-start", "minicache"]),
+        (["--method", "smoothquant", "--merge-start", "1", "--calibration-text", "x"], ["'smoothquant' merges no"]),
+        (["--method", "smoothquant"], ["'smoothquant' needs text to calibrate on", "--calibration-text FILE"]),
+        (["--method", "kivi4", "--calibration-text", "x"], ["method 'kivi4' takes no --calibration-text"]),
+        (["--calibration-text", "x"], ["default method takes no --calibration-text", "take one: smoothquant"]),
+        (["--plan", "x", "--calibration-text", "x"], ["--plan takes no --calibration-text"]),
         (["--method", "full", "--merge-start", "0"], ["'full' merges no layers"]),
         (["--method", "kivi4", "--t", "0.3"], ["'kivi4' merges no layers", "takes no t"]),
         (["--method", "minicach"], ["unknown method 'minicach'", "did you mean 'minicache'?", "kivi2"]),
@@ -147,6 +152,30 @@ def test_damaged_shard(refused: Refused, sharded: Path, workspace: Path, damage:
 )
 def test_flag_that_does_not_fit(refused: Refused, checkpoint: Path, flags: list[str], parts: list[str]) -> None:
     refused(["build", "-m", checkpoint, "-o", "new/deep/engine", *flags], *parts)
+
+
+CALIBRATION_TEXTS: dict[str, tuple[bytes | None, list[str]]] = {
+    "missing": (None, ["calibration text text.txt cannot be read: No such file"]),
+    "empty": (b"", ["calibration text text.txt is too short: 0 tokens, expected at least 512"]),
+    "short": (b"the cat", ["text.txt is too short", "give a longer text"]),
+    "not text": (b"\xff\xfe" * 1000, ["text.txt is not UTF-8 text", "save it as UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATION_TEXTS)
+def test_text_to_calibrate_on(refused: Refused, checkpoint: Path, workspace: Path, case: str) -> None:
+    content, parts = CALIBRATION_TEXTS[case]
+    if content is not None:
+        (workspace / "text.txt").write_bytes(content)
+    flags = ["--method", "smoothquant", "--calibration-text", "text.txt"]
+    refused(["build", "-m", checkpoint, "-o", "engine", *flags], *parts)
+
+
+def test_calibration_without_a_tokenizer(refused: Refused, own_checkpoint: Path, calibration_text: Path) -> None:
+    for file in own_checkpoint.glob("tokenizer*"):
+        file.unlink()
+    flags = ["--method", "smoothquant", "--calibration-text", calibration_text]
+    refused(["build", "-m", own_checkpoint, "-o", "engine", *flags], "no tokenizer", "put tokenizer.json beside")
 
 
 @pytest.mark.parametrize(

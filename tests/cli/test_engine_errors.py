@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.cli.command import Invoke, assert_refused, run_process
 from tests.cli.conftest import MAX_SEQ_LEN
@@ -59,7 +61,11 @@ DAMAGED_ENGINES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config not text": (lambda engine: (engine / "config.json").write_bytes(b"\xff\xfe"), ["config.json is damaged"]),
     "other format version": (
         _config(lambda data: data.update(format_version=7)),
-        ["format version 7, this release reads 1", "build the engine again"],
+        ["format version 7, this release reads 2", "build the engine again"],
+    ),
+    "earlier format version": (
+        _config(lambda data: data.update(format_version=1)),
+        ["format version 1, this release reads 2", "build the engine again"],
     ),
     "other contract": (_config(lambda data: data.update(contract="0" * 64)), ["another tensor contract"]),
     "field missing": (_config(lambda data: data.pop("plan")), ["config.json is damaged: field 'plan' is missing"]),
@@ -74,7 +80,11 @@ DAMAGED_ENGINES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "file entry": (_config(lambda data: data["files"].update({"decoder.onnx": 5})), ["decoder.onnx: expected an obj"]),
     "plan of another model": (
         _config(lambda data: data["model"].update(num_layers=6)),
-        ["config.json is damaged: plan: no stream holds key 4"],
+        ["was built for another tensor contract"],
+    ),
+    "plan without a stream": (
+        _config(lambda data: data["plan"]["streams"].pop()),
+        ["was built for another tensor contract"],
     ),
     "wrong plan": (
         _config(lambda data: data["plan"]["streams"][0].update(part="query")),
@@ -104,6 +114,35 @@ DAMAGED_ENGINES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 def test_damaged_engine(refused: Refused, own_engine: Path, damage: str) -> None:
     break_it, parts = DAMAGED_ENGINES[damage]
     break_it(own_engine)
+    for arguments in VERBS.values():
+        refused([*arguments, "-e", "engine"], "engine", *parts)
+
+
+DAMAGED_MATRICES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "changed": (lambda engine: _flip(engine / "plan.safetensors"), ["plan.safetensors was changed after the build"]),
+    "missing": (lambda engine: (engine / "plan.safetensors").unlink(), ["plan.safetensors is missing"]),
+    "not listed": (
+        lambda engine: (
+            _edit_config(engine, lambda data: data["files"].pop("plan.safetensors")),
+            (engine / "plan.safetensors").unlink(),
+        ),
+        ["plan: cannot read its matrices", "plan.safetensors"],
+    ),
+    "of another model": (
+        lambda engine: (
+            _edit_config(engine, lambda data: data["files"].pop("plan.safetensors")),
+            save_file({"streams.0.mean": np.zeros(3, np.float32)}, engine / "plan.safetensors"),
+        ),
+        ["config.json is damaged: plan: streams[0] needs a tensor decode"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MATRICES)
+def test_damaged_matrices(refused: Refused, smooth_engine: Path, workspace: Path, damage: str) -> None:
+    shutil.copytree(smooth_engine, workspace / "engine")
+    break_it, parts = DAMAGED_MATRICES[damage]
+    break_it(workspace / "engine")
     for arguments in VERBS.values():
         refused([*arguments, "-e", "engine"], "engine", *parts)
 

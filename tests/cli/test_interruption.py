@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import minicache_trt.build
+import minicache_trt.engine_writer
 from minicache_trt.engine_directory import read_engine
 from tests.cli.command import Invoke, assert_refused, snapshot
 
@@ -30,12 +31,13 @@ STAGES = {
     "saving": "ir.save",
     "config": "write_config",
 }
-"""Functions of `minicache_trt.build` by what they do."""
+"""Functions that `minicache_trt.build` and its writer call, by what they do."""
 
 
 def _raise_in(monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException, *, late: bool = False) -> None:
     """Make a stage fail: at its start, or when it has done its work."""
-    owner, name = minicache_trt.build, STAGES[stage]
+    owner = minicache_trt.build if stage == "config" else minicache_trt.engine_writer
+    name = STAGES[stage]
     if "." in name:
         module, _, name = name.partition(".")
         owner = getattr(owner, module)
@@ -174,6 +176,7 @@ def test_output_that_is_a_link(invoke: Invoke, checkpoint: Path, own_engine: Pat
 _BUILDS_THAT_STOP = r"""
 import os, signal, sys, time
 import minicache_trt.build
+import minicache_trt.engine_writer
 from minicache_trt.cli import main
 
 # A test run in the background of a shell inherits an ignored SIGINT.

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from minicache_trt.compression.methods import METHODS
+from minicache_trt.compression.methods import CALIBRATED_METHODS, METHODS
 from minicache_trt.config import WEIGHT_FORMATS
-from minicache_trt.engine_directory import QUANTIZED, read_engine
+from minicache_trt.engine_directory import MATRICES, QUANTIZED, read_engine
 from tests.cli.command import Invoke, assert_refused, run_process
 from tests.cli.conftest import MAX_SEQ_LEN
 
@@ -56,8 +57,11 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 @pytest.mark.parametrize("method", METHODS)
-def test_build(invoke: Invoke, checkpoint: Path, workspace: Path, method: str, weights: str) -> None:
-    flags = ["--method", method, "--weights", weights, "--max-seq-len", "192"]
+def test_build(
+    invoke: Invoke, checkpoint: Path, calibration_text: Path, workspace: Path, method: str, weights: str
+) -> None:
+    flags: list[object] = ["--method", method, "--weights", weights, "--max-seq-len", "192"]
+    flags += ["--calibration-text", calibration_text] if method in CALIBRATED_METHODS else []
     built = _json(invoke, "build", "-m", checkpoint, "-o", "a/b/engine", *flags)
     assert (built["method"], built["weights"], built["max_seq_len"]) == (method, weights, 192)
     engine = workspace / "a/b/engine"
@@ -65,11 +69,29 @@ def test_build(invoke: Invoke, checkpoint: Path, workspace: Path, method: str, w
     assert (info.plan.method, info.build.weights) == (method, weights)
     assert (engine / QUANTIZED).exists() == (weights != "fp32")
     assert (engine / "compressor.onnx").exists() == (method != "full")
+    assert (engine / MATRICES).exists() == bool(info.plan.matrices) == (method in CALIBRATED_METHODS)
     assert [path.name for path in engine.parent.iterdir()] == ["engine"]
     if weights == "fp32" or method == "minicache4":  # what a method stores does not depend on the weights
         flags = ["-p", PROMPT, "--max-tokens", "4", "--ignore-eos", *ONE_THREAD]
         (output,) = _json(invoke, "run", "-e", engine, *flags)["outputs"]
         assert len(output["token_ids"]) == 4
+
+
+def test_build_calibrates(
+    invoke: Invoke, checkpoint: Path, calibration_text: Path, smooth_engine: Path, workspace: Path
+) -> None:
+    flags = ["build", "-m", checkpoint, "--method", "smoothquant", "--backend", "torch"]
+    _json(invoke, *flags, "-o", "engine", "--calibration-text", calibration_text)
+    expected = read_engine(smooth_engine).plan.matrices
+    matrices = read_engine(workspace / "engine").plan.matrices
+    assert matrices.keys() == expected.keys()
+    for name, value in matrices.items():
+        np.testing.assert_array_equal(value, expected[name])
+    decode = matrices["streams.0.decode"]
+    assert (decode[:, range(16), range(16)] != 1).all()
+    _json(invoke, *flags, "-o", "dummy", "--load-format", "dummy")
+    (output,) = _json(invoke, "run", "-e", "engine", "-p", PROMPT, "--max-tokens", "70", "--ignore-eos")["outputs"]
+    assert len(output["token_ids"]) == 70
 
 
 def test_weights_are_linked(invoke: Invoke, sharded: Path, workspace: Path) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minicache_trt.checkpoint import resolve_config
 from minicache_trt.compression.methods import make_plan
+from minicache_trt.compression.plan_json import save_plan
+from minicache_trt.engine_directory import read_engine
 from tests.cli.command import Invoke, assert_refused, run_process
 
 Refused = Callable[..., None]
@@ -29,6 +32,7 @@ WRONG_PLANS: dict[str, tuple[Callable[[Plan], Any], list[str]]] = {
     "unknown field of a stream": (lambda plan: _stream(plan, 1, bits=4), ["streams[1]: unknown field 'bits'"]),
     "missing field of a stream": (lambda plan: plan["streams"][0].pop("part"), ["streams[0]: field 'part'"]),
     "wrong type": (lambda plan: _stream(plan, 4, t="0.5"), ["streams[4].t: expected int or float, got '0.5'"]),
+    "number for a truth": (lambda plan: _stream(plan, 4, align=1), ["streams[4].align: expected bool, got 1"]),
     "truth for a number": (lambda plan: _stream(plan, 4, retained=True), ["streams[4].retained: expected int"]),
     "layer is text": (lambda plan: _stream(plan, 0, layers=["0"]), ["streams[0].layers[0]: expected int, got '0'"]),
     "no layers": (lambda plan: _stream(plan, 0, layers=[]), ["streams[0].layers: expected 1 layer(s)"]),
@@ -57,7 +61,7 @@ WRONG_PLANS: dict[str, tuple[Callable[[Plan], Any], list[str]]] = {
     "odd segment": (lambda plan: _stream(plan, 0, segments=[{"length": 8}]), ["segments[0].length", "multiple of 16"]),
     "unknown format": (
         lambda plan: _stream(plan, 0, segments=[{"length": 16, "format": "int3"}]),
-        ["streams[0].segments[0].format: expected one of model, int8, int4, int2, got 'int3'"],
+        ["segments[0].format: expected one of model, fp8, int8, int4, int2, g4, g3, g2, g1, drop, got 'int3'"],
     ),
 }
 
@@ -112,6 +116,44 @@ def test_saved_plan_builds(invoke: Invoke, checkpoint: Path, workspace: Path) ->
     assert result.code == 0 and json.loads(result.out)["method"] == "minicache"
     saved = json.loads((workspace / "plan.json").read_text())
     assert json.loads((workspace / "engine" / "config.json").read_text())["plan"] == saved
+
+
+def test_plan_with_matrices_beside_it(
+    invoke: Invoke, refused: Refused, checkpoint: Path, smooth_engine: Path, workspace: Path
+) -> None:
+    plan = read_engine(smooth_engine).plan
+    save_plan(plan, workspace / "smooth.json")
+    shown = json.loads(invoke("plan", "-m", checkpoint, "--plan", "smooth.json", "--json").out)
+    assert shown["constant_bytes"] == sum(value.nbytes for value in plan.matrices.values()) > 0
+    assert invoke("plan", "-m", checkpoint, "--plan", "smooth.json", "--save", "copy.json").code == 0
+    assert (workspace / "copy.safetensors").read_bytes() == (workspace / "smooth.safetensors").read_bytes()
+    build = ["build", "-m", checkpoint, "--plan", "copy.json", "--backend", "torch"]
+    assert invoke(*build, "-o", "engine").code == 0
+    for name, value in plan.matrices.items():
+        np.testing.assert_array_equal(read_engine(workspace / "engine").plan.matrices[name], value)
+    for damage, parts in {"flipped": ["copy.safetensors is damaged"], "missing": ["cannot read its matrices"]}.items():
+        if damage == "flipped":
+            (workspace / "copy.safetensors").write_bytes(b"\xff" * 100)
+        else:
+            (workspace / "copy.safetensors").unlink()
+        refused([*build, "-o", "new"], *parts)
+        refused(["plan", "-m", checkpoint, "--plan", "copy.json"], *parts)
+
+
+def test_plan_of_another_shape_of_model(refused: Refused, smooth_engine: Path, workspace: Path) -> None:
+    save_plan(read_engine(smooth_engine).plan, workspace / "smooth.json")
+    refused(["plan", "-m", "llama2-7b", "--plan", "smooth.json"], "streams.0.decode: expected float32 [32, 16, 128]")
+
+
+def test_plan_that_is_not_calibrated(refused: Refused, invoke: Invoke) -> None:
+    refused(
+        ["plan", "-m", "llama2-7b", "--method", "smoothquant", "--save", "plan.json"],
+        "method 'smoothquant' has no plan to save before it is calibrated",
+        "--calibration-text",
+    )
+    shown = invoke("plan", "-m", "llama2-7b", "--method", "smoothquant")
+    assert shown.code == 0 and "constants, once per model" in shown.out
+    assert "constants" not in invoke("plan", "-m", "llama2-7b", "--method", "hadamard4").out
 
 
 def test_plan_that_cannot_be_saved(refused: Refused) -> None:

@@ -7,15 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from minicache_trt.compression.methods import METHODS, MethodOptions, make_plan
+from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan, plan_from_dict, save_plan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
-from tests.support.plans import mixed_plan
+from tests.support.plans import full_codec_plans, mixed_plan
+from tests.support.strategies import streams
 
 CONFIG = ModelConfig("llama", 4, 64, 64, 4, 2, 64, 100, 4096)
+FULL = full_codec_plans(CONFIG)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -23,6 +30,34 @@ def test_plans_survive_a_round_trip(tmp_path: Path, method: str) -> None:
     plan = make_plan(CONFIG, method)
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
+    assert (tmp_path / "plan.safetensors").exists() == bool(plan.matrices)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_matrices_survive_a_round_trip(tmp_path: Path, name: str) -> None:
+    plan = FULL[name]
+    save_plan(plan, tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json").validate(CONFIG)
+    assert loaded == plan and loaded.matrices.keys() == plan.matrices.keys()
+    for tensor, value in plan.matrices.items():
+        np.testing.assert_array_equal(loaded.matrices[tensor], value)
+        assert loaded.matrices[tensor].dtype == value.dtype
+
+
+@settings(max_examples=100, deadline=None)
+@given(streams(CONFIG))
+def test_any_stream_survives_a_round_trip(stream: Stream) -> None:
+    plan = CompressionPlan("custom", (stream,))
+    assert plan_from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_rank_beyond_the_group_or_the_kernels_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lengths add up to 80, expected at most layers \* head_dim 64"):
+        CompressionPlan("custom", (Stream("key", (0,), (Segment(80),), merge="linear"),)).validate(CONFIG)
+    with pytest.raises(ValueError, match="segments: expected at most 256 components, got 272"):
+        Stream("key", (0, 1, 2, 3), (Segment(272),), merge="linear")
+    with pytest.raises(ValueError, match=r"layers: expected 1 to 8 layer\(s\) for merge 'linear'"):
+        Stream("key", tuple(range(9)), (Segment(64),), merge="linear")
 
 
 def broken(path: str, value: Any) -> dict[str, Any]:
@@ -42,7 +77,9 @@ CASES = [
     ("streams", "none", "streams: expected list"),
     ("streams.0.part", "keys", "streams[0].part: expected one of key, value"),
     ("streams.0.part", ..., "streams[0]: field 'part' is missing"),
-    ("streams.0.layers", [0], "streams[0].layers: expected 2 layer(s)"),
+    ("streams.0.layers", [0], "streams[0].layers: expected 2 to 8 layer(s) for merge 'slerp', got [0]"),
+    ("streams.1.layers", [1, 2], "streams[1].layers: expected 1 layer(s) for merge 'none', got [1, 2]"),
+    ("streams.1.merge", "mean", "streams[1].layers: expected 2 to 8 layer(s) for merge 'mean'"),
     ("streams.0.layers", [3, 0], "streams[0].layers: expected ascending"),
     ("streams.0.layers", [0, "3"], "streams[0].layers[1]: expected int"),
     ("streams.0.layers", [0, 9], "streams[0].layers: layer 9 does not exist"),
@@ -55,10 +92,29 @@ CASES = [
     ("streams.0.retained", True, "streams[0].retained: expected int"),
     ("streams.1.retained", 2, "streams[1].retained: expected 0 for merge 'none'"),
     ("streams.0.sink_tokens", 3, "streams[0].sink_tokens: expected 0 to retained (2)"),
+    ("streams.0.basis", "rope", "streams[0].basis: expected one of post_rope, pre_rope"),
+    ("streams.3.basis", "pre_rope", "streams[3].basis: expected 'post_rope' for values"),
+    ("streams.0.align", 1, "streams[0].align: expected bool, got 1"),
+    ("streams.0.align", True, "streams[0] needs a tensor align"),
+    ("streams.0.match_heads", "yes", "streams[0].match_heads: expected bool"),
+    ("streams.0.match_heads", True, "streams[0] needs a tensor head_map"),
+    ("streams.0.merge", "linear", "streams[0] needs a tensor decode"),
+    ("streams.0.retention", "best", "streams[0].retention: expected one of topk, threshold, paper_literal"),
+    ("streams.0.gamma", -0.1, "streams[0].gamma: expected a number in [0, 1], got -0.1"),
+    ("streams.0.gamma", None, "streams[0].gamma: expected int or float"),
+    ("streams.0.retained_format", "int2", "streams[0].retained_format: expected one of model, fp8, int8, int4"),
+    ("streams.0.residual", "g2", "streams[0].residual: expected one of none, int8, int4, int2"),
+    ("streams.3.residual", "int2", "streams[3].residual: expected 'none' unless merge is 'slerp'"),
     ("streams.0.colour", "red", "streams[0]: unknown field 'colour'"),
     ("streams.0.segments.0.length", 24, "streams[0].segments[0].length: expected a positive multiple of 16"),
     ("streams.0.segments.0.format", "int3", "streams[0].segments[0].format: expected one of"),
     ("streams.0.segments.0.axis", "head", "streams[0].segments[0].axis: expected one of"),
+    ("streams.0.segments.0.transform", "dct", "streams[0].segments[0].transform: expected one of none, hadamard"),
+    ("streams.0.segments.0.transform", True, "streams[0].segments[0].transform: expected str"),
+    ("streams.3.segments.1.format", "g4", "streams[3].segments: expected gaussian segments only"),
+    ("streams.0.segments", [{"length": 64, "format": "g4"}], "streams[0].segments: expected no gaussian ones"),
+    ("streams.1.segments", [{"length": 64, "format": "drop"}], "streams[1].segments: expected at least one that is"),
+    ("streams.1.segments", [{"length": 16}] * 5, "streams[1].segments: expected 1 to 4 segments, got 5"),
     ("streams.0.segments.0.length", 32, "streams[0].segments: lengths add up to 80, expected head_dim 64"),
     ("streams.4", ..., "no stream holds value 2, value 3"),
 ]

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minicache_trt.compression.codec import compress_blocks
 from minicache_trt.compression.methods import METHODS, MethodOptions, make_plan
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.size import (
     baseline_bytes_per_token,
     bytes_per_token,
+    constant_bytes,
     layer_costs,
     ratio,
     sequence_bytes,
 )
+from minicache_trt.compression.stream import Stream
+from minicache_trt.compression.stream_constants import StreamConstants
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
-from minicache_trt.contract import compressed_block_bytes, compressed_pools, full_block_bytes, full_pools
+from minicache_trt.contract import (
+    compressed_block_bytes,
+    compressed_pools,
+    full_block_bytes,
+    full_pools,
+    stream_layout,
+)
+from tests.support.matrices import random_matrices
+from tests.support.strategies import streams
 
 LLAMA2_7B = ModelConfig("llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096)
 TINY = ModelConfig("llama", 5, 64, 64, 4, 2, 32, 100, 4096)
@@ -57,6 +72,41 @@ def test_pool_shapes_multiply_to_block_bytes(method: str) -> None:
 
     assert compressed_block_bytes(plan, TINY, 4) == total(compressed_pools(plan, TINY))
     assert full_block_bytes(TINY, 4) == total(full_pools(TINY)) == 5 * 2 * 2 * BLOCK_SIZE * 32 * 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(stream=streams(TINY), element=st.sampled_from([torch.float16, torch.float32]))
+def test_stored_bytes_are_the_pools(stream: Stream, element: torch.dtype) -> None:
+    constants = StreamConstants.of(random_matrices(CompressionPlan("custom", (stream,)), TINY), 0)
+    layout = stream_layout(0, stream, TINY)
+    x = torch.randn(len(stream.layers), 1, TINY.num_kv_heads, BLOCK_SIZE, TINY.head_dim).to(element)
+    fields = compress_blocks(layout, x, torch.tensor([0]), constants)
+    assert {kind: field.contiguous().nbytes for kind, field in fields.items()} == {
+        kind: pool.block_bytes(element.itemsize) for kind, pool in layout.pools.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("streams_bits", "segments"),
+    [
+        (4 * 32 + 2 * 64 + 16, (Segment(32, "g4", transform="hadamard"), Segment(64, "g2"))),
+        (3 * 48 + 16, (Segment(48, "g3"), Segment(16, "drop"))),
+        (1 * 64 + 16, (Segment(64, "g1"),)),
+        (4 * 48 + 8 * 16 + 2 * 16 + 16, (Segment(48, "int4"), Segment(32, "drop"), Segment(16, "fp8"))),
+    ],
+)
+def test_bits_per_token_and_head_by_hand(streams_bits: int, segments: tuple[Segment, ...]) -> None:
+    """Codes, then 16 bits for a norm, or 16 for each scale and minimum."""
+    layout = stream_layout(0, Stream("key", (0, 1, 3), segments, merge="linear"), TINY)
+    size = sum(pool.block_bytes(2) for pool in layout.pools.values())
+    assert size * 8 == streams_bits * BLOCK_SIZE * TINY.num_kv_heads
+
+
+def test_constants_are_counted_once() -> None:
+    plan = make_plan(TINY, "smoothquant")
+    per_layer = 2 * (2 * 32 * 32 + 32) * 4
+    assert constant_bytes(plan) == 5 * per_layer
+    assert constant_bytes(make_plan(TINY, "hadamard2")) == 0
 
 
 @given(context=st.integers(1, 5000), window=st.integers(1, 300), method=st.sampled_from(list(METHODS)))

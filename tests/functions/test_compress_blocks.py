@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import plan_layout
 from minicache_trt.functions.compress_blocks import compress_blocks
+from minicache_trt.model.maps import plan_maps, writer_maps
 from tests.support.agreement import assert_blocks_agree
 from tests.support.onnx_function import run_function
-from tests.support.plans import mixed_plan, named_plans
+from tests.support.plans import all_plans
 
 CONFIG = ModelConfig("llama", 4, 64, 64, 6, 2, 80, 100, 4096)
-PLANS = named_plans(CONFIG) | {"mixed": mixed_plan(CONFIG)}
+PLANS = all_plans(CONFIG)
 TYPES = {"model": np.float32, "int8": np.int8, "float16": np.float16}
 SOURCE, TARGET, BLOCK_INDEX = (np.array(x, np.int32) for x in ([3, 1, 5], [2, 4, 1], [0, 9, 0]))
 
@@ -23,18 +25,22 @@ SOURCE, TARGET, BLOCK_INDEX = (np.array(x, np.int32) for x in ([3, 1, 5], [2, 4,
 @pytest.mark.parametrize("name", PLANS)
 def test_function_agrees_with_reference(name: str) -> None:
     torch.manual_seed(0)
-    for layout in plan_layout(PLANS[name], CONFIG):
+    plan = PLANS[name]
+    arrays = plan_maps(plan, CONFIG)
+    for layout in plan_layout(plan, CONFIG):
         common = torch.randn(7, 2, 2, 64, 80)
         kv = [common + 0.5 * torch.randn_like(common) for _ in layout.stream.layers]
         kv[-1][1, :, 0, 7] = 0.0
         pools = [np.full((6, *pool.shape), 1, TYPES[pool.dtype]) for pool in layout.pools.values()]
-        function = compress_blocks("CompressBlocks", layout)
-        outputs = run_function(function, [SOURCE, TARGET, BLOCK_INDEX, *[x.numpy() for x in kv], *pools])
+        maps = writer_maps(layout, stream_matrices(plan.matrices, layout.index))
+        function = compress_blocks("CompressBlocks", layout, tuple(maps))
+        inputs = [SOURCE, TARGET, BLOCK_INDEX, *[x.numpy() for x in kv], *[arrays[name] for name in maps.values()]]
+        outputs = run_function(function, [*inputs, *pools])
         for output in outputs:
             assert (output[[0, 3, 5]] == 1).all(), "a block that is not a target was written"
         fields = {kind: torch.from_numpy(x[TARGET]) for kind, x in zip(layout.pools, outputs, strict=True)}
         x = torch.stack([layer[SOURCE, PARTS.index(layout.stream.part)] for layer in kv])
-        assert_blocks_agree(layout, fields, x, torch.from_numpy(BLOCK_INDEX))
+        assert_blocks_agree(plan, layout, fields, x, torch.from_numpy(BLOCK_INDEX))
 
 
 def test_no_blocks_is_no_change() -> None:

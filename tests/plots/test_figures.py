@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.errors import UserError
 from minicache_trt.plots.figure import check_directory, check_file, save
 from minicache_trt.plots.layers import FLOOR, divergence_figure

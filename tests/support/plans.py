@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from minicache_trt.compression.methods import MERGING_METHODS, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
-from minicache_trt.compression.stream import Stream
+from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.config import ModelConfig
+from tests.support.matrices import random_matrices
 
 
 def named_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
@@ -33,3 +36,130 @@ def mixed_plan(config: ModelConfig) -> CompressionPlan:
             Stream("value", (2, 3), (Segment(d, "int2", "channel"),), merge="slerp", norm="token", retained=1),
         ),
     ).validate(config)
+
+
+def all_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """Named methods, and every option of the codec."""
+    return named_plans(config) | {"mixed": mixed_plan(config)} | full_codec_plans(config)
+
+
+def lossless_plan(config: ModelConfig) -> CompressionPlan:
+    """Everything rotated, matched, aligned, merged and transformed back and forth, and nothing lost but rounding."""
+    half = config.head_dim // 2
+    plain, turned = Segment(half), Segment(half, transform="hadamard")
+    options = {"align": True, "match_heads": True}
+    return completed(
+        config,
+        Stream("key", (0, 2), (plain, turned) * 2, merge="linear", basis="pre_rope", **options),  # type: ignore[arg-type]
+        Stream("key", (1,), (turned, plain), merge="linear", **options),  # type: ignore[arg-type]
+        Stream("key", (3,), (plain, turned), basis="pre_rope", **options),  # type: ignore[arg-type]
+        Stream("value", (1, 2, 3), (Segment(3 * config.head_dim),), merge="linear", **options),  # type: ignore[arg-type]
+    )
+
+
+def completed(config: ModelConfig, *streams: Stream, seed: int = 0) -> CompressionPlan:
+    """A plan of these streams, uncompressed ones for what they leave out, and random matrices."""
+    held = {(stream.part, layer) for stream in streams for layer in stream.layers}
+    rest = tuple(
+        Stream(part, (layer,), (Segment(config.head_dim),))
+        for part in PARTS
+        for layer in range(config.num_layers)
+        if (part, layer) not in held
+    )
+    plan = CompressionPlan("custom", streams + rest)
+    return replace(plan, matrices=random_matrices(plan, config, seed)).validate(config)
+
+
+def full_codec_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """Handcrafted plans of four layers and at least 64 components a head; each is a group of options of the codec."""
+    assert config.num_layers == 4 and config.head_dim >= 64
+    return {
+        name: completed(config, *streams, seed=seed)
+        for seed, (name, streams) in enumerate({**_linear_streams(config), **_merging_streams(config)}.items())
+    }
+
+
+def _linear_streams(config: ModelConfig) -> dict[str, tuple[Stream, ...]]:
+    d = config.head_dim
+    g4g2 = (Segment(32, "g4", transform="hadamard"), Segment(64, "g2", transform="hadamard"))
+    short = (Segment(16, "g4"), Segment(16, "g2", transform="hadamard"))
+    int4drop = (Segment(48, "int4", transform="hadamard"), Segment(32, "drop"), Segment(16, "int8", "channel"))
+    odd = (Segment(80, "int4", transform="hadamard"), Segment(48, "int4", "channel", "hadamard"))
+    return {
+        "pair KLT": (
+            Stream("key", (0, 1), g4g2, merge="linear"),
+            Stream("key", (2, 3), (*g4g2, Segment(16, "drop")), merge="linear", retained=2, norm="token"),
+            Stream("value", (1, 2), (Segment(32, "g4"),), merge="linear"),
+        ),
+        "three layers, dropped segment, retention": (
+            Stream("key", (0, 1, 3), int4drop, merge="linear", retained=3, retention="threshold", gamma=0.02),
+            Stream("value", (0, 2, 3), int4drop, merge="linear", retained=4, sink_tokens=1, norm="token"),
+        ),
+        "keys before RoPE": (
+            Stream("key", (0,), short, merge="linear", basis="pre_rope"),
+            Stream("key", (1, 2), g4g2, merge="linear", basis="pre_rope", retained=2, sink_tokens=2),
+            Stream("key", (3,), (Segment(d, "int4", transform="hadamard"),), basis="pre_rope"),
+        ),
+        "hadamard of odd lengths": (
+            Stream("key", (0, 1), odd, merge="linear"),
+            Stream("value", (2,), (Segment(48, "int4", transform="hadamard"), Segment(d - 48, transform="hadamard"))),
+        ),
+        "aligned KLT": (
+            Stream("key", (0, 3), g4g2, merge="linear", align=True, match_heads=True, basis="pre_rope"),
+            Stream("value", (0, 3), odd, merge="linear", match_heads=True, retained=1, retained_format="fp8"),
+        ),
+        "g3": (
+            Stream("key", (0, 1), (Segment(48, "g3"), Segment(32, "g3", transform="hadamard")), merge="linear"),
+            Stream("value", (1,), (Segment(d, "g3", transform="hadamard"),)),
+        ),
+        "g1": (
+            Stream("key", (2, 3), (Segment(16, "g4"), Segment(80, "g1", transform="hadamard")), merge="linear"),
+            Stream("value", (0, 1), (Segment(d, "g1", transform="hadamard"),), merge="mean", retained=2),
+        ),
+    }
+
+
+def _merging_streams(config: ModelConfig) -> dict[str, tuple[Stream, ...]]:
+    d = config.head_dim
+    int4, int8, fp8 = ((Segment(d, name),) for name in ("int4", "int8", "fp8"))
+    channels = (Segment(d, "fp8", "channel"),)
+    literal = Stream("key", (0, 1), channels, merge="slerp", retained=5, retention="paper_literal", gamma=0.1)
+    matched = Stream(
+        "key",
+        (0, 2),
+        (Segment(d, "int4", "channel"),),
+        merge="slerp",
+        align=True,
+        match_heads=True,
+        retained=6,
+        retention="threshold",
+        gamma=0.2,
+        retained_format="int8",
+        sink_tokens=3,
+    )
+    return {
+        "three layers with residuals": (
+            Stream("key", (0, 1, 2), int4, merge="slerp", residual="int2", t=0.4),
+            Stream("value", (1, 2, 3), int8, merge="slerp", residual="int4", norm="token", retained=2),
+            Stream("value", (0,), (Segment(d, transform="hadamard"),)),
+        ),
+        "aligned, matched, threshold": (
+            matched,
+            replace(matched, part="value", layers=(1, 3), residual="int8", retained_format="int4"),
+            Stream("key", (1,), int8, align=True, match_heads=True),
+        ),
+        "mean of four": (
+            Stream("key", (0, 1, 2, 3), int4, merge="mean", align=True, basis="pre_rope", retained=4),
+            Stream("value", (0, 1, 2, 3), int8, merge="mean", norm="token", retained=3, retained_format="fp8"),
+        ),
+        "fp8": (
+            Stream("key", (0,), channels),
+            Stream("key", (1, 2, 3), channels, merge="slerp", retained=4, retained_format="fp8", sink_tokens=2),
+            Stream("value", (0,), fp8),
+            Stream("value", (1, 2), (Segment(d, "fp8", transform="hadamard"),), merge="slerp"),
+        ),
+        "paper_literal": (
+            literal,
+            replace(literal, part="value", segments=int4, merge="mean", norm="token", sink_tokens=2),
+        ),
+    }

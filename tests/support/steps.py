@@ -9,6 +9,7 @@ import torch
 
 from minicache_trt.compression.codec import compress_blocks
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.stream_constants import StreamConstants
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import PREFILL_TILE, full_pools, plan_layout
 from minicache_trt.model.torch_attention import Pools
@@ -21,7 +22,8 @@ def random_pools(
     tensors = {pool.name: torch.randn(full_blocks, *pool.shape) for pool in full_pools(config)}
     for layout in plan_layout(plan, config):
         shape = (len(layout.stream.layers), compressed_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        fields = compress_blocks(layout, torch.randn(shape), torch.arange(compressed_blocks) % 3)
+        block_index = torch.arange(compressed_blocks) % 3
+        fields = compress_blocks(layout, torch.randn(shape), block_index, StreamConstants.of(plan, layout.index))
         tensors |= {layout.pools[kind].name: values.contiguous() for kind, values in fields.items()}
     return Pools.of(config, plan, tensors)
 

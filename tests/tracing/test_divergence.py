@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minicache_trt.compression.plan import CompressionPlan, Segment, Stream
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import Stream
 from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import read_engine
 from minicache_trt.runtime.llm import LLM

@@ -1,0 +1,96 @@
+"""What an engine directory is made of, written in order: linked weights, quantized weights, matrices, graphs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+
+from minicache_trt.checkpoint.quantize import write_quantized
+from minicache_trt.checkpoint.resolve import Checkpoint
+from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
+from minicache_trt.compression.matrices import save_matrices
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.engine_directory import CHECKPOINT, COMPRESSOR, DECODER, MAPS, MATRICES, QUANTIZED
+from minicache_trt.model.graph import build_compressor, build_decoder
+from minicache_trt.model.maps import GraphMaps, plan_maps, write_plan_maps
+from minicache_trt.model.weights import GraphWeights
+from minicache_trt.staging import link_or_copy
+
+Report = Callable[[str, int, int], None]
+"""Progress: stage, done, total."""
+
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+"""Bits of a code in the weight-only formats."""
+
+
+def write_engine(
+    staging: Path,
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    build: BuildConfig,
+    report: Report,
+) -> bool:
+    """Everything but config.json; True if no weight file had to be copied."""
+    linked = True
+    target = staging / CHECKPOINT
+    target.mkdir()
+    files = checkpoint.weight_files()
+    for done, file in enumerate(files):
+        report("weights", done, len(files))
+        linked &= link_or_copy(file, target / file.name)
+    report("weights", len(files), len(files))
+    index = checkpoint.directory / INDEX_FILE
+    for file in (
+        checkpoint.directory / "config.json",
+        *checkpoint.sidecar_files(),
+        *([index] if index.exists() else []),
+    ):
+        shutil.copyfile(file, target / file.name)
+    quantized: dict[str, WeightView] = {}
+    bits = WEIGHT_BITS.get(build.weights)
+    if bits is not None:
+        linears = linear_views(checkpoint.config, checkpoint.weights)
+        path = staging / QUANTIZED
+        quantized = write_quantized(path, linears, bits, partial(report, "quantize"))
+    if plan.matrices:
+        save_matrices(plan.matrices, staging / MATRICES)
+    _write_graphs(staging, checkpoint, plan, quantized, bits, report)
+    return linked
+
+
+def _write_graphs(
+    staging: Path,
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    quantized: dict[str, WeightView],
+    bits: int | None,
+    report: Report,
+) -> None:
+    files = checkpoint.weight_files()
+    locations = {file.name: f"{CHECKPOINT}/{file.name}" for file in files} | {QUANTIZED: QUANTIZED}
+    weights = GraphWeights(checkpoint.config, checkpoint.weights, locations, quantized, bits)
+    report("graphs", 0, 2)
+    arrays = plan_maps(plan, checkpoint.config)
+    views = write_plan_maps(arrays, staging / MAPS)
+    ir.save(build_decoder(checkpoint.config, plan, weights, GraphMaps(arrays, views)), staging / DECODER)
+    report("graphs", 1, 2)
+    if plan.compresses:
+        ir.save(build_compressor(checkpoint.config, plan, GraphMaps(arrays, views)), staging / COMPRESSOR)
+    report("graphs", 2, 2)
+
+
+def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:
+    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included."""
+    linears = {
+        name.removesuffix(".weight"): view
+        for name, view in views.items()
+        if len(view.shape) == 2 and name != "embed.weight"
+    }
+    if config.tie_word_embeddings:
+        linears["lm_head"] = views["embed.weight"]
+    return linears
