@@ -83,7 +83,7 @@ def other_side(directory: Path, info: EngineInfo, against: str) -> Side:
 def default_tolerance(a: Side, b: Side) -> float:
     """Beyond the rounding of both sides."""
     bits = {segment.bits for side in (a, b) for stream in side.info.plan.streams for segment in stream.segments}
-    coarse = any(number is not None and number <= COARSE_CODES for number in bits)
+    coarse = any(0 < number <= COARSE_CODES for number in bits)
     weights = max(TOLERANCES[side.info.build.weights] for side in (a, b))
     return max(weights, COARSE_TOLERANCE) if coarse else weights
 
