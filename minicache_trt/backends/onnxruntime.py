@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from minicache_trt.backends.huge_pages import use_huge_pages
 from minicache_trt.contract import (
     COMPRESSOR_INPUTS,
     LOGITS,
@@ -20,6 +21,9 @@ from minicache_trt.contract import (
 from minicache_trt.engine_directory import COMPRESSOR, DECODER, EngineInfo
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.batch import Batch, Int32
+
+LARGE_WEIGHTS = 64 << 20
+"""Bytes of weights from which on moving them to large pages is worth the time it takes."""
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _POOL_TYPES = {"model": np.float32, "int8": np.int8, "float16": np.float16}
@@ -50,6 +54,8 @@ class OnnxRuntimeEngine:
         self._decoder_binding = self._decoder.io_binding()
         self._compressor_binding = self._compressor.io_binding() if self._compressor else None
         self._logits = np.empty((0, self.model.vocab_size), np.float32)
+        weights = sum(entry["bytes"] for name, entry in info.files.items() if name.endswith(".safetensors"))
+        self._small_pages = weights >= LARGE_WEIGHTS
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         full, compressed = full_pools(self.model), compressed_pools(self.plan, self.model)
@@ -75,6 +81,10 @@ class OnnxRuntimeEngine:
         _bind_steps(self._decoder_binding, steps)
         bind_buffer(self._decoder_binding.bind_output, LOGITS, logits)
         self._decoder.run_with_iobinding(self._decoder_binding)
+        if self._small_pages:
+            # The first step has made all there is to move: weights as the kernels want them, and working memory.
+            use_huge_pages()
+            self._small_pages = False
         return logits
 
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:

@@ -30,7 +30,9 @@ from minicache_trt.functions.streams import (
 from minicache_trt.functions.tape import Emitter
 
 TILE_BYTES = 1 << 19
-"""Gathered (or unpacked) keys of one tile: half of a core's cache, so that they are still there when they are used."""
+"""Gathered (or unpacked) keys of one tile: with what is made of them, they stay in a core's cache until used."""
+SHORT_TILES = 8
+"""Work of up to so many tiles is done in half as many of twice the size: starting a tile would cost more."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ def _work(step: Step, tier: str, count: ir.Value, total: ir.Value, before: ir.Va
     """The tier's work list in tiles; ``before``: blocks of the other tier in front of this one's in ``[Nd + 1, M]``."""
     g, table = step.g, step.inputs[f"{tier}_table"]
     items, columns = step.inputs[f"{tier}_work"], g.extent(table, 1)
-    limit = max(1, TILE_BYTES // (step.config.num_kv_heads * BLOCK_SIZE * width * 4))
+    tile = max(1, TILE_BYTES // (step.config.num_kv_heads * BLOCK_SIZE * width * 4))
     length, one = g.extent(items, 0), g.constant([1])
-    trips = g.op("Max", ceil_div(g, length, g.constant([limit])), one)
+    short = g.op("LessOrEqual", length, g.constant([SHORT_TILES * tile]))
+    limit = g.op("Where", short, g.constant([2 * tile]), g.constant([tile]))
+    trips = g.op("Max", ceil_div(g, length, limit), one)
     size = g.op("Max", ceil_div(g, length, trips), one)
     missing = g.op("Sub", g.op("Mul", trips, size), length)
     padding = g.op("Expand", g.op("Mul", count, columns), missing)
