@@ -80,22 +80,21 @@ def _attend(step: Step, q: ir.Value, trips: ir.Value, tile: ir.Value, chunks: ir
 
     def attend_tile(slices: list[ir.Value]) -> list[ir.Value]:
         queries, begin, limit = slices
-        at = g.op("Add", first, g.op("Add", inside, begin))
-        visible = g.op("LessOrEqual", g.slice(position, g.constant([0]), limit, 2), g.unsqueeze(at, 2))
-        hidden = g.unsqueeze(g.op("Where", visible, g.floats(0.0), g.floats(MASKED)), 1)
-        own = [g.slice(x, g.constant([0]), limit, 2) for x in (keys, values)]
+        at = g.float32(g.op("Add", first, g.op("Add", inside, begin)))
+        ahead = g.op("Sub", g.unsqueeze(at, 2), g.slice(position, g.constant([0]), limit, 2))
+        hidden = g.unsqueeze(g.op("Mul", g.op("Min", ahead, g.floats(0.0)), g.floats(-MASKED)), 1)
 
         def attend_head(slices: list[ir.Value]) -> list[ir.Value]:
-            query, key, value = slices
+            query, *history = slices
+            key, value = (g.slice(x, g.constant([0]), limit, 1) for x in history)
             logits = g.op("MatMul", query, g.swap_last(key, 3))
             logits = g.op("Add", g.reshape(logits, [chunks, group, tile, -1]), hidden)
             weights = g.op("Softmax", logits, attrs={"axis": -1})
             weights = g.reshape(weights, [chunks, g.op("Mul", tile, g.constant([group])), -1])
             return [g.op("MatMul", weights, value)]
 
-        return list(
-            scan(g, "prefill_head", [(x, float32, 3) for x in (queries, *own)], attend_head, [[None, None, dim]])
-        )
+        heads = [(x, float32, 3) for x in (queries, keys, values)]
+        return list(scan(g, "prefill_head", heads, attend_head, [[None, None, dim]]))
 
     shape = [config.num_kv_heads, None, None, dim]
     inputs_of_tiles = [(q, float32, 4), (g.unsqueeze(start, 1), int64, 1), (seen, int64, 1)]
@@ -103,7 +102,7 @@ def _attend(step: Step, q: ir.Value, trips: ir.Value, tile: ir.Value, chunks: ir
 
 
 def _history(step: Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-    """Keys and values ``[H, Sp, C, D]`` and positions ``[Sp, 1, C]`` of all a chunk may attend to.
+    """Keys and values ``[H, Sp, C, D]`` and positions ``[Sp, 1, C]`` (float32) of all a chunk may attend to.
 
     The last result, ``[1]``, is how many of the C entries are the compressed tier's.
 
@@ -135,7 +134,7 @@ def _history(step: Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value,
         moved = [g.reshape(g.transpose(x, [2, 0, 1, 3, 4]), [heads, chunks, -1, dim]) for x in split]
         return g.concat(moved, 2)
 
-    return joined(0), joined(1), g.unsqueeze(position, 1), before
+    return joined(0), joined(1), g.float32(g.unsqueeze(position, 1)), before
 
 
 def _restored(step: Step, chunks: ir.Value, blocks: ir.Value) -> list[ir.Value]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 
@@ -17,7 +16,8 @@ class IntegrityError(RuntimeError):
 class BlockPool:
     """Ids 1 .. num_blocks - 1 of one tier; block 0 is never allocated. Knows no tensor.
 
-    The free list is a queue: the block freed longest ago is allocated first.
+    The free list is a stack: the block freed last is allocated first. So pools touch no more memory than sequences ever
+    held at once, and what they touch is warm.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class BlockPool:
         self.name = name
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
-        self._free: deque[int] = deque(range(1, num_blocks))
+        self._free = list(range(num_blocks - 1, 0, -1))
 
     @property
     def num_free(self) -> int:
@@ -55,7 +55,7 @@ class BlockPool:
             raise OutOfBlocks(
                 f"{self.name} tier: {count} blocks wanted, {len(self._free)} of {self.num_blocks - 1} free"
             )
-        blocks = [self._free.popleft() for _ in range(count)]
+        blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
             self.ref_counts[block] = 1
         return blocks

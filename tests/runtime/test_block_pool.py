@@ -28,12 +28,12 @@ def test_pool_against_a_set(num_blocks, operations):
     assert sorted(pool.allocate(num_blocks - 1)) == list(range(1, num_blocks))
 
 
-def test_the_block_freed_longest_ago_is_allocated_first():
+def test_the_block_freed_last_is_allocated_first():
     pool = BlockPool(5, "full")
     blocks = pool.allocate(4)
     pool.free([blocks[2]])
     pool.free([blocks[0]])
-    assert pool.allocate(2) == [blocks[2], blocks[0]]
+    assert pool.allocate(2) == [blocks[0], blocks[2]]
 
 
 def test_out_of_blocks_says_how_many():
