@@ -14,7 +14,8 @@ from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import COMPRESSOR_INPUTS, StreamLayout
 from minicache_trt.functions.merges import Merged, merge_group
 from minicache_trt.functions.quantizers import float16, quantize_gaussian, quantize_ranges
-from minicache_trt.functions.streams import Rotation, block_rotation, block_slices
+from minicache_trt.functions.stream_loading import block_slices
+from minicache_trt.functions.stream_restoring import Rotation, block_rotation
 from minicache_trt.functions.tape import Emitter
 
 BEFORE_ALL = 256 * FIRST_SCORE

@@ -18,15 +18,9 @@ import onnx_ir as ir
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.functions.step import MASKED, Step, ceil_div, scan
-from minicache_trt.functions.streams import (
-    Rotation,
-    block_rotation,
-    load_stream,
-    prepare_query,
-    restore_stream,
-    stream_logits,
-    stream_values,
-)
+from minicache_trt.functions.stream_loading import load_stream
+from minicache_trt.functions.stream_restoring import Rotation, block_rotation, restore_stream
+from minicache_trt.functions.streams import prepare_query, stream_logits, stream_values
 from minicache_trt.functions.tape import Emitter
 
 TILE_BYTES = 1 << 19

@@ -13,7 +13,9 @@ import onnx_ir as ir
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import PREFILL_TILE
 from minicache_trt.functions.step import MASKED, Step, arange, scan
-from minicache_trt.functions.streams import block_rotation, block_slices, load_stream, restore_stream, to_heads
+from minicache_trt.functions.stream_loading import block_slices, load_stream
+from minicache_trt.functions.stream_restoring import block_rotation, restore_stream
+from minicache_trt.functions.streams import to_heads
 
 SMALLEST_TILE = 32
 """Queries of a tile at least, however many query heads share a KV head."""

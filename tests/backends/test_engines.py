@@ -103,13 +103,14 @@ def test_torch_backend(tmp_path: Path, method: str) -> None:
     assert_equals_reference(directory, [300, 70], 70, backend="torch")
 
 
-def test_lossless_streams_change_no_logit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_lossless_streams_change_no_logit(tmp_path: Path, backend: str) -> None:
     """Un-rotated, matched, aligned, merged and back, over several demotions: the plan without streams says the same."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
     tokens = [np.random.default_rng(i).integers(0, 101, n).tolist() for i, n in enumerate((450, 130))]
     logits = {}
     for method in ("full", "lossless"):
-        directory = build(checkpoint, tmp_path / method, method, quantum=128, backend="torch")
+        directory = build(checkpoint, tmp_path / method, method, quantum=128, backend=backend)
         llm = LLM.from_engine(load_engine(directory, 1))
         logits[method] = llm.score(tokens, [200, 70])
         llm.check_integrity()
@@ -118,7 +119,17 @@ def test_lossless_streams_change_no_logit(tmp_path: Path) -> None:
         assert np.abs(mine - expected).max() <= 1e-3
 
 
-@pytest.mark.parametrize("name", full_codec_plans(ModelConfig("llama", 4, 64, 64, 4, 2, 64, 100, 4096)))
+EVERY_PLAN = list(full_codec_plans(ModelConfig("llama", 4, 64, 64, 4, 2, 64, 100, 4096)))
+
+
+@pytest.mark.parametrize("name", EVERY_PLAN)
+def test_every_plan_of_the_full_codec(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
+    directory = build(checkpoint, tmp_path / "engine", name, quantum=128)
+    assert_equals_reference(directory, [300, 70], 70)
+
+
+@pytest.mark.parametrize("name", EVERY_PLAN)
 def test_torch_backend_runs_every_plan(tmp_path: Path, name: str) -> None:
     """What is stored is what the twin makes of the exact keys and values, and what is read is finite."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
