@@ -14,6 +14,8 @@ from minicache_trt.errors import UserError
 def main() -> None:
     """Entry point: run the command; a `UserError` becomes one line (and a hint) on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, _terminate)
+    # ONNX Runtime reports its use to its makers unless told not to before it is imported; whoever wants that can set 0.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model says, in whatever encoding
     try:
