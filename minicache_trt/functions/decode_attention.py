@@ -114,7 +114,7 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir.Value
 
     def body(tile: list[ir.Value]) -> ir.Value:
         row, key, value, hidden = tile
-        queries = g.op("Gather", q, row, attrs={"axis": 0})
+        queries = step.scaled(g.op("Gather", q, row, attrs={"axis": 0}))
         logits = g.op("MatMul", queries, g.swap_last(g.op("GatherND", step.kv, key), 4))
         logits = g.op("Add", logits, hidden)
         return _weigh(g, logits, lambda weights: g.op("MatMul", weights, g.op("GatherND", step.kv, value)))
@@ -134,7 +134,7 @@ def _compressed_tier(step: Step, work: Work, q: ir.Value) -> ir.Value:
     assert step.streams is not None
     g, key, value = step.g, step.streams.key, step.streams.value
     key_maps, value_maps = step.maps("key"), step.maps("value")
-    query = prepare_query(g, key.layout, key_maps, q)
+    query = prepare_query(g, key.layout, key_maps, step.scaled(q))
     rebuilt = key.layout.stream.basis == "pre_rope"
     int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
     slices = [(work.tiles(g, work.query), int64, 1), (work.tiles(g, work.block), int64, 1)]

@@ -10,8 +10,6 @@ Decodes (one-token sequences) and prefill chunks are computed apart, so neither 
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
 
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
@@ -47,8 +45,7 @@ def paged_attention(name: str, config: ModelConfig, streams: LayerStreams | None
     parameters = {parameter: g.parameter(parameter) for parameter in names}
     inputs = {key: g.int64(value) if key in STEP_INPUTS else value for key, value in parameters.items()}
     kv = _append(g, config, inputs)
-    scale = g.floats(1.0 / math.sqrt(config.head_dim))
-    step = Step(g, config, streams, inputs, kv, g.op("Mul", inputs["q"], scale))
+    step = Step(g, config, streams, inputs, kv, inputs["q"])
     out = prefill_attention(step, decode_attention(step))
     return g.function(name, list(parameters.values()), [out, kv])
 
@@ -57,8 +54,7 @@ def _append(g: Emitter, config: ModelConfig, inputs: dict[str, ir.Value]) -> ir.
     """Scatter the new keys and values into their slots; pools stay finite whatever the model produced."""
     heads, dim = config.num_kv_heads, config.head_dim
     new = g.concat([g.reshape(inputs[part], [-1, 1, heads, dim]) for part in ("k", "v")], 1)
-    finite = g.op("Less", g.op("Abs", new), g.floats(LARGEST))
-    new = g.op("Where", finite, new, g.floats(0.0))
+    new = _finite(g, new)
     slot = g.unsqueeze(inputs["slot_mapping"], 1, 2, 3)
     tokens = g.extent(inputs["slot_mapping"], 0)
     columns = g.constant([[[[part, head] for head in range(heads)] for part in range(2)]])
@@ -70,3 +66,13 @@ def _append(g: Emitter, config: ModelConfig, inputs: dict[str, ir.Value]) -> ir.
     block, offset = g.op("Div", slot, g.constant(BLOCK_SIZE)), g.op("Mod", slot, g.constant(BLOCK_SIZE))
     place = g.concat([spread(block, 1), spread(columns, 2), spread(offset, 1)], 3)
     return g.op("ScatterND", inputs["kv"], place, new)
+
+
+def _finite(g: Emitter, x: ir.Value) -> ir.Value:
+    """``x`` with zero in place of NaN and of magnitudes of at least `LARGEST`.
+
+    x > -LARGEST ? x : 0, twice, the second time from the other side: half the time of a comparison and a Where.
+    """
+    for _ in range(2):
+        x = g.op("Neg", g.op("ThresholdedRelu", x, attrs={"alpha": -LARGEST}))
+    return x

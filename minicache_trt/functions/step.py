@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ def read_map_name(stream: int, member: int, name: str) -> str:
 class Step:
     """Values every part of the function uses. ``streams`` is None for engines without a compressed tier.
 
-    ``inputs`` by parameter, those of the step as int64; ``kv`` after the append; ``q [T, Hq * D]``, scaled.
+    ``inputs`` by parameter, those of the step as int64; ``kv`` after the append; ``q [T, Hq * D]``.
     """
 
     g: Emitter
@@ -80,6 +81,10 @@ class Step:
     inputs: dict[str, ir.Value]
     kv: ir.Value
     q: ir.Value
+
+    def scaled(self, q: ir.Value) -> ir.Value:
+        """Queries times 1 / sqrt(D); in front of a product the runtime makes it a factor of that."""
+        return self.g.op("Mul", q, self.g.floats(1.0 / math.sqrt(self.config.head_dim)))
 
     def pools(self, part: str) -> dict[str, ir.Value]:
         """Pools of the layer's ``key`` or ``value`` stream by kind."""
