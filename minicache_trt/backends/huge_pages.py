@@ -14,28 +14,53 @@ MAX_COLLAPSED_BYTES = 4 << 30
 """Collapsing copies memory at about a second per GiB; beyond this the kernel is left to do it in the background."""
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h
 
+Region = tuple[int, int]
+"""First address and the one behind the last."""
 
-def use_huge_pages() -> int:
-    """Ask the kernel to back this process's large private allocations with large pages, and return the bytes asked for.
 
-    Only Linux knows how; elsewhere, and where the kernel refuses, nothing happens and 0 is returned or the request
-    ignored. Memory's contents do not change.
+class HugePages:
+    """Asks the kernel to back with large pages what this process allocates from now on.
+
+    Only Linux knows how; elsewhere, and where the kernel refuses, nothing happens. Memory's contents do not change.
     """
+
+    def __init__(self) -> None:
+        self._known = list(_anonymous_regions())
+
+    def collapse_new(self) -> int:
+        """Ask for all private memory allocated since the last call (or the beginning); returns the bytes asked for."""
+        regions = list(_anonymous_regions())
+        new = [part for region in regions for part in _without(region, self._known)]
+        self._known = regions
+        total = sum(end - start for start, end in new)
+        if not new:
+            return 0
+        libc = ctypes.CDLL(None)
+        for start, end in new:
+            address, length = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+            libc.madvise(address, length, _MADV_HUGEPAGE)
+            if total <= MAX_COLLAPSED_BYTES:
+                libc.madvise(address, length, _MADV_COLLAPSE)
+        return total
+
+
+def _without(region: Region, others: list[Region]) -> Iterator[Region]:
+    """Parts of a region, in whole large pages, that none of ``others`` (ascending) covers."""
+    start, end = region
+    for first, last in [*others, (end, end)]:
+        if last <= start and first < end:
+            continue
+        if start < min(first, end):
+            yield start, min(first, end)
+        start = max(start, last)
+        if start >= end:
+            return
+
+
+def _anonymous_regions() -> Iterator[Region]:
+    """Private, writable mappings without a file, reduced to whole large pages, ascending."""
     if not sys.platform.startswith("linux"):
-        return 0
-    regions = list(_anonymous_regions())
-    total = sum(end - start for start, end in regions)
-    libc = ctypes.CDLL(None)
-    for start, end in regions:
-        address, length = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-        libc.madvise(address, length, _MADV_HUGEPAGE)
-        if total <= MAX_COLLAPSED_BYTES:
-            libc.madvise(address, length, _MADV_COLLAPSE)
-    return total
-
-
-def _anonymous_regions() -> Iterator[tuple[int, int]]:
-    """Private, writable mappings without a file, reduced to whole large pages."""
+        return
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():
             span, access, _, _, inode, *name = line.split(maxsplit=5)

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from minicache_trt.backends.huge_pages import use_huge_pages
+from minicache_trt.backends.huge_pages import HugePages
 from minicache_trt.contract import (
     COMPRESSOR_INPUTS,
     LOGITS,
@@ -48,14 +48,16 @@ class OnnxRuntimeEngine:
     def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
+        weights = sum(entry["bytes"] for name, entry in info.files.items() if name.endswith(".safetensors"))
+        self._pages = HugePages() if weights >= LARGE_WEIGHTS else None
         self._decoder = self._open_decoder(num_threads)
         self._compressor = open_session(directory / COMPRESSOR, num_threads) if self.plan.compresses else None
         self._pools: dict[str, NDArray[np.generic]] = {}
         self._decoder_binding = self._decoder.io_binding()
         self._compressor_binding = self._compressor.io_binding() if self._compressor else None
         self._logits = np.empty((0, self.model.vocab_size), np.float32)
-        weights = sum(entry["bytes"] for name, entry in info.files.items() if name.endswith(".safetensors"))
-        self._small_pages = weights >= LARGE_WEIGHTS
+        if self._pages is not None:
+            self._pages.collapse_new()
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         full, compressed = full_pools(self.model), compressed_pools(self.plan, self.model)
@@ -81,10 +83,10 @@ class OnnxRuntimeEngine:
         _bind_steps(self._decoder_binding, steps)
         bind_buffer(self._decoder_binding.bind_output, LOGITS, logits)
         self._decoder.run_with_iobinding(self._decoder_binding)
-        if self._small_pages:
-            # The first step has made all there is to move: weights as the kernels want them, and working memory.
-            use_huge_pages()
-            self._small_pages = False
+        if self._pages is not None:
+            # The working memory of the first step serves all others.
+            self._pages.collapse_new()
+            self._pages = None
         return logits
 
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:
