@@ -130,10 +130,9 @@ def save_matrices(matrices: Matrices, path: Path) -> None:
     UserError
         The file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     try:
-        save_file({name: np.ascontiguousarray(value) for name, value in matrices.items()}, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"plan: cannot write {path}: {error}") from error
+        path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in matrices.items()}))
+    except OSError as error:
+        raise UserError(f"plan: cannot write {path}: {error.strerror or error}") from error
