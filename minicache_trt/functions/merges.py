@@ -48,7 +48,7 @@ def _member(g: Emitter, x: ir.Value, index: int) -> ir.Value:
 
 def _linear(g: Emitter, layout: StreamLayout, x: list[ir.Value], maps: dict[str, ir.Value]) -> Merged:
     products = [g.op("MatMul", layer, _member(g, maps["encode"], i)) for i, layer in enumerate(x)]
-    latent = g.op("Sub", _add(g, products), maps["bias"])
+    latent = g.op("Sub", g.sum(products), maps["bias"])
     if not layout.stream.retained:
         return Merged(latent, [], None, [])
     errors, sizes = [], []
@@ -56,7 +56,7 @@ def _linear(g: Emitter, layout: StreamLayout, x: list[ir.Value], maps: dict[str,
         back = g.op("MatMul", latent, g.swap_last(maps[f"map.{i}"], 3))
         errors.append(_square(g, g.op("Sub", layer, g.op("Add", back, maps[f"offset.{i}"]))))
         sizes.append(_square(g, layer))
-    error, size = _add(g, errors), _add(g, sizes)
+    error, size = g.sum(errors), g.sum(sizes)
     if layout.stream.norm == "token":
         error, size = g.reduce("Sum", error, 1), g.reduce("Sum", size, 1)
     positive = g.op("Greater", size, g.floats(0.0))
@@ -68,13 +68,6 @@ def _linear(g: Emitter, layout: StreamLayout, x: list[ir.Value], maps: dict[str,
 def _square(g: Emitter, x: ir.Value) -> ir.Value:
     """Squared length of the last axis."""
     return g.reduce("Sum", g.op("Mul", x, x), 3, keep=False)
-
-
-def _add(g: Emitter, parts: list[ir.Value]) -> ir.Value:
-    total = parts[0]
-    for part in parts[1:]:
-        total = g.op("Add", total, part)
-    return total
 
 
 def _merge(g: Emitter, layout: StreamLayout, x: list[ir.Value]) -> Merged:
@@ -99,7 +92,7 @@ def _merge(g: Emitter, layout: StreamLayout, x: list[ir.Value]) -> Merged:
         meaningless = g.op("Or", meaningless, _is_zero(g, unit))
     score = g.op("Squeeze", g.op("Where", meaningless, g.floats(FIRST_SCORE), omega), g.constant([3]))
     if stream.merge == "mean":
-        return Merged(g.op("Mul", _add(g, x), g.floats(1 / len(x))), [], score, [])
+        return Merged(g.op("Mul", g.sum(x), g.floats(1 / len(x))), [], score, [])
     merged = _spherical(g, stream, list(units), omega, meaningless)
     residuals = []
     if layout.residual is not None:
@@ -143,11 +136,11 @@ def _slerp(g: Emitter, a: ir.Value, b: ir.Value, omega: ir.Value, t: float) -> i
 def _karcher(g: Emitter, stream: Stream, units: list[ir.Value], meaningless: ir.Value) -> ir.Value:
     """Weighted spherical mean: the normalised weighted sum, refined in the tangent space of the current mean."""
     weights = layer_weights(len(units), stream.t)
-    _, mean = _direction(g, _add(g, [g.op("Mul", u, g.floats(w)) for u, w in zip(units, weights, strict=True)]))
+    _, mean = _direction(g, g.sum([g.op("Mul", u, g.floats(w)) for u, w in zip(units, weights, strict=True)]))
     meaningless = g.op("Or", meaningless, _is_zero(g, mean))
     for _ in range(KARCHER_STEPS):
         steps = [g.op("Mul", _log(g, mean, u), g.floats(w)) for u, w in zip(units, weights, strict=True)]
-        length, toward = _direction(g, _add(g, steps))
+        length, toward = _direction(g, g.sum(steps))
         moved = g.op("Add", g.op("Mul", g.op("Cos", length), mean), g.op("Mul", g.op("Sin", length), toward))
         _, mean = _direction(g, moved)
     return g.op("Where", meaningless, units[-1], mean)

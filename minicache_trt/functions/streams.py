@@ -76,19 +76,12 @@ def drop_kept(g: Emitter, x: ir.Value, kept: ir.Value) -> ir.Value:
     return g.op("Mul", x, g.op("Sub", g.floats(1.0), kept))
 
 
-def _sum(g: Emitter, parts: list[ir.Value]) -> ir.Value:
-    total = parts[0]
-    for part in parts[1:]:
-        total = g.op("Add", total, part)
-    return total
-
-
 def stream_logits(g: Emitter, stream: StreamValues, q: StreamQuery) -> ir.Value:
     """Logits ``[N, H, G, B]`` of queries over the stream's keys, retained tokens from their exact ones."""
     parts = [_segment_logits(g, values, q.mapped, len(stream.segments) == 1) for values in stream.segments]
     if stream.residual is not None and q.residual is not None:
         parts.append(_segment_logits(g, stream.residual, q.residual, True))
-    total = _sum(g, parts)
+    total = g.sum(parts)
     if stream.norms is not None:
         total = g.op("Mul", total, stream.norms)
     if q.offset is not None:
@@ -110,7 +103,7 @@ def _segment_logits(g: Emitter, values: SegmentValues, q: ir.Value, whole: bool)
     scaled = g.op("Mul", part, values.scale) if channel and values.scale is not None else part
     mapped, constant = plane_query(g, scaled, plane_rules(segment))
     products = [g.op("MatMul", a, g.swap_last(b, 4)) for a, b in zip(mapped, values.planes, strict=True)]
-    logits = _sum(g, products if constant is None else [*products, constant])
+    logits = g.sum(products if constant is None else [*products, constant])
     if values.scale is not None and not channel:
         logits = g.op("Mul", logits, g.swap_last(values.scale, 4))
     if values.minimum is None:

@@ -107,6 +107,13 @@ class Emitter:
     def reduce(self, kind: str, x: ir.Value, *axes: int, keep: bool = True) -> ir.Value:
         return self.op(f"Reduce{kind}", x, self.constant(list(axes)), attrs={"keepdims": int(keep)})
 
+    def sum(self, parts: Sequence[ir.Value]) -> ir.Value:
+        """Parts added up in their order."""
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.op("Add", total, part)
+        return total
+
     def slice(self, x: ir.Value, start: int | ir.Value, end: int | ir.Value, axis: int) -> ir.Value:
         starts = start if isinstance(start, ir.Value) else self.constant([start])
         ends = end if isinstance(end, ir.Value) else self.constant([end])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import fields
 from functools import partial
 
 import onnx_ir as ir
 
-from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import (
@@ -25,11 +24,10 @@ from minicache_trt.contract import (
 )
 from minicache_trt.functions.compress_blocks import compress_blocks
 from minicache_trt.functions.paged_attention import paged_attention
-from minicache_trt.functions.step import LayerStream, LayerStreams, step_inputs
-from minicache_trt.functions.stream_maps import read_maps
+from minicache_trt.functions.step import LayerStream, LayerStreams, read_map_name, step_inputs
 from minicache_trt.functions.tape import OPSETS, Emitter
 from minicache_trt.model.decoder import decoder
-from minicache_trt.model.maps import GraphMaps, writer_maps
+from minicache_trt.model.maps import GraphMaps, names_below, writer_maps
 from minicache_trt.model.onnx_ops import OnnxOps
 from minicache_trt.model.weights import GraphWeights
 
@@ -86,12 +84,14 @@ def _output(value: ir.Value, name: str, dtype: ir.DataType, shape: list[str | in
     return value
 
 
-def layer_streams(plan: CompressionPlan, layouts: tuple[StreamLayout, ...], layer: int) -> LayerStreams:
-    """Key and value stream of one layer."""
+def layer_streams(
+    plan: CompressionPlan, layouts: tuple[StreamLayout, ...], layer: int, tensors: Collection[str]
+) -> LayerStreams:
+    """Key and value stream of one layer; ``tensors``: names of the plan's maps, as `plan_maps` has them."""
 
     def own(part: str) -> LayerStream:
         index, member = plan.find(part, layer)
-        maps = read_maps(layouts[index], stream_matrices(plan.matrices, index), member)
+        maps = names_below(read_map_name(index, member, ""), tensors)
         return LayerStream(layouts[index], member, tuple(maps))
 
     return LayerStreams(own("key"), own("value"))
@@ -126,7 +126,7 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
     updated: list[ir.Value] = []
 
     def attention(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
-        streams = layer_streams(plan, layouts, layer) if plan.compresses else None
+        streams = layer_streams(plan, layouts, layer, maps.tensors) if plan.compresses else None
         variant: Hashable = None
         inputs = [q, k, v, full[layer], *(steps[name] for name in step_inputs(plan.compresses))]
         if streams is not None:
@@ -159,7 +159,7 @@ def build_compressor(config: ModelConfig, plan: CompressionPlan, maps: GraphMaps
     outputs: list[ir.Value] = []
     for layout in plan_layout(plan, config):
         own = [_pool_value(pool, "Nc") for pool in layout.pools.values()]
-        writer = writer_maps(layout, stream_matrices(plan.matrices, layout.index))
+        writer = writer_maps(layout, maps.tensors)
         function = functions.get(
             "CompressBlocks", _variant(layout), partial(compress_blocks, "CompressBlocks", layout, tuple(writer))
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from minicache_trt.checkpoint.weights import WeightView, read_safetensors_file
-from minicache_trt.compression.matrices import Matrices, save_matrices, stream_matrices
+from minicache_trt.compression.matrices import save_matrices, stream_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import StreamLayout, plan_layout
@@ -26,12 +26,19 @@ def write_map_name(stream: int, name: str) -> str:
     return f"stream.{stream}.write.{name}"
 
 
-def writer_maps(layout: StreamLayout, matrices: Matrices) -> dict[str, str]:
-    """Maps `CompressBlocks` takes for a stream, parameter to graph tensor, in order.
+def names_below(prefix: str, tensors: Collection[str]) -> list[str]:
+    """What follows a prefix in the names of graph tensors, in their order."""
+    return [tensor.removeprefix(prefix) for tensor in tensors if tensor.startswith(prefix)]
+
+
+def writer_maps(layout: StreamLayout, tensors: Collection[str]) -> dict[str, str]:
+    """Maps `CompressBlocks` takes for a stream, parameter to graph tensor, in order; ``tensors`` as `plan_maps` has.
 
     A linear stream that retains tokens also takes its reading maps, to measure what each token loses.
     """
-    result = {name: write_map_name(layout.index, name) for name in write_maps(layout, matrices)}
+    result = {
+        name: write_map_name(layout.index, name) for name in names_below(write_map_name(layout.index, ""), tensors)
+    }
     if layout.stream.merge == "linear" and layout.stream.retained:
         for member in range(len(layout.stream.layers)):
             for name in ("map", "offset"):
@@ -67,6 +74,11 @@ class GraphMaps:
         self._arrays = arrays
         self._views = views
         self._values: dict[str, ir.Value] = {}
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """Names of all maps, whether emitted or not."""
+        return self._arrays.keys()
 
     @property
     def initializers(self) -> list[ir.Value]:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import plan_layout
@@ -32,7 +31,7 @@ def test_function_agrees_with_reference(name: str) -> None:
         kv = [common + 0.5 * torch.randn_like(common) for _ in layout.stream.layers]
         kv[-1][1, :, 0, 7] = 0.0
         pools = [np.full((6, *pool.shape), 1, TYPES[pool.dtype]) for pool in layout.pools.values()]
-        maps = writer_maps(layout, stream_matrices(plan.matrices, layout.index))
+        maps = writer_maps(layout, arrays)
         function = compress_blocks("CompressBlocks", layout, tuple(maps))
         inputs = [SOURCE, TARGET, BLOCK_INDEX, *[x.numpy() for x in kv], *[arrays[name] for name in maps.values()]]
         outputs = run_function(function, [*inputs, *pools])

@@ -48,7 +48,7 @@ def test_function_agrees_with_twin(name: str, kind: str) -> None:
     pools = random_pools(CONFIG, plan)
     for layer in (0, 3):
         q, k, v = (torch.randn(batch.num_tokens, heads * 80) for heads in (6, 2, 2))
-        streams = layer_streams(plan, pools.layouts, layer) if plan.compresses else None
+        streams = layer_streams(plan, pools.layouts, layer, plan_maps(plan, CONFIG)) if plan.compresses else None
         inputs = [q, k, v, pools.tensors[f"kv.{layer}"].clone()]
         arrays = [x.numpy() for x in inputs] + [getattr(batch, name) for name in step_inputs(plan.compresses)]
         if streams is not None:
@@ -88,7 +88,7 @@ def test_numbers_that_are_not_finite_never_reach_the_pools(bad: float) -> None:
     batch, pools = step([(70, 64, 1), (90, 64, 26)]), random_pools(CONFIG, plan)
     q, k, v = (torch.randn(batch.num_tokens, heads * 80) for heads in (6, 2, 2))
     k[0, 3], v[5, 7] = bad, bad
-    streams = layer_streams(plan, pools.layouts, 1)
+    streams = layer_streams(plan, pools.layouts, 1, plan_maps(plan, CONFIG))
     arrays = [x.numpy() for x in (q, k, v, pools.tensors["kv.1"])]
     arrays += [getattr(batch, name) for name in step_inputs(True)]
     arrays += stream_inputs(streams, pools, plan)

@@ -66,7 +66,7 @@ def test_functions_store_and_read_any_stream(stream: Stream, seed: int) -> None:
     layout, matrices = stream_layout(0, stream, CONFIG), stream_matrices(plan.matrices, 0)
     kv, arrays = alike(stream, seed), plan_maps(plan, CONFIG)
     pools = [np.zeros((6, *pool.shape), TYPES[pool.dtype]) for pool in layout.pools.values()]
-    writer = writer_maps(layout, matrices)
+    writer = writer_maps(layout, arrays)
     inputs = [
         SOURCE,
         TARGET,
