@@ -14,7 +14,7 @@ help:            ## Show the targets
 
 setup: $(VENV)/.installed   ## Create the environment and install the package
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard plugins/cpu/* plugins/onnxruntime/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet $(TORCH) $(TORCH_ARGS)

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from minicache_trt.backends.cpu_kernels import cpu_kernels, with_kernels
 from minicache_trt.backends.huge_pages import HugePages
 from minicache_trt.contract import (
     COMPRESSOR_INPUTS,
@@ -132,6 +134,12 @@ def open_session(path: Path, num_threads: int | None, graph: bytes | None = None
     options.intra_op_num_threads = num_threads or 0
     options.log_severity_level = 3
     try:
+        library = cpu_kernels()
+        if library is not None:
+            model = onnx.load(path, load_external_data=False) if graph is None else onnx.load_from_string(graph)
+            if with_kernels(model):
+                options.register_custom_ops_library(str(library))
+                graph = model.SerializeToString()
         if graph is not None:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
         return ort.InferenceSession(path if graph is None else graph, options, providers=["CPUExecutionProvider"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 
@@ -14,7 +15,6 @@ from minicache_trt.contract import (
     COMPRESSOR_INPUTS,
     DOMAIN,
     LOGITS,
-    OP_VERSION,
     PoolSpec,
     StreamLayout,
     compressed_pools,
@@ -26,15 +26,13 @@ from minicache_trt.functions.compress_blocks import compress_blocks
 from minicache_trt.functions.paged_attention import paged_attention
 from minicache_trt.functions.step import LayerStream, LayerStreams, read_map_name, step_inputs
 from minicache_trt.functions.tape import OPSETS, Emitter
+from minicache_trt.model.attributes import PLUGIN_ATTRIBUTES, attention_attributes
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.maps import GraphMaps, names_below, writer_maps
 from minicache_trt.model.onnx_ops import OnnxOps
 from minicache_trt.model.weights import GraphWeights
 
 IR_VERSION = 10
-PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": OP_VERSION}
-"""On every call of a custom op: a TensorRT that knows the plugin takes it, everything else inlines the function."""
-
 _POOL_TYPES = {"model": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
 
 
@@ -66,9 +64,11 @@ def _variant(layout: StreamLayout) -> Hashable:
     return len(stream.layers), same
 
 
-def _call(g: Emitter, function: ir.Function, inputs: list[ir.Value], name: str) -> list[ir.Value]:
+def _call(
+    g: Emitter, function: ir.Function, inputs: list[ir.Value], name: str, attrs: Mapping[str, Any] = PLUGIN_ATTRIBUTES
+) -> list[ir.Value]:
     """A call node; ``name`` is path-like, as ``layers.3.attention``."""
-    values = g.op_multi(function.name, *inputs, outputs=len(function.outputs), attrs=PLUGIN_ATTRIBUTES, domain=DOMAIN)
+    values = g.op_multi(function.name, *inputs, outputs=len(function.outputs), attrs=dict(attrs), domain=DOMAIN)
     node = values[0].producer()
     assert node is not None
     node.overload, node.name = function.overload, name
@@ -135,7 +135,8 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
                 compressed[tensor] if kind == "pool" else maps.value(tensor) for _, kind, tensor in streams.inputs()
             ]
         function = functions.get("PagedAttention", variant, partial(paged_attention, "PagedAttention", config, streams))
-        out, kv = _call(g, function, inputs, f"layers.{layer}.attention")
+        attrs = attention_attributes(config, streams)
+        out, kv = _call(g, function, inputs, f"layers.{layer}.attention", attrs)
         pool = full_pools(config)[layer]
         updated.append(_output(kv, pool.output_name, ir.DataType.FLOAT, ["Nf", *pool.shape]))
         return out

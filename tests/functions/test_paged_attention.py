@@ -9,34 +9,14 @@ import pytest
 import torch
 
 from minicache_trt.compression.methods import make_plan
-from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.functions.paged_attention import paged_attention as build_function
-from minicache_trt.functions.step import LayerStreams, step_inputs
-from minicache_trt.model.graph import layer_streams
-from minicache_trt.model.maps import plan_maps
-from minicache_trt.model.torch_attention import Pools, paged_attention
+from minicache_trt.model.torch_attention import paged_attention
+from tests.support.attention import CONFIG, PLANS, STEPS, batch_of, node_inputs, random_projections, streams_of
 from tests.support.onnx_function import run_function
-from tests.support.plans import all_plans
 from tests.support.steps import random_pools, step
 
-CONFIG = ModelConfig("llama", 4, 64, 64, 6, 2, 80, 100, 4096)
 MHA = ModelConfig("llama", 4, 64, 64, 2, 2, 64, 100, 4096)
-PLANS = {"full": make_plan(CONFIG, "full")} | all_plans(CONFIG)
-# (length after the step, compressed length, tokens): decodes first, then prefill chunks.
-STEPS = {
-    "mixed": [(70, 64, 1), (200, 128, 1), (190, 64, 126), (300, 64, 150), (20, 0, 20)],
-    "decodes": [(65, 64, 1), (200, 128, 1), (3, 0, 1)],
-    "prefills": [(190, 64, 126), (20, 0, 20)],
-    "first token": [(1, 0, 1)],
-    "tiles": [(500, 0, 300), (400, 128, 257)],
-}
-
-
-def stream_inputs(streams: LayerStreams, pools: Pools, plan: CompressionPlan) -> list[np.ndarray]:
-    """Pools and maps of one layer's streams in the order of the function's parameters."""
-    arrays = {name: tensor.numpy() for name, tensor in pools.tensors.items()} | plan_maps(plan, CONFIG)
-    return [arrays[tensor] for _, _, tensor in streams.inputs()]
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -44,17 +24,12 @@ def stream_inputs(streams: LayerStreams, pools: Pools, plan: CompressionPlan) ->
 def test_function_agrees_with_twin(name: str, kind: str) -> None:
     torch.manual_seed(1)
     plan = PLANS[name]
-    batch = step([(n, c if plan.compresses else 0, tokens) for n, c, tokens in STEPS[kind]])
-    pools = random_pools(CONFIG, plan)
+    batch, pools = batch_of(kind, plan), random_pools(CONFIG, plan)
     for layer in (0, 3):
-        q, k, v = (torch.randn(batch.num_tokens, heads * 80) for heads in (6, 2, 2))
-        streams = layer_streams(plan, pools.layouts, layer, plan_maps(plan, CONFIG)) if plan.compresses else None
-        inputs = [q, k, v, pools.tensors[f"kv.{layer}"].clone()]
-        arrays = [x.numpy() for x in inputs] + [getattr(batch, name) for name in step_inputs(plan.compresses)]
-        if streams is not None:
-            arrays += stream_inputs(streams, pools, plan)
-        out, kv = run_function(build_function("PagedAttention", CONFIG, streams), arrays)
-        expected = paged_attention(pools, batch, q, k, v, layer)
+        projections = random_projections(CONFIG, batch.num_tokens)
+        function = build_function("PagedAttention", CONFIG, streams_of(plan, CONFIG, pools, layer))
+        out, kv = run_function(function, node_inputs(plan, CONFIG, pools, batch, layer, projections))
+        expected = paged_attention(pools, batch, *projections, layer)
         np.testing.assert_allclose(out, expected.numpy(), atol=2e-5)
         np.testing.assert_array_equal(kv, pools.tensors[f"kv.{layer}"].numpy())
 
@@ -86,13 +61,10 @@ def test_numbers_that_are_not_finite_never_reach_the_pools(bad: float) -> None:
     torch.manual_seed(3)
     plan = PLANS["minicache4"]
     batch, pools = step([(70, 64, 1), (90, 64, 26)]), random_pools(CONFIG, plan)
-    q, k, v = (torch.randn(batch.num_tokens, heads * 80) for heads in (6, 2, 2))
+    q, k, v = random_projections(CONFIG, batch.num_tokens)
     k[0, 3], v[5, 7] = bad, bad
-    streams = layer_streams(plan, pools.layouts, 1, plan_maps(plan, CONFIG))
-    arrays = [x.numpy() for x in (q, k, v, pools.tensors["kv.1"])]
-    arrays += [getattr(batch, name) for name in step_inputs(True)]
-    arrays += stream_inputs(streams, pools, plan)
-    _, kv = run_function(build_function("PagedAttention", CONFIG, streams), arrays)
+    function = build_function("PagedAttention", CONFIG, streams_of(plan, CONFIG, pools, 1))
+    _, kv = run_function(function, node_inputs(plan, CONFIG, pools, batch, 1, (q, k, v)))
     paged_attention(pools, batch, q, k, v, 1)
     assert np.isfinite(kv).all() and pools.tensors["kv.1"].isfinite().all()
     np.testing.assert_array_equal(kv, pools.tensors["kv.1"].numpy())

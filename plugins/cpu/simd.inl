@@ -1,0 +1,170 @@
+// Vectors of floats and what attention computes with them. Included once per instruction set, inside a namespace of its
+// own, with MC_LANES floats to a vector; see kernels.cpp.
+
+typedef float Floats __attribute__((vector_size(4 * MC_LANES), aligned(4), may_alias));
+typedef std::int32_t Ints __attribute__((vector_size(4 * MC_LANES)));
+typedef std::uint8_t Bytes __attribute__((vector_size(MC_LANES), aligned(1), may_alias));
+
+constexpr int kLanes = MC_LANES;
+constexpr int kColumns = MC_COLUMNS;  // vectors of a product's tile in registers
+constexpr int kRows = 4;              // rows of it
+constexpr int kLine = 16;             // floats of a cache line
+constexpr int kAheadRows = 16;        // rows by which streams through memory are prefetched
+
+MC_SIMD Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
+MC_SIMD void store(float* x, Floats value) { *reinterpret_cast<Floats*>(x) = value; }
+MC_SIMD void store_some(float* x, Floats value, int count) {
+  if (count == kLanes) {
+    store(x, value);
+  } else {
+    for (int i = 0; i < count; ++i) x[i] = value[i];
+  }
+}
+MC_SIMD Floats splat(float x) { return x - Floats{}; }
+MC_SIMD Floats to_floats(Bytes x) { return __builtin_convertvector(x, Floats); }
+MC_SIMD Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+MC_SIMD float sum(Floats x) {
+  float parts[kLanes];
+  __builtin_memcpy(parts, &x, sizeof(x));
+#pragma GCC unroll 8
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  }
+  return parts[0];
+}
+
+// 2^x for x <= 0; 0 below -126. Relative error 2e-7.
+MC_SIMD Floats exp2_vector(Floats x) {
+  const Floats lowest = splat(-126.0f), shift = splat(0x1.8p23f);
+  const Ints underflow = x < lowest;
+  x = underflow ? lowest : x;
+  const Floats shifted = x + shift;           // its low bits are the nearest integer
+  const Floats f = x - (shifted - shift);     // in [-1/2, 1/2]
+  Floats p = splat(1.5403530393381609954e-4f);
+  p = p * f + splat(1.3333558146428443423e-3f);
+  p = p * f + splat(9.6181291076284771619e-3f);
+  p = p * f + splat(5.5504108664821579953e-2f);
+  p = p * f + splat(2.4022650695910071233e-1f);
+  p = p * f + splat(6.9314718055994530942e-1f);
+  p = p * f + splat(1.0f);
+  Ints bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  Ints result;
+  __builtin_memcpy(&result, &p, sizeof(result));
+  result += bits << 23;
+  Floats scaled;
+  __builtin_memcpy(&scaled, &result, sizeof(scaled));
+  return underflow ? Floats{} : scaled;
+}
+
+MC_SIMD float exp2_scalar(float x) {
+  return exp2_vector(splat(x))[0];
+}
+
+// C [rows, Vectors * kLanes] = C * factor[row] + A B, sums in registers; element (m, k) of A is a[m * am + k * ak].
+// `factor` null: C is overwritten.
+template <int Rows, int Vectors>
+MC_SIMD void product_tile(int depth, const float* a, std::int64_t am, std::int64_t ak, const float* b, std::int64_t bk,
+                          float* c, std::int64_t cm, const float* factor) {
+  Floats sums[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      sums[m][v] = factor == nullptr ? Floats{} : load(c + m * cm + v * kLanes) * splat(factor[m]);
+    }
+  }
+  for (int k = 0; k < depth; ++k) {
+    Floats right[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) right[v] = load(b + k * bk + v * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m) {
+      const Floats left = splat(a[m * am + k * ak]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sums[m][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store(c + m * cm + v * kLanes, sums[m][v]);
+  }
+}
+
+template <int Vectors>
+MC_SIMD void product_columns(int rows, int depth, const float* a, std::int64_t am, std::int64_t ak, const float* b,
+                             std::int64_t bk, float* c, std::int64_t cm, const float* factor) {
+  int m = 0;
+  for (; m + kRows <= rows; m += kRows) {
+    product_tile<kRows, Vectors>(depth, a + m * am, am, ak, b, bk, c + m * cm, cm, factor ? factor + m : nullptr);
+  }
+  for (; m < rows; ++m) {
+    product_tile<1, Vectors>(depth, a + m * am, am, ak, b, bk, c + m * cm, cm, factor ? factor + m : nullptr);
+  }
+}
+
+// C [rows, columns] = C * factor[row] + A B; columns a multiple of kLanes.
+MC_ENTRY void product(int rows, int columns, int depth, const float* a, std::int64_t am, std::int64_t ak, const float* b,
+                     std::int64_t bk, float* c, std::int64_t cm, const float* factor) {
+  int n = 0;
+  for (; n + kColumns * kLanes <= columns; n += kColumns * kLanes) {
+    product_columns<kColumns>(rows, depth, a, am, ak, b + n, bk, c + n, cm, factor);
+  }
+  for (; n < columns; n += kLanes) product_columns<1>(rows, depth, a, am, ak, b + n, bk, c + n, cm, factor);
+}
+
+// Brings row `t` + kAheadRows of `rows` into the cache, or, where they end, rows of `next`; `width` floats to a row.
+MC_SIMD void prefetch_row(const float* rows, int t, int used, int width, const float* next) {
+  const int row = t + kAheadRows;
+  const float* from = row < used ? rows + static_cast<std::int64_t>(row) * width
+                                 : next + static_cast<std::int64_t>(row - used) * width;
+  for (int i = 0; i < width; i += kLine) __builtin_prefetch(from + i);
+}
+
+// values [Vectors * kLanes] = values * factor + sum of weights[t] rows[t], rows streamed from memory.
+template <int Vectors>
+MC_SIMD void stream_columns(int used, const float* weights, const float* rows, int width, const float* next,
+                            float* values, float factor) {
+  Floats sums[Vectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; ++v) sums[v] = load(values + v * kLanes) * splat(factor);
+  for (int t = 0; t < used; ++t) {
+    if (next != nullptr) prefetch_row(rows, t, used, width, next);
+    const Floats weight = splat(weights[t]);
+    const float* row = rows + static_cast<std::int64_t>(t) * width;
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sums[v] += weight * load(row + v * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; ++v) store(values + v * kLanes, sums[v]);
+}
+
+MC_ENTRY void stream_product(int used, const float* weights, const float* rows, int width, const float* next,
+                             float* values, float factor) {
+  int n = 0;
+  for (; n + kColumns * kLanes <= width; n += kColumns * kLanes) {
+    stream_columns<kColumns>(used, weights, rows + n, width, n == 0 ? next : nullptr, values + n, factor);
+  }
+  for (; n < width; n += kLanes) stream_columns<1>(used, weights, rows + n, width, nullptr, values + n, factor);
+}
+
+// Inner product; `length` a multiple of kLanes.
+MC_SIMD float dot(const float* a, const float* b, int length) {
+  Floats first{}, second{};
+  int i = 0;
+  for (; i + 2 * kLanes <= length; i += 2 * kLanes) {
+    first += load(a + i) * load(b + i);
+    second += load(a + i + kLanes) * load(b + i + kLanes);
+  }
+  if (i < length) first += load(a + i) * load(b + i);
+  return sum(first + second);
+}
+
+// y += factor * x; `length` a multiple of kLanes.
+MC_SIMD void add_scaled(float* y, const float* x, float factor, int length) {
+  const Floats f = splat(factor);
+  for (int i = 0; i < length; i += kLanes) store(y + i, load(y + i) + f * load(x + i));
+}
