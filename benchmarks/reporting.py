@@ -17,6 +17,7 @@ import typer
 from rich.box import MARKDOWN
 from rich.console import Console
 
+from minicache_trt.backends.cpu_kernels import instruction_set
 from minicache_trt.cli.console import table
 
 PACKAGES = ("minicache-trt", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
@@ -38,6 +39,7 @@ def machine() -> dict[str, Any]:
         "cpu": lines.get("model name", platform.processor()),
         "cpu_features": [name for name in CPU_FEATURES if name in flags],
         "cores": os.cpu_count(),
+        "cpu_kernels": instruction_set(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": system,
         "python": platform.python_version(),

@@ -65,6 +65,7 @@ def run_checks() -> list[Check]:
         _memory(),
         Check("disk here", True, f"{format_bytes(shutil.disk_usage(Path.cwd()).free)} free"),
         _onnxruntime(),
+        _cpu_kernels(),
         _gpu(),
     ]
     for name in OPTIONAL:
@@ -122,6 +123,20 @@ def _onnxruntime() -> Check:
     except Exception as error:  # whatever it is, it is the finding
         return Check("ONNX Runtime", False, str(error).splitlines()[0], remedy="reinstall onnxruntime")
     return Check("ONNX Runtime", ok, "runs a test graph" if ok else "computes wrong numbers")
+
+
+def _cpu_kernels() -> Check:
+    """Whether engines attend with the compiled kernels; without them they run the same operator as ONNX functions."""
+    from minicache_trt.backends.cpu_kernels import SWITCH, instruction_set
+
+    name = "CPU kernels"
+    if os.environ.get(SWITCH) == "0":
+        return Check(name, False, f"switched off by {SWITCH}=0", needed=False)
+    found = instruction_set()
+    if found is None:
+        remedy = "slower decoding; to have them: install a C++ compiler, then this package again"
+        return Check(name, False, "not built", needed=False, remedy=remedy)
+    return Check(name, True, found, needed=False)
 
 
 def _gpu() -> Check:

@@ -21,18 +21,23 @@ MC_SIMD void store_some(float* x, Floats value, int count) {
   }
 }
 MC_SIMD Floats splat(float x) { return x - Floats{}; }
-MC_SIMD Floats to_floats(Bytes x) { return __builtin_convertvector(x, Floats); }
+MC_SIMD Floats to_floats(Bytes x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }
 MC_SIMD Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 MC_SIMD float sum(Floats x) {
-  float parts[kLanes];
-  __builtin_memcpy(parts, &x, sizeof(x));
-#pragma GCC unroll 8
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-  }
-  return parts[0];
+#if MC_LANES == 16
+  const auto eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const Floats eight = x;
+#endif
+#if MC_LANES >= 8
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+  const Floats four = eight;
+#endif
+  const auto two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return two[0] + two[1];
 }
 
 // 2^x for x <= 0; 0 below -126. Relative error 2e-7.

@@ -164,6 +164,13 @@ def test_doctor(invoke: Invoke) -> None:
     assert "ONNX Runtime" in invoke("doctor").out
 
 
+def test_doctor_says_why_there_are_no_kernels(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    for switch, found in (("0", "switched off by MINICACHE_CPU_KERNELS=0"), ("/nowhere.so", "not built")):
+        monkeypatch.setenv("MINICACHE_CPU_KERNELS", switch)
+        checks = {check["name"]: check for check in _json(invoke, "doctor")}
+        assert not checks["CPU kernels"]["ok"] and checks["CPU kernels"]["found"] == found
+
+
 def test_run_streams_what_json_reports(invoke: Invoke, engine: Path) -> None:
     for flags in (["--max-tokens", "40"], ["--temperature", "1.5", "--seed", "3", "--max-tokens", "20"]):
         (output,) = _json(invoke, "run", "-e", engine, "-p", PROMPT, *flags, *ONE_THREAD)["outputs"]
