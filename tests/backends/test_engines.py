@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from minicache_trt.backends.cpu_kernels import SWITCH
 from minicache_trt.build import build_engine, load_engine
 from minicache_trt.compare import BlockRecorder, reference_for
 from minicache_trt.compression.codec import compress_blocks
@@ -82,6 +83,15 @@ def test_long_ragged_batch(tmp_path: Path, method: str) -> None:
     assert_equals_reference(directory, [2500, 700, 64, 5], 200)
 
 
+@pytest.mark.parametrize("method", ["full", "minicache4"])
+def test_long_ragged_batch_without_compiled_kernels(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same by ONNX functions alone, as on a machine without a compiler."""
+    monkeypatch.setenv(SWITCH, "0")
+    test_long_ragged_batch(tmp_path, method)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ["full", "minicache4"])
 def test_shapes(tmp_path: Path, shape: str, method: str) -> None:
@@ -90,7 +100,9 @@ def test_shapes(tmp_path: Path, shape: str, method: str) -> None:
     assert_equals_reference(directory, [300, 70], 70)
 
 
-def test_every_option_of_a_stream(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["", "0"])
+def test_every_option_of_a_stream(tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, kernels)
     checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
     directory = build(checkpoint, tmp_path / "engine", "mixed", quantum=128, window=100)
     assert_equals_reference(directory, [300, 70], 70)

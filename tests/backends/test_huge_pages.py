@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 
 import numpy as np
@@ -16,7 +17,9 @@ from minicache_trt.backends.huge_pages import PAGE, HugePages, _without
 def test_new_memory_keeps_its_contents() -> None:
     old = np.random.default_rng(0).integers(0, 255, 4 * PAGE, np.uint8)
     pages = HugePages()
-    new = np.random.default_rng(1).integers(0, 255, 24 * PAGE, np.uint8)
+    mapping = mmap.mmap(-1, 24 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    new = np.frombuffer(mapping, np.uint8)
+    new[:] = np.random.default_rng(1).integers(0, 255, 24 * PAGE, np.uint8)
     before = old.copy(), new.copy()
     assert pages.collapse_new() >= 23 * PAGE
     for memory, contents in zip((old, new), before, strict=True):
