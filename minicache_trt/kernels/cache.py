@@ -111,7 +111,7 @@ class KernelCache:
         KernelError
             A kernel does not support this model's shape.
         """
-        config, shape = self.config, step.shape
+        shape = step.shape
         heads = (len(k), config.num_kv_heads, config.head_dim)
         append_kv(self.library, self.tensors[f"kv.{layer}"], k.view(heads), v.view(heads), step.tensors["slot_mapping"])
         q = q.contiguous()
@@ -125,8 +125,8 @@ class KernelCache:
 
     def compress(self, source: Tensor, target: Tensor, block_index: Tensor) -> None:
         """Blocks ``source [N]`` of the full tier into blocks ``target [N]`` of every stream: ``CompressBlocks``."""
-        full = [self.tensors[pool.name] for pool in full_pools(self.config)]
         for writer in self._writers:
+            full = [self.tensors[f"kv.{layer}"] for layer in writer.layout.stream.layers]
             writer(full, self.tensors, source, target, block_index)
 
     def _add_stream(self, layout: StreamLayout) -> None:
@@ -138,8 +138,8 @@ class KernelCache:
             shape = StreamShape(self.library, layout, member)
             reading = _Reading(layout, shape, device_maps(arrays, self.device))
             self._readings[layout.stream.part, layer] = reading
-        writer = CompressStream(self.library, layout, write_maps(layout, matrices), readers, self.config)
-        self._writers.append(writer)
+        maps = write_maps(layout, matrices)
+        self._writers.append(CompressStream(self.library, layout, maps, readers, self.config, self.device))
 
     def _arguments(self, step: StepTensors, q: Tensor, out: Tensor, layer: int) -> structs.AttentionArguments:
         config = self.config
