@@ -70,6 +70,13 @@ struct CudaBlock {
     f(Thread{static_cast<int>(threadIdx.x)});
   }
 
+  // A condition all threads of a warp agree on: the calling warp's answer; on the host, whether any warp says yes.
+  // Collectives of a warp may follow under it; threads of warps that said no then take part without an effect.
+  template <class F>
+  __device__ __forceinline__ bool any_warp(F condition) {
+    return condition(Thread{static_cast<int>(threadIdx.x)});
+  }
+
   __device__ __forceinline__ void sync() { __syncthreads(); }
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
@@ -194,6 +201,13 @@ struct HostBlock {
   template <class F>
   void each(F f) {
     for (int i = 0; i < Threads; ++i) f(Thread{i});
+  }
+
+  template <class F>
+  bool any_warp(F condition) {
+    bool result = false;
+    for (int i = 0; i < Threads; i += kWarp) result = result || condition(Thread{i});
+    return result;
   }
 
   void sync() {}
