@@ -82,7 +82,7 @@ fi
 mkdir -p "$output"
 output="$(cd "$output" && pwd)"
 if command -v flock > /dev/null; then
-  exec 9> "$output/.lock"
+  exec 9> "$output/.building"
   flock 9
 fi
 log="$output/configure.log"

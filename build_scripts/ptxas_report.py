@@ -29,7 +29,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 @dataclass
 class Usage:
-    """One kernel on one architecture; sizes in bytes (registers: a count, per thread). ``shared`` is the static part."""
+    """One kernel on one architecture: registers per thread, everything else in bytes; ``shared`` is the static part."""
 
     symbol: str
     target: str

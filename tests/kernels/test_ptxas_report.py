@@ -67,9 +67,7 @@ def test_table_shows_the_worst_instantiation(
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_spills_of_hot_kernels_fail(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_spills_of_hot_kernels_fail(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, 32, 8, 16)
     assert script.main([str(tmp_path)]) == 1
     assert "spills 24 bytes on sm_80" in capsys.readouterr().err

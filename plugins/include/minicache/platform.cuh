@@ -8,9 +8,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define MC_HD __host__ __device__ __forceinline__
-#define MC_UNROLL _Pragma("unroll")
 #else
 #define MC_HD inline __attribute__((always_inline))
+#endif
+
+// Only device code: the host compiler does not know the pragma.
+#if defined(__CUDA_ARCH__)
+#define MC_UNROLL _Pragma("unroll")
+#else
 #define MC_UNROLL
 #endif
 
