@@ -1,10 +1,12 @@
 // Attention of prefill chunks: arguments checked, history restored piece by piece, one flash launch per piece.
-#include "errors.h"
+#include "launching.h"
 #include "minicache/prefill_attention.cuh"
 #include "prefill_workspace.h"
 
 namespace minicache {
 namespace {
+
+constexpr const char* kName = "prefill_attention";
 
 // Tiles of 128 rows reuse keys twice as much as those of 64, but need this many thread blocks to fill a GPU. Either
 // gives the same bits.
@@ -16,10 +18,6 @@ std::int32_t check_shape(const AttentionArguments& a) {
   const AttentionShape& shape = a.shape;
   if (a.type < Type::float32 || a.type > Type::bfloat16)
     return fail(invalid_argument, "prefill_attention: type: expected 0 to 2, got %d", static_cast<int>(a.type));
-#if defined(__CUDACC__)
-  if (a.type == Type::float32)
-    return fail(unsupported, "prefill_attention: type: expected float16 or bfloat16, got float32");
-#endif
   if (shape.heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.heads != 0)
     return fail(invalid_argument, "prefill_attention: query_heads: expected a multiple of %d KV heads, got %d",
                 shape.heads, shape.query_heads);
@@ -64,29 +62,24 @@ std::int32_t check_stream(const char* name, const AttentionArguments& a, const S
 }
 
 std::int32_t check_pointers(const AttentionArguments& a, const void* workspace) {
-  struct Named {
-    const char* name;
-    const void* pointer;
-    std::size_t alignment;
-  };
   const Step& step = a.step;
   const bool compressed = has_history(a);
-  const Named required[] = {
-      {"kv", a.kv, 16},
-      {"q", a.q, 16},
-      {"out", a.out, 16},
-      {"query_start", step.query_start, 4},
-      {"context_len", step.context_len, 4},
-      {"full_table", step.full_table, 4},
-      {"compressed_len", compressed ? step.compressed_len : a.q, 4},
-      {"compressed_table", compressed ? step.compressed_table : a.q, 4},
-      {"workspace", compressed ? workspace : a.q, 16},
+  const struct {
+    bool needed;
+    Required required;
+  } all[] = {
+      {true, {"kv", a.kv, 16}},
+      {true, {"q", a.q, 16}},
+      {true, {"out", a.out, 16}},
+      {true, {"query_start", step.query_start, 4}},
+      {true, {"context_len", step.context_len, 4}},
+      {true, {"full_table", step.full_table, 4}},
+      {compressed, {"compressed_len", step.compressed_len, 4}},
+      {compressed, {"compressed_table", step.compressed_table, 4}},
+      {compressed, {"workspace", workspace, 16}},
   };
-  for (const Named& argument : required) {
-    if (argument.pointer == nullptr) return fail(invalid_argument, "prefill_attention: %s is null", argument.name);
-    if (!aligned(argument.pointer, argument.alignment))
-      return fail(invalid_argument, "prefill_attention: %s: expected an address aligned to %d bytes", argument.name,
-                  static_cast<int>(argument.alignment));
+  for (const auto& pointer : all) {
+    if (pointer.needed && !check_pointer(kName, pointer.required)) return invalid_argument;
   }
   if (a.full_blocks < 1)
     return fail(invalid_argument, "prefill_attention: full_blocks: expected at least 1, got %d", a.full_blocks);
@@ -114,16 +107,6 @@ std::int32_t check_sizes(const AttentionArguments* arguments) {
   return check_stream("value", a, *a.value.shape, Part::value);
 }
 
-template <class Kernel, class Arguments>
-std::int32_t run_kernel(Grid grid, int shared, const Arguments& arguments, [[maybe_unused]] void* stream) {
-#if defined(__CUDACC__)
-  return finish("prefill_attention", launch<Kernel>(grid, shared, arguments, static_cast<cudaStream_t>(stream)));
-#else
-  launch<Kernel>(grid, shared, arguments);
-  return ok;
-#endif
-}
-
 // Keys and values of blocks [first, first + columns) of each chunk's compressed tier into the workspace.
 std::int32_t restore_history(const AttentionArguments& a, const PrefillWorkspace& workspace, char* base,
                              std::int32_t first, void* stream) {
@@ -132,7 +115,7 @@ std::int32_t restore_history(const AttentionArguments& a, const PrefillWorkspace
   const int chunks = a.step.sequences - a.step.decodes, columns = workspace.columns;
   const Grid grid{ceil_div(columns, HistoryBlocks::kThreads), chunks, 1};
   const HistoryBlocks::Arguments list{a.step, first, columns, a.sliding_window, blocks, block_index};
-  if (const std::int32_t status = run_kernel<HistoryBlocks>(grid, 0, list, stream)) return status;
+  if (const std::int32_t status = launch_kernel<HistoryBlocks>(kName, grid, 0, list, stream)) return status;
   const float* const frequencies = a.shape.inverse_frequencies;
   if (const std::int32_t status = minicache_restore_blocks(a.type, &a.key, blocks, block_index, chunks * columns,
                                                            frequencies, base + workspace.keys, stream))
@@ -163,8 +146,8 @@ std::int32_t attend_piece(const AttentionArguments& a, const PrefillWorkspace& w
       a.sliding_window,
       tiles,
       last};
-  return run_kernel<Kernel>(Grid{a.shape.heads, step.sequences - step.decodes, tiles}, Kernel::kSharedBytes, arguments,
-                            stream);
+  const Grid grid{a.shape.heads, step.sequences - step.decodes, tiles};
+  return launch_kernel<Kernel>(kName, grid, Kernel::kSharedBytes, arguments, stream);
 }
 
 template <class T, int D>
@@ -226,18 +209,5 @@ MC_API std::int32_t minicache_prefill_attention(const minicache::AttentionArgume
     return fail(invalid_argument, "prefill_attention: workspace_bytes: expected at least %lld, got %lld",
                 static_cast<long long>(parts.bytes), static_cast<long long>(workspace_bytes));
   char* const base = static_cast<char*>(workspace);
-  switch (a.type) {
-    case Type::float16:
-      return attend<Half>(a, parts, base, stream);
-#if !defined(MINICACHE_REDUCED)
-    case Type::bfloat16:
-      return attend<BFloat16>(a, parts, base, stream);
-#endif
-#if !defined(__CUDACC__)
-    case Type::float32:
-      return attend<float>(a, parts, base, stream);
-#endif
-    default:
-      return fail(unsupported, "prefill_attention: type %d is not in this build", static_cast<int>(a.type));
-  }
+  return with_type(kName, a.type, [&](auto number) { return attend<decltype(number)>(a, parts, base, stream); });
 }

@@ -240,7 +240,7 @@ def test_steps_without_chunks(host_library: KernelLibrary) -> None:
         ("kv", None, "kv is null"),
         ("q", None, "q is null"),
         ("out", None, "out is null"),
-        ("q", 24, "q: expected an address aligned to 16 bytes"),
+        ("q", 24, "q is not aligned to 16 bytes"),
         ("step.query_start", None, "query_start is null"),
         ("step.context_len", None, "context_len is null"),
         ("step.full_table", None, "full_table is null"),

@@ -148,7 +148,7 @@ struct PrefillAttention {
         MC_UNROLL
         for (int i = 0; i < 2 * Rows; ++i) {
           const int row = tile.first + row_of(thread, i / 2, i % 2);
-          if (key > row || key <= row - window) logits[i / 2][n / 2](thread).x[2 * (i % 2) + n % 2] = -infinity();
+          if (key > row || key <= row - window) logits[i / 2][n / 2](thread).x[2 * (i % 2) + n % 2] = -kInfinity;
         }
       }
     });
@@ -207,7 +207,7 @@ struct PrefillAttention {
         const int m = i / 2, j = i % 2, row = row_of(thread, m, j), lane = thread.lane() % 4;
         const bool real = row < tile.rows();
         const std::int64_t place = real ? carry_row(arguments, tile, row) : 0;
-        softmax.maximum[m][j](thread) = real ? arguments.carry.maxima[place] : -infinity();
+        softmax.maximum[m][j](thread) = real ? arguments.carry.maxima[place] : -kInfinity;
         softmax.sum[m][j](thread) = real ? arguments.carry.sums[4 * place + lane] : 0.0f;
         const float* numbers = arguments.carry.accumulators + place * D + 2 * lane;
         MC_UNROLL

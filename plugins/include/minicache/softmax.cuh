@@ -1,13 +1,12 @@
 // Softmax over keys that arrive tile by tile.
 #pragma once
 
+#include "minicache/elementary.cuh"
 #include "minicache/fragments.cuh"
 
 namespace minicache {
 
 constexpr float kLog2E = 1.44269504088896f;
-
-MC_HD float infinity() { return bit_cast<float>(0x7f800000u); }
 
 // 2^x within 2 ulp, subnormal results as zero; 2^-infinity is 0.
 MC_HD float exp2_approximate(float x) {
@@ -31,7 +30,7 @@ struct OnlineSoftmax {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int i = 0; i < 2 * Rows; ++i) {
-        maximum[i / 2][i % 2](thread) = -infinity();
+        maximum[i / 2][i % 2](thread) = -kInfinity;
         sum[i / 2][i % 2](thread) = 0.0f;
       }
     });
@@ -62,7 +61,7 @@ struct OnlineSoftmax {
         const int row = i / 2, j = i % 2;
         const float highest = top[row][j](thread);
         // A row that still sees nothing keeps weights 0 rather than 2^(-infinity + infinity).
-        const float base = highest == -infinity() ? 0.0f : highest * scale;
+        const float base = highest == -kInfinity ? 0.0f : highest * scale;
         const float factor = exp2_approximate(maximum[row][j](thread) * scale - base);
         maximum[row][j](thread) = highest;
         float total = sum[row][j](thread) * factor;
