@@ -80,12 +80,14 @@ def compressed(
     return pools
 
 
-def check_stream(library: KernelLibrary, plan: CompressionPlan, layout: StreamLayout, kv: list[Tensor]) -> None:
+def check_stream(
+    library: KernelLibrary, plan: CompressionPlan, layout: StreamLayout, kv: list[Tensor], tie_share: float = 1e-3
+) -> None:
     pools = compressed(library, plan, layout, kv)
     source, target, number = BLOCKS
     fields = {kind: pools[pool.name][target] for kind, pool in layout.pools.items()}
     x = torch.stack([layer[source, PARTS.index(layout.stream.part)] for layer in kv])
-    assert_blocks_agree(plan, layout, fields, x, torch.tensor(number), model_dtype=x.dtype)
+    assert_blocks_agree(plan, layout, fields, x, torch.tensor(number), tie_share, x.dtype)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -106,7 +108,9 @@ def test_kernel_stores_any_stream(host_library: KernelLibrary, stream: Stream, s
     plan = CompressionPlan("custom", (stream,))
     plan = replace(plan, matrices=random_matrices(plan, SMALL, seed))
     layout = stream_layout(0, stream, SMALL)
-    check_stream(host_library, plan, layout, group(layout, torch.float32, seed))
+    # Residuals of a layer that is nearly the merged direction are rounding noise; only their distances are judged.
+    noise = stream.residual != "none" and min(stream.t, 1 - stream.t) < 0.1
+    check_stream(host_library, plan, layout, group(layout, torch.float32, seed), 1.0 if noise else 1e-3)
 
 
 @pytest.mark.parametrize("name", ["minicache4", "minicache-token", "mixed", "pair KLT", "mean of four", "fp8"])
