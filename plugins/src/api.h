@@ -68,7 +68,8 @@ MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minica
 MC_API std::int64_t minicache_compress_workspace(minicache::Type type, const minicache::StreamShape* shape,
                                                  std::int32_t count);
 
-// Blocks blocks[n] of a stream as its layer's keys (after RoPE) or values: out [count, H, B, D] by KV head.
+// Blocks blocks[n] of a stream as its layer's keys (after RoPE) or values: out [count, H, B, D] by KV head. Where
+// blocks[n] is negative, out is left as it is.
 MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicache::StreamView* stream_view,
                                              const std::int32_t* blocks, const std::int32_t* block_index,
                                              std::int32_t count, const float* inverse_frequencies, void* out,

@@ -12,7 +12,7 @@ struct RestoreArguments {
   StreamShape shape;
   StreamPools pools;
   ReadMaps maps;
-  const std::int32_t* blocks;
+  const std::int32_t* blocks;         // negative: nothing is written
   const std::int32_t* block_index;    // of each block in its sequence; null unless keys are in the pre_rope basis
   const float* inverse_frequencies;
   T* out;  // [count, H, B, D], by KV head
@@ -57,6 +57,7 @@ struct RestoreKernel {
 
   template <class Block>
   MC_HD static void run(Block& block, const RestoreArguments<T>& a) {
+    if (a.blocks[block.x()] < 0) return;
     typename Block::template PerThread<Tile<Chunks>> tile;
     const StreamShape& shape = a.shape;
     const RestoreScratch s(block.shared, shape);

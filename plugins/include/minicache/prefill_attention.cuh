@@ -1,0 +1,229 @@
+// Causal attention of prefill chunks over both tiers: queries of one KV head's group in tiles, keys in cache blocks.
+//
+//   Q tile -- shared memory, once
+//   per cache block, from the oldest:  K -> logits -> mask -> softmax weights -> V -> accumulators
+//
+// A block's values arrive while its logits are computed, the next block's keys during its softmax and second product.
+// What a row gets depends on the row and its keys alone: not on the size of tiles, on how the history is cut into
+// launches, nor on other sequences, so results are the same bits.
+#pragma once
+
+#include "minicache/query_tile.cuh"
+#include "minicache/softmax.cuh"
+#include "minicache/tile_products.cuh"
+
+namespace minicache {
+
+// State of all rows (token, query head) between two launches, in float, so that resuming loses nothing.
+struct PrefillCarry {
+  float* accumulators;  // [tokens, Hq, D]
+  float* maxima;        // [tokens, Hq]
+  float* sums;          // [tokens, Hq, 4]: parts of the four lanes that share a row
+};
+
+template <class T>
+struct PrefillArguments {
+  AttentionShape shape;
+  Step step;
+  FullTier<T> full;
+  RestoredHistory<T> history;
+  PrefillCarry carry;  // unused where there is one launch only
+  const T* q;
+  T* out;
+  std::int64_t q_stride, out_stride;
+  std::int32_t sliding_window;
+  std::int32_t tiles;  // of the longest chunk
+  bool last;           // of the launches: takes the full tier and writes `out`
+};
+
+// Head dimension D; Rows: how many times 16 rows a warp attends. Grid: KV heads, prefill chunks, tiles.
+template <class T, int D, int Rows>
+struct PrefillAttention {
+  static constexpr int kThreads = 128;
+  static constexpr int kWarpRows = 16 * Rows;
+  static constexpr int kTileRows = kThreads / kWarp * kWarpRows;
+  static constexpr int kSharedBytes = SharedRows<T, D>::bytes(kTileRows + 2 * kBlockSize);
+
+  using Arguments = PrefillArguments<T>;
+  template <class Block>
+  using Logits = typename Block::template PerThread<FragmentD>[Rows][kBlockSize / 8];
+  template <class Block>
+  using Accumulators = typename Block::template PerThread<FragmentD>[Rows][D / 8];
+
+  template <class Block>
+  MC_HD static void run(Block& block, const Arguments& arguments) {
+    const QueryTile tile = tile_of(block, arguments);
+    if (tile.rows() <= 0) return;
+    const BlockRange range = BlockRange::of(tile, kTileRows, arguments.sliding_window, arguments.history.first,
+                                            arguments.history.columns, arguments.last);
+    if (range.begin >= range.end && !arguments.last) return;
+
+    OnlineSoftmax<Block, Rows> softmax;
+    Accumulators<Block> accumulators;
+    if (range.resumes) {
+      load_carry(block, arguments, tile, softmax, accumulators);
+    } else {
+      softmax.reset(block);
+      block.each([&](Thread thread) {
+        MC_UNROLL
+        for (int i = 0; i < Rows * D / 8; ++i) {
+          accumulators[i / (D / 8)][i % (D / 8)](thread) = FragmentD{{0.0f, 0.0f, 0.0f, 0.0f}};
+        }
+      });
+    }
+    attend(block, arguments, tile, range, softmax, accumulators);
+    // Read again: during the loop every register counts.
+    const QueryTile same = tile_of(block, arguments);
+    if (arguments.last) {
+      write(block, arguments, same, softmax, accumulators);
+    } else {
+      save_carry(block, arguments, same, softmax, accumulators);
+    }
+  }
+
+ private:
+  // Tiles with most keys start first.
+  template <class Block>
+  MC_HD static QueryTile tile_of(const Block& block, const Arguments& arguments) {
+    const Step& step = arguments.step;
+    const int first = (arguments.tiles - 1 - block.z()) * kTileRows;
+    return QueryTile::of(step, arguments.shape, step.decodes + block.y(), block.x(), first);
+  }
+
+  template <class Block>
+  MC_HD static void attend(Block& block, const Arguments& arguments, const QueryTile& tile, const BlockRange& range,
+                           OnlineSoftmax<Block, Rows>& softmax, Accumulators<Block>& accumulators) {
+    if (range.begin >= range.end) return;
+    const SharedRows<T, D> queries{reinterpret_cast<T*>(block.shared)};
+    const SharedRows<T, D> keys{queries.at(kTileRows, 0)}, values{keys.at(kBlockSize, 0)};
+    const float scale = arguments.shape.scale * kLog2E;
+    const int context = tile.context();
+    const KeyBlocks<T> blocks{tile, arguments.step, arguments.full, arguments.history};
+    queries.template load<kTileRows>(block, tile.rows(), [&](int row) {
+      return arguments.q + tile.token_of(row) * arguments.q_stride + tile.query_head(row) * D;
+    });
+    keys.template load_block<kBlockSize>(block, blocks.at(Part::key, range.begin),
+                                         context - range.begin * kBlockSize);
+    Block::commit_async();
+    for (int index = range.begin; index < range.end; ++index) {
+      Block::template wait_async<0>();
+      block.sync();  // keys are there, and nobody reads the previous values any more
+      values.template load_block<kBlockSize>(block, blocks.at(Part::value, index),
+                                             context - index * kBlockSize);
+      Block::commit_async();
+      Logits<Block> logits;
+      multiply_keys<D, Rows>(block, queries, keys, logits);
+      Block::template wait_async<0>();
+      block.sync();  // values are there, and nobody reads the keys any more
+      if (index + 1 < range.end) {
+        keys.template load_block<kBlockSize>(block, blocks.at(Part::key, index + 1),
+                                             context - (index + 1) * kBlockSize);
+        Block::commit_async();
+      }
+      mask(block, arguments, tile, index, logits);
+      softmax.update(block, scale, logits, accumulators);
+      multiply_values<D, Rows>(block, logits, values, accumulators);
+    }
+  }
+
+  // Row of the tile that number j of the thread's fragments D [m] belongs to.
+  MC_HD static int row_of(Thread thread, int m, int j) {
+    return thread.warp() * kWarpRows + 16 * m + 8 * j + thread.lane() / 4;
+  }
+
+  // Logits of keys a query does not see become -infinity. Blocks that all queries see whole are left as they are.
+  // Key x (counted from the chunk's first query) is behind query row / G if and only if x G > row.
+  template <class Block>
+  MC_HD static void mask(Block& block, const Arguments& arguments, const QueryTile& tile, int index,
+                         Logits<Block>& logits) {
+    const int group = tile.group, begin = (index * kBlockSize - tile.start) * group;
+    const int window = arguments.sliding_window > 0 ? arguments.sliding_window * group : kEndOfContext;
+    const bool causal = begin + (kBlockSize - 1) * group > tile.first;
+    const bool windowed = begin <= tile.first + kTileRows - 1 - window;
+    if (!causal && !windowed) return;
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < kBlockSize / 4; ++n) {
+        const int key = begin + (8 * (n / 2) + 2 * (thread.lane() % 4) + n % 2) * group;
+        MC_UNROLL
+        for (int i = 0; i < 2 * Rows; ++i) {
+          const int row = tile.first + row_of(thread, i / 2, i % 2);
+          if (key > row || key <= row - window) logits[i / 2][n / 2](thread).x[2 * (i % 2) + n % 2] = -kInfinity;
+        }
+      }
+    });
+  }
+
+  template <class Block>
+  MC_HD static void write(Block& block, const Arguments& arguments, const QueryTile& tile,
+                          OnlineSoftmax<Block, Rows>& softmax, Accumulators<Block>& accumulators) {
+    MC_UNROLL
+    for (int i = 0; i < 2 * Rows; ++i) block.template reduce_add<4>(softmax.sum[i / 2][i % 2]);
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int i = 0; i < 2 * Rows; ++i) {
+        const int m = i / 2, j = i % 2, row = row_of(thread, m, j);
+        if (row >= tile.rows()) continue;
+        const float sum = softmax.sum[m][j](thread), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        T* out = arguments.out + tile.token_of(row) * arguments.out_stride + tile.query_head(row) * D;
+        out += 2 * (thread.lane() % 4);
+        MC_UNROLL
+        for (int n = 0; n < D / 8; ++n) {
+          const float* x = accumulators[m][n](thread).x + 2 * j;
+          *reinterpret_cast<Pair<T>*>(out + 8 * n) = round_pair<T>(x[0] * inverse, x[1] * inverse);
+        }
+      }
+    });
+  }
+
+  template <class Block>
+  MC_HD static void save_carry(Block& block, const Arguments& arguments, const QueryTile& tile,
+                               const OnlineSoftmax<Block, Rows>& softmax, const Accumulators<Block>& accumulators) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int i = 0; i < 2 * Rows; ++i) {
+        const int m = i / 2, j = i % 2, row = row_of(thread, m, j), lane = thread.lane() % 4;
+        if (row >= tile.rows()) continue;
+        const std::int64_t place = carry_row(arguments, tile, row);
+        if (lane == 0) arguments.carry.maxima[place] = softmax.maximum[m][j](thread);
+        arguments.carry.sums[4 * place + lane] = softmax.sum[m][j](thread);
+        float* numbers = arguments.carry.accumulators + place * D + 2 * lane;
+        MC_UNROLL
+        for (int n = 0; n < D / 8; ++n) {
+          const float* x = accumulators[m][n](thread).x + 2 * j;
+          *reinterpret_cast<Pair<float>*>(numbers + 8 * n) = Pair<float>{{x[0], x[1]}};
+        }
+      }
+    });
+  }
+
+  // Rows past the chunk's end start over, like those of a first launch.
+  template <class Block>
+  MC_HD static void load_carry(Block& block, const Arguments& arguments, const QueryTile& tile,
+                               OnlineSoftmax<Block, Rows>& softmax, Accumulators<Block>& accumulators) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int i = 0; i < 2 * Rows; ++i) {
+        const int m = i / 2, j = i % 2, row = row_of(thread, m, j), lane = thread.lane() % 4;
+        const bool real = row < tile.rows();
+        const std::int64_t place = real ? carry_row(arguments, tile, row) : 0;
+        softmax.maximum[m][j](thread) = real ? arguments.carry.maxima[place] : -kInfinity;
+        softmax.sum[m][j](thread) = real ? arguments.carry.sums[4 * place + lane] : 0.0f;
+        const float* numbers = arguments.carry.accumulators + place * D + 2 * lane;
+        MC_UNROLL
+        for (int n = 0; n < D / 8; ++n) {
+          float* x = accumulators[m][n](thread).x + 2 * j;
+          const Pair<float> pair = real ? *reinterpret_cast<const Pair<float>*>(numbers + 8 * n) : Pair<float>{};
+          x[0] = pair.x[0];
+          x[1] = pair.x[1];
+        }
+      }
+    });
+  }
+
+  MC_HD static std::int64_t carry_row(const Arguments& arguments, const QueryTile& tile, int row) {
+    return tile.token_of(row) * arguments.shape.query_heads + tile.query_head(row);
+  }
+};
+
+}  // namespace minicache
