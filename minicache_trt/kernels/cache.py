@@ -16,10 +16,17 @@ from minicache_trt.config import ModelConfig
 from minicache_trt.contract import StreamLayout, compressed_pools, full_pools, plan_layout
 from minicache_trt.functions.stream_maps import read_maps, write_maps
 from minicache_trt.kernels import structs
-from minicache_trt.kernels.attention import decode_attention
 from minicache_trt.kernels.codec import CompressStream, append_kv
-from minicache_trt.kernels.library import TYPES, KernelLibrary, StreamShape, address, device_maps, stream_view
-from minicache_trt.kernels.prefill import prefill_attention
+from minicache_trt.kernels.library import (
+    TYPES,
+    KernelError,
+    KernelLibrary,
+    StreamShape,
+    address,
+    device_maps,
+    stream_of,
+    stream_view,
+)
 from minicache_trt.kernels.steps import StepTensors
 from minicache_trt.model.rope import inverse_frequencies
 
@@ -112,15 +119,14 @@ class KernelCache:
             A kernel does not support this model's shape.
         """
         shape = step.shape
-        heads = (len(k), config.num_kv_heads, config.head_dim)
-        append_kv(self.library, self.tensors[f"kv.{layer}"], k.view(heads), v.view(heads), step.tensors["slot_mapping"])
+        append_kv(self.library, self.tensors[f"kv.{layer}"], k, v, step.tensors["slot_mapping"])
         q = q.contiguous()
         out = torch.empty_like(q)
         arguments = self._arguments(step, q, out, layer)
         if shape.decodes:
-            decode_attention(self.library, arguments, self._workspace("decode", arguments))
+            self._launch("decode", arguments)
         if shape.sequences > shape.decodes:
-            prefill_attention(self.library, arguments, self._workspace("prefill", arguments))
+            self._launch("prefill", arguments)
         return out
 
     def compress(self, source: Tensor, target: Tensor, block_index: Tensor) -> None:
@@ -167,6 +173,10 @@ class KernelCache:
             setattr(arguments, part, stream_view(reading.shape, reading.layout, self.tensors, reading.maps))
         return arguments
 
-    def _workspace(self, kernel: str, arguments: structs.AttentionArguments) -> Tensor:
-        size = self.library.size(f"{kernel}_workspace", byref(arguments))
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+    def _launch(self, rows: str, arguments: structs.AttentionArguments) -> None:
+        """Attend the step's ``decode`` or ``prefill`` rows."""
+        size = self.library.size(f"{rows}_workspace", byref(arguments))
+        if size < 0:
+            raise KernelError(self.library.last_error())
+        workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self.library.call(f"{rows}_attention", byref(arguments), address(workspace), size, stream_of(workspace))
