@@ -28,10 +28,12 @@ def random_pools(
     return Pools.of(config, plan, tensors)
 
 
-def step(sequences: Sequence[tuple[int, int, int]], seed: int = 0) -> Batch:
+def step(
+    sequences: Sequence[tuple[int, int, int]], seed: int = 0, full_blocks: int = 48, compressed_blocks: int = 16
+) -> Batch:
     """A batch for sequences given as (length after the step, compressed length, tokens in the step), decodes first."""
     rng = np.random.default_rng(seed)
-    full_ids, compressed_ids = iter(rng.permutation(47) + 1), iter(rng.permutation(15) + 1)
+    full_ids, compressed_ids = (iter(rng.permutation(n - 1) + 1) for n in (full_blocks, compressed_blocks))
     counts = [tokens for *_, tokens in sequences]
     starts = np.cumsum([0, *counts])
     total, decodes = int(starts[-1]), sum(tokens == 1 for tokens in counts)
