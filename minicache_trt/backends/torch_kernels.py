@@ -23,6 +23,9 @@ from minicache_trt.model.decoder import decoder
 from minicache_trt.model.kernel_ops import KernelOps
 from minicache_trt.runtime.batch import Batch, Int32
 
+HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Sizes of heads the attention kernels are made for."""
+
 _LESS_MEMORY = "lower --kv-cache-memory or --kv-cache-free-gpu-memory-fraction, or build with smaller limits"
 
 
@@ -42,6 +45,11 @@ class KernelEngine:
         Compute type, of weights, activations and pools: float16 or bfloat16; float32 with the host library alone.
     record : Recorder
         How decode steps are captured.
+
+    Raises
+    ------
+    UserError
+        The kernels do not take this model's heads, or the device has too little memory for its weights.
     """
 
     def __init__(
@@ -56,6 +64,9 @@ class KernelEngine:
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
         self.device, self.dtype, self.element_bytes = device, dtype, dtype.itemsize
+        if self.model.head_dim not in HEAD_DIMS:
+            names = f"{', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}"
+            raise UserError(f"head_dim: expected {names}, got {self.model.head_dim}", "use --backend onnxruntime")
         with self._one_line_errors("loading the model"), torch.inference_mode():
             self._weights = load_weights(directory, device, dtype)
             self.cache = KernelCache(library, self.model, self.plan, device, dtype)

@@ -45,7 +45,7 @@ class CudaRecorder:
         self._pool: Any = None
 
     def __call__(self, run: Run) -> Run:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up in their first call, which cannot be captured
             run()

@@ -11,21 +11,18 @@ import torch
 
 from minicache_trt.backends.torch_kernels import HostKernelEngine, KernelEngine
 from minicache_trt.backends.torch_reference import TorchEngine
-from minicache_trt.build import build_engine
-from minicache_trt.compression.methods import METHODS, make_plan
-from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.compression.methods import METHODS
+from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import read_engine
+from minicache_trt.errors import UserError
 from minicache_trt.kernels.graphs import run_again
 from minicache_trt.kernels.library import KernelLibrary
 from minicache_trt.kernels.locate import LIBRARY_VARIABLE
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.support.checkpoints import SHAPES, make_checkpoint
-from tests.support.plans import full_codec_plans, lossless_plan, mixed_plan
-
-LIMIT = 2e-3
-"""Largest difference of float32 logits, where no code fell on the other side of its boundary."""
+from tests.support.engines import assert_equals_reference, build
+from tests.support.plans import full_codec_plans
 
 
 @pytest.fixture(autouse=True)
@@ -36,20 +33,6 @@ def one_torch_thread() -> None:
 @pytest.fixture(autouse=True)
 def host_kernels(host_library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIBRARY_VARIABLE, str(host_library.path))
-
-
-def build(checkpoint: Path, output: Path, plan: str, **limits: Any) -> Path:
-    def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
-        defaults = {"max_seq_len": 1024, "max_batch_size": 4, "quantum": 128, "backend": "torch"}
-        return plan_named(plan, config), BuildConfig(**(defaults | limits))
-
-    return build_engine(str(checkpoint), output, configure).directory
-
-
-def plan_named(name: str, config: ModelConfig) -> CompressionPlan:
-    if name in METHODS:
-        return make_plan(config, name)
-    return {"mixed": mixed_plan, "lossless": lossless_plan}.get(name, lambda c: full_codec_plans(c)[name])(config)
 
 
 def scores(directory: Path, kind: type[Any], sequences: list[list[int]], lengths: list[int]) -> list[np.ndarray]:
@@ -64,17 +47,6 @@ def random_sequences(lengths: list[int], decoded: int, vocabulary: int = 101) ->
     return [rng.integers(0, vocabulary, length + decoded).tolist() for length in lengths]
 
 
-def assert_close(mine: list[np.ndarray], expected: list[np.ndarray], compresses: bool) -> None:
-    """Logits are equal up to rounding; a code at its boundary may move a few rows after it, hardly any far."""
-    for a, b in zip(mine, expected, strict=True):
-        worst = np.abs(a - b).max(-1)
-        assert np.isfinite(worst).all()
-        if compresses:
-            assert np.median(worst) <= LIMIT and np.quantile(worst, 0.95) <= 0.05, np.sort(worst)[-10:]
-        else:
-            assert worst.max() <= LIMIT
-
-
 PLANS = [*METHODS, "mixed", "lossless", *full_codec_plans(ModelConfig("llama", 4, 64, 64, 4, 2, 64, 100, 4096))]
 
 
@@ -82,22 +54,15 @@ PLANS = [*METHODS, "mixed", "lossless", *full_codec_plans(ModelConfig("llama", 4
 def test_every_plan_equals_the_reference(tmp_path: Path, plan: str) -> None:
     """A ragged batch, prompts over several quanta, 70 tokens decoded and several demotions."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
-    directory = build(checkpoint, tmp_path / "engine", plan)
-    lengths = [300, 70]
-    sequences = random_sequences(lengths, 70)
-    mine = scores(directory, HostKernelEngine, sequences, lengths)
-    expected = scores(directory, TorchEngine, sequences, lengths)
-    assert_close(mine, expected, compresses=plan not in ("full", "lossless"))
+    directory = build(checkpoint, tmp_path / "engine", plan, quantum=128)
+    assert_equals_reference(directory, [300, 70], 70, backend="host-kernels")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(tmp_path: Path, shape: str) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPES[shape])
-    directory = build(checkpoint, tmp_path / "engine", "kivi4")
-    vocabulary = read_engine(directory).model.vocab_size
-    sequences = random_sequences([200, 3], 70, vocabulary)
-    mine = scores(directory, HostKernelEngine, sequences, [200, 3])
-    assert_close(mine, scores(directory, TorchEngine, sequences, [200, 3]), compresses=True)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **({"head_dim": 64} | SHAPES[shape]))
+    directory = build(checkpoint, tmp_path / "engine", "kivi4", quantum=128)
+    assert_equals_reference(directory, [200, 3], 70, backend="host-kernels")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -105,7 +70,7 @@ def test_shapes(tmp_path: Path, shape: str) -> None:
 def test_half_precision(tmp_path: Path, host_library: KernelLibrary, dtype: torch.dtype, plan: str) -> None:
     """As close as the type's rounding lets it be, measured by what is left of the logits' size."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
-    directory = build(checkpoint, tmp_path / "engine", plan)
+    directory = build(checkpoint, tmp_path / "engine", plan, quantum=128)
     info = read_engine(directory)
     engine = KernelEngine(directory, info, host_library, torch.device("cpu"), dtype, run_again)
     assert engine.element_bytes == 2
@@ -122,7 +87,7 @@ def test_half_precision(tmp_path: Path, host_library: KernelLibrary, dtype: torc
 def test_generation_equals_the_reference(tmp_path: Path, plan: str) -> None:
     """More requests than fit in a batch, of different lengths: buckets, padding and preemption change no token."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
-    directory = build(checkpoint, tmp_path / "engine", plan, max_batch_size=3)
+    directory = build(checkpoint, tmp_path / "engine", plan, quantum=128, max_batch_size=3)
     prompts = random_sequences([1, 200, 66, 31, 140], 0)
     params = [SamplingParams(max_tokens=count, temperature=0.0) for count in (80, 10, 70, 3, 40)]
     made = {}
@@ -145,8 +110,13 @@ def test_pools_hold_exactly_the_planned_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_only_formats_are_dequantized(tmp_path: Path, weights: str, tied: bool) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", hidden_size=80, tie_word_embeddings=tied)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64, hidden_size=80, tie_word_embeddings=tied)
     directory = build(checkpoint, tmp_path / "engine", "full", weights=weights)
-    sequences = random_sequences([100], 5)
-    mine = scores(directory, HostKernelEngine, sequences, [100])
-    assert_close(mine, scores(directory, TorchEngine, sequences, [100]), compresses=False)
+    assert_equals_reference(directory, [100], 5, backend="host-kernels")
+    assert_equals_reference(directory, [100], 5, backend="torch")
+
+
+def test_heads_no_kernel_takes_are_refused_when_loaded(tmp_path: Path) -> None:
+    directory = build(make_checkpoint(tmp_path / "checkpoint", head_dim=32), tmp_path / "engine", "full")
+    with pytest.raises(UserError, match="head_dim: expected 64, 80, 96, 128 or 256, got 32"):
+        HostKernelEngine(directory, read_engine(directory), 1)

@@ -74,9 +74,7 @@ def test_compress_and_restore(kernels: Kernels, name: str, dim: int) -> None:
             arrays = read_maps(layout, stream_matrices(plan.matrices, layout.index), member)
             maps = device_maps(arrays, kernels.device)
             shape = StreamShape(kernels.library, layout, member)
-            mine = restore_blocks(
-                kernels.library, shape, layout, cache.tensors, maps, ids[1], ids[2], config, dtype
-            )
+            mine = restore_blocks(kernels.library, shape, layout, cache.tensors, maps, ids[1], ids[2], config, dtype)
             theirs = twin_restore(layout, fields, member, torch.tensor(NUMBER), constants)
             limit = ROUNDING[dtype] * theirs.abs().amax(-1, keepdim=True) + 1e-5
             assert ((mine.cpu().float() - theirs).abs() <= limit).all(), (layout.stream, member)
