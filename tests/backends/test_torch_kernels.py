@@ -18,6 +18,7 @@ from minicache_trt.errors import UserError
 from minicache_trt.kernels.graphs import run_again
 from minicache_trt.kernels.library import KernelLibrary
 from minicache_trt.kernels.locate import LIBRARY_VARIABLE
+from minicache_trt.reference.ties import TOLERANCE
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.support.checkpoints import SHAPES, make_checkpoint
@@ -55,7 +56,9 @@ def test_every_plan_equals_the_reference(tmp_path: Path, plan: str) -> None:
     """A ragged batch, prompts over several quanta, 70 tokens decoded and several demotions."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
     directory = build(checkpoint, tmp_path / "engine", plan, quantum=128)
-    assert_equals_reference(directory, [300, 70], 70, backend="host-kernels")
+    # The smallest steps of fp8 are 2e-6 of its range, not far from the rounding of what is stored.
+    farthest = 2e-3 if plan == "fp8" else TOLERANCE
+    assert_equals_reference(directory, [300, 70], 70, "host-kernels", farthest)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -13,7 +13,7 @@ from minicache_trt.compression.methods import METHODS, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.engine_directory import read_engine
-from minicache_trt.reference.ties import Ties
+from minicache_trt.reference.ties import TOLERANCE, Ties
 from minicache_trt.runtime.llm import LLM
 from tests.support.plans import full_codec_plans, lossless_plan, mixed_plan
 
@@ -38,8 +38,13 @@ def plan_named(name: str, config: ModelConfig) -> CompressionPlan:
     return {"mixed": mixed_plan, "lossless": lossless_plan}.get(name, lambda c: full_codec_plans(c)[name])(config)
 
 
-def assert_equals_reference(directory: Path, lengths: Lengths, decoded: int, backend: str = "onnxruntime") -> None:
-    """Score random tokens in one ragged batch; every logit, greedy choice and stored code must be the reference's."""
+def assert_equals_reference(
+    directory: Path, lengths: Lengths, decoded: int, backend: str = "onnxruntime", farthest: float = TOLERANCE
+) -> None:
+    """Score random tokens in one ragged batch; every logit, greedy choice and stored code must be the reference's.
+
+    ``farthest``: how far from its boundary a differing code may lie, in steps.
+    """
     info = read_engine(directory)
     llm = LLM.from_engine(load_engine(directory, 1, backend))
     rng = np.random.default_rng(0)
@@ -52,7 +57,7 @@ def assert_equals_reference(directory: Path, lengths: Lengths, decoded: int, bac
         ties = Ties()
         expected = reference.logits(tokens, length, adopt=recorder.adopter(index, ties)).numpy()
         assert np.abs(mine - expected).max() <= LIMIT
-        assert ties.disagreements == 0, ties
+        assert ties.disagreements == 0 or ties.farthest <= farthest, ties
         assert ties.differing_codes <= max(5, 2.0**-12 * ties.codes), ties
         best = np.sort(expected, -1)
         clear = best[:, -1] - best[:, -2] >= 2 * LIMIT
