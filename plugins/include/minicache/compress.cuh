@@ -221,7 +221,8 @@ struct CompressScratch {
     const int members = shape.members, width = maximum(shape.rank, shape.dim);
     const bool angles = needs_angles(shape), slerp = shape.merge == Merge::slerp;
     const bool channel = has_channel_ranges(shape);
-    const bool tile = channel || (shape.merge != Merge::linear && hadamard_needs_shared(shape));
+    const bool tile = channel || shape.has_residual() ||
+                      (shape.merge != Merge::linear && hadamard_needs_shared(shape));
     segments.codes = take<std::int8_t>(base, kBlockSize * maximum(shape.code_bytes, shape.residual_bytes()));
     segments.columns.pitch = pitch_of(width);
     segments.columns.tile = take<float>(base, tile ? kBlockSize * pitch_of(width) : 0);
@@ -267,14 +268,13 @@ struct CompressKernel {
         if (owner && thread.index < shape.retained)
           to.retained_index(slot)[thread.index] = static_cast<std::int8_t>(s.retention.index[thread.index]);
       });
-      store_exact<T, Chunks>(
-          block, to, slot, s.retention.index, [&](int member) { return a.rows(n, member, slot); }, other);
+      store_exact<T>(block, to, slot, s.retention.index, [&](int member) { return a.rows(n, member, slot); });
     } else {
       block.each([&](Thread thread) {
         if (thread.index < kBlockSize) s.retention.kept[thread.index] = 0;
       });
     }
-    if (shape.has_residual()) store_residuals(block, a, n, slot, s, to, latent, other);
+    if (shape.has_residual()) store_residuals(block, a, n, slot, s, to, latent);
     block.sync();
     store_segments<T, Chunks>(block, to, slot, latent, s.segments);
   }
@@ -360,24 +360,24 @@ struct CompressKernel {
   // x_i / |x_i| - e of every member.
   template <class Block>
   MC_HD static void store_residuals(Block& block, const CompressArguments<T>& a, int n, int slot,
-                                    const CompressScratch& s, const StreamBlock& to, Tiles<Block>& latent,
-                                    Tiles<Block>& residual) {
+                                    const CompressScratch& s, const StreamBlock& to, Tiles<Block>& latent) {
     const StreamShape& shape = a.shape;
+    const ColumnScratch& columns = s.segments.columns;
+    const int row_bytes = shape.residual_bytes();
+    tile_to_shared<Chunks>(block, latent, columns.tile, columns.pitch, 0, shape.dim);
     for (int member = 0; member < shape.members; ++member) {
-      load_vectors<Chunks>(block, residual, a.aligned(n, member, slot));
-      block.each([&](Thread thread) {
-        const float inverse = s.merge.inverse[member * kBlockSize + row_of(thread)];
+      const VectorSource<T> source = a.aligned(n, member, slot);
+      const float* inverse = s.merge.inverse + member * kBlockSize;
+      const auto load = [&](float(&x)[kChunk], int row, int component) {
+        float mean[kChunk];
+        source.load(x, row, component);
+        load_chunk(mean, columns.tile + row * columns.pitch + component);
         MC_UNROLL
-        for (int j = 0; j < Chunks; ++j) {
-          MC_UNROLL
-          for (int e = 0; e < kChunk; ++e)
-            residual(thread).x[j][e] = residual(thread).x[j][e] * inverse - latent(thread).x[j][e];
-        }
-      });
+        for (int e = 0; e < kChunk; ++e) x[e] = x[e] * inverse[row] - mean[e];
+      };
       Half* params = to.residual_params(member, slot);
-      const int row_bytes = shape.residual_bytes();
       block.sync();
-      quantize_rows<Chunks>(block, residual, 0, shape.dim, shape.residual, [&](int row) {
+      quantize_rows(block, shape.dim, shape.residual, load, [&](int row) {
         return RowTarget{s.segments.codes + row * row_bytes, params + row, params + kBlockSize + row};
       });
       block.sync();

@@ -71,7 +71,7 @@ struct DenseMatrix {
       block.sync();
       block.each([&](Thread thread) {
         float(&total)[8][4] = sum(thread).x;
-        MC_UNROLL
+        MC_NO_UNROLL
         for (int step = 0; step < kDenseDepth; step += 4) {
           Bytes16 m[4];
           MC_UNROLL

@@ -59,7 +59,7 @@ MC_HD void store_segment(Block& block, const StreamBlock& to, int head, const Se
     quantize_columns<Chunks>(block, tile, first, segment.length, segment.format, s.kept, s.columns, codes, row_bytes,
                              params + segment.scale, params + segment.minimum);
   } else {
-    quantize_rows<Chunks>(block, tile, first, segment.length, segment.format, [&](int row) {
+    quantize_tile<Chunks>(block, tile, first, segment.length, segment.format, [&](int row) {
       return RowTarget{codes + row * row_bytes, params + segment.scale + row,
                        is_integer(segment.format) ? params + segment.minimum + row : nullptr};
     });
