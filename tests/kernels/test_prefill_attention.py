@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,15 +13,11 @@ from torch import Tensor
 
 from minicache_trt.compression.methods import make_plan
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
-from minicache_trt.kernels.library import TYPES, KernelError, KernelLibrary, address
+from minicache_trt.kernels.library import KernelError, KernelLibrary
 from minicache_trt.kernels.prefill import prefill_attention, prefill_workspace
-from minicache_trt.kernels.structs import AttentionArguments, AttentionShape, Step
-from minicache_trt.model.torch_attention import Pools, paged_attention
-from minicache_trt.runtime.batch import Batch
-from tests.support.steps import random_pools, step
+from tests.support.plans import all_plans
+from tests.support.prefill_case import PrefillCall, PrefillCase
 
-# Unit roundoff of each compute type.
-ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 WIDE_TILES = 100_000
 """A bound on chunks large enough for the launcher to choose its larger tiles."""
 MIXED = [(70, 0, 1), (200, 0, 1), (190, 0, 126), (300, 0, 150), (20, 0, 20), (2, 0, 2)]
@@ -31,115 +27,23 @@ def shape(dim: int = 64, heads: int = 2, group: int = 2) -> ModelConfig:
     return ModelConfig("llama", 4, 64, 64, heads * group, heads, dim, 100, 4096)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A step over random pools, and what the kernel is told about it."""
-
-    pools: Pools
-    batch: Batch
-    q: Tensor
-    layer: int = 1
-    sliding_window: int = 0
-    longest_chunk: int | None = None
-
-    @classmethod
-    def random(cls, config: ModelConfig, sequences: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Case:
-        torch.manual_seed(1)
-        plan = make_plan(config, "full")
-        batch, pools = step(sequences), random_pools(config, plan, full_blocks=64)
-        tensors = {name: tensor.to(dtype) for name, tensor in pools.tensors.items()}
-        q = torch.randn(batch.num_tokens, config.num_heads * config.head_dim).to(dtype)
-        return cls(replace(pools, tensors=tensors), batch, q)
-
-    @property
-    def kv(self) -> Tensor:
-        return self.pools.tensors[f"kv.{self.layer}"]
-
-    def with_poison(self) -> Case:
-        """Not a number wherever no position of the step is, as memory outside the contract may hold it."""
-        used = torch.zeros(self.kv.shape[0], BLOCK_SIZE, dtype=torch.bool)
-        for s, (length, compressed) in enumerate(
-            zip(self.batch.context_len.tolist(), self.batch.compressed_len.tolist(), strict=True)
-        ):
-            place = np.arange(length - compressed)
-            used[torch.from_numpy(self.batch.full_table[s, place // BLOCK_SIZE]).long(), place % BLOCK_SIZE] = True
-        kv = torch.where(used[:, None, None, :, None], self.kv, torch.nan)
-        return replace(self, pools=replace(self.pools, tensors=self.pools.tensors | {f"kv.{self.layer}": kv}))
-
-    def arguments(self, out: Tensor) -> AttentionArguments:
-        """Pointers into this case's tensors, which must outlive them."""
-        config, batch = self.pools.config, self.batch
-        chunks = batch.query_start[1:] - batch.query_start[:-1]
-        longest = int(chunks[len(batch.decode_rows) :].max(initial=0))
-        pointers = {
-            name: getattr(batch, name).ctypes.data
-            for name in ("query_start", "context_len", "slot_mapping", "full_table")
-        }
-        return AttentionArguments(
-            type=TYPES[self.q.dtype],
-            shape=AttentionShape(
-                config.num_heads, config.num_kv_heads, config.head_dim, 1 / math.sqrt(config.head_dim), None
-            ),
-            step=Step(
-                tokens=batch.num_tokens,
-                sequences=len(batch.context_len),
-                decodes=len(batch.decode_rows),
-                full_columns=batch.full_table.shape[1],
-                longest_chunk=longest if self.longest_chunk is None else self.longest_chunk,
-                **pointers,
-            ),
-            kv=address(self.kv),
-            full_blocks=len(self.kv),
-            sliding_window=self.sliding_window,
-            q=address(self.q),
-            out=address(out),
-            q_stride=self.q.stride(0),
-            out_stride=out.stride(0),
-        )
-
-    def attend(self, library: KernelLibrary) -> Tensor:
-        out = torch.full(self.q.shape, 7.0, dtype=self.q.dtype)
-        arguments = self.arguments(out)
-        workspace = torch.full((max(16, prefill_workspace(library, arguments)),), 0xFF, dtype=torch.uint8)
-        prefill_attention(library, arguments, workspace)
-        decodes = len(self.batch.decode_rows)
-        assert (out[:decodes] == 7.0).all(), "rows of decodes are not the kernel's"
-        return out[decodes:]
-
-    def expected(self) -> Tensor:
-        """The twin's prefill rows; it appends, so it is given the keys and values that are there already."""
-        slots = torch.from_numpy(self.batch.slot_mapping).long()
-        new = self.kv[slots // BLOCK_SIZE, :, :, slots % BLOCK_SIZE].flatten(2)
-        out = paged_attention(self.pools, self.batch, self.q.float(), new[:, 0], new[:, 1], self.layer)
-        return out[len(self.batch.decode_rows) :]
-
-    def magnitude(self) -> Tensor:
-        """Attention with absolute values in place of values: what rounded weights may be off by, per unit roundoff."""
-        kv = torch.stack([self.kv[:, 0], self.kv[:, 1].abs()], 1)
-        return replace(
-            self, pools=replace(self.pools, tensors=self.pools.tensors | {f"kv.{self.layer}": kv})
-        ).expected()
-
-
-def assert_agrees(library: KernelLibrary, case: Case) -> None:
-    """Weights and results are rounded once each, everything else is float32."""
-    expected, roundoff = case.expected(), ROUNDOFF[case.q.dtype]
-    tolerance = 2e-5 + (0 if case.q.dtype == torch.float32 else roundoff) * (case.magnitude() + expected.abs())
-    difference = (case.with_poison().attend(library).float() - expected).abs()
+def assert_agrees(library: KernelLibrary, case: PrefillCase) -> None:
+    difference = (case.with_poison().attend(library).float() - case.expected()).abs()
+    tolerance = case.tolerance()
     assert (difference <= tolerance).all(), f"off by {(difference / tolerance).max():.2f} of the tolerance"
 
 
 @pytest.mark.parametrize("longest_chunk", [None, WIDE_TILES], ids=["tiles of 64", "tiles of 128"])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_head_dims(host_library: KernelLibrary, dim: int, longest_chunk: int | None) -> None:
-    case = Case.random(shape(dim), [(70, 0, 1), (150, 0, 70), (20, 0, 20)], torch.float32)
+    case = PrefillCase.random(shape(dim), [(70, 0, 1), (150, 0, 70), (20, 0, 20)], torch.float32)
     assert_agrees(host_library, replace(case, longest_chunk=longest_chunk))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_rounded_types(host_library: KernelLibrary, dim: int, dtype: torch.dtype) -> None:
-    case = Case.random(shape(dim), [(70, 0, 1), (150, 0, 70), (20, 0, 20)], dtype)
+    case = PrefillCase.random(shape(dim), [(70, 0, 1), (150, 0, 70), (20, 0, 20)], dtype)
     assert_agrees(host_library, case)
     if dim <= 128:
         torch.testing.assert_close(
@@ -149,7 +53,7 @@ def test_rounded_types(host_library: KernelLibrary, dim: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 def test_groups(host_library: KernelLibrary, group: int) -> None:
-    assert_agrees(host_library, Case.random(shape(group=group), MIXED, torch.float32))
+    assert_agrees(host_library, PrefillCase.random(shape(group=group), MIXED, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +70,65 @@ def test_groups(host_library: KernelLibrary, group: int) -> None:
     ids=str,
 )
 def test_edges_of_blocks_and_tiles(host_library: KernelLibrary, sequences: list[tuple[int, int, int]]) -> None:
-    case = Case.random(shape(), sequences, torch.float32)
+    case = PrefillCase.random(shape(), sequences, torch.float32)
     assert_agrees(host_library, case)
     assert_agrees(host_library, replace(case, longest_chunk=WIDE_TILES))
 
 
-def windowed_reference(case: Case, visible: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+PLANS = all_plans(shape())
+HISTORY = [(70, 64, 1), (200, 128, 1), (190, 64, 126), (300, 192, 70), (20, 0, 20), (250, 192, 30)]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", PLANS)
+def test_compressed_history(host_library: KernelLibrary, name: str, layer: int) -> None:
+    case = PrefillCase.random(shape(), HISTORY, torch.float32, PLANS[name], layer)
+    assert_agrees(host_library, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("method", ["kivi4", "minicache4"])
+def test_rounded_history(host_library: KernelLibrary, method: str, dim: int, dtype: torch.dtype) -> None:
+    config = shape(dim)
+    assert_agrees(host_library, PrefillCase.random(config, HISTORY, dtype, make_plan(config, method), 3))
+
+
+@pytest.mark.parametrize("window", [0, 100, 500])
+def test_pieces_of_the_history_change_nothing(host_library: KernelLibrary, window: int) -> None:
+    """Any workspace from the smallest on, tiles of either size: the same bits."""
+    sequences = [(700, 640, 9), (290, 256, 20), (20, 0, 20)]
+    case = PrefillCase.random(shape(group=3), sequences, torch.float16, PLANS["minicache4"])
+    case = replace(case.with_poison(), sliding_window=window)
+    whole = case.attend(host_library)
+    call = PrefillCall(host_library, case, whole)
+    state = case.batch.num_tokens * case.pools.config.num_heads * (64 + 5) * 4
+    for columns in (1, 3, 9):
+        size = len(sequences) * columns * (2 * 2 * 64 * 64 * 2 + 8) + state + 7 * 256
+        assert size < prefill_workspace(host_library, call.arguments)
+        for longest_chunk in (None, WIDE_TILES):
+            pieces = replace(case, longest_chunk=longest_chunk).attend(host_library, size)
+            assert torch.equal(pieces, whole)
+
+
+def test_workspace_is_bounded(host_library: KernelLibrary) -> None:
+    """It does not grow with the table beyond what is restored at a time."""
+    case = PrefillCase.random(shape(128), HISTORY, torch.float16, make_plan(shape(128), "kivi4"))
+    call = PrefillCall(host_library, case, torch.empty_like(case.q))
+    sizes = []
+    for columns in (4, 2048, 1_000_000):
+        call.arguments.step.compressed_columns = columns
+        sizes.append(prefill_workspace(host_library, call.arguments))
+    assert sizes[0] < sizes[1] == sizes[2] < 80 << 20
+
+
+def test_workspace_too_small(host_library: KernelLibrary) -> None:
+    case = PrefillCase.random(shape(), HISTORY, torch.float16, PLANS["kivi4"])
+    with pytest.raises(KernelError, match=r"workspace_bytes: expected at least [0-9]+, got 1000"):
+        case.attend(host_library, 1000)
+
+
+def windowed_reference(case: PrefillCase, visible: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Attention over the full tier with `visible` (query position, key position), in float64, spelled out."""
     config, batch, rows = case.pools.config, case.batch, []
     for s in range(len(batch.decode_rows), len(batch.context_len)):
@@ -190,14 +147,14 @@ def windowed_reference(case: Case, visible: Callable[[Tensor, Tensor], Tensor]) 
 @pytest.mark.parametrize("longest_chunk", [None, WIDE_TILES], ids=["tiles of 64", "tiles of 128"])
 @pytest.mark.parametrize("window", [1, 7, 64, 100, 10_000])
 def test_sliding_windows(host_library: KernelLibrary, window: int, longest_chunk: int | None) -> None:
-    case = Case.random(shape(group=3), MIXED, torch.float32)
+    case = PrefillCase.random(shape(group=3), MIXED, torch.float32)
     expected = windowed_reference(case, lambda query, key: (key <= query) & (key > query - window))
     case = replace(case.with_poison(), sliding_window=window, longest_chunk=longest_chunk)
     torch.testing.assert_close(case.attend(host_library), expected, atol=2e-5, rtol=0)
 
 
 def test_blocks_behind_the_window_are_not_read(host_library: KernelLibrary) -> None:
-    case = Case.random(shape(), [(300, 0, 20), (190, 0, 126)], torch.float32)
+    case = PrefillCase.random(shape(), [(300, 0, 20), (190, 0, 126)], torch.float32)
     expected = windowed_reference(case, lambda query, key: (key <= query) & (key > query - 50))
     case.batch.full_table[0, : (300 - 20 - 50) // BLOCK_SIZE] = 0
     case = replace(case.with_poison(), sliding_window=50)
@@ -206,7 +163,7 @@ def test_blocks_behind_the_window_are_not_read(host_library: KernelLibrary) -> N
 
 
 def test_padded_rows_between_tokens(host_library: KernelLibrary) -> None:
-    case = Case.random(shape(), [(90, 0, 1), (90, 0, 40)], torch.float32)
+    case = PrefillCase.random(shape(), [(90, 0, 1), (90, 0, 40)], torch.float32)
     wide = torch.full((len(case.q), 600), torch.nan)
     wide[:, 200:456] = case.q
     assert_agrees(host_library, replace(case, q=wide[:, 200:456]))
@@ -214,7 +171,7 @@ def test_padded_rows_between_tokens(host_library: KernelLibrary) -> None:
 
 def test_neighbours_change_nothing(host_library: KernelLibrary) -> None:
     """A sequence alone, and among others, with tiles of either size: the same bits."""
-    case = Case.random(shape(group=3), [(70, 0, 1), (200, 0, 73), (190, 0, 126)], torch.float16)
+    case = PrefillCase.random(shape(group=3), [(70, 0, 1), (200, 0, 73), (190, 0, 126)], torch.float16)
     together, batch = case.attend(host_library), case.batch
     alone = replace(
         batch,
@@ -231,7 +188,7 @@ def test_neighbours_change_nothing(host_library: KernelLibrary) -> None:
 
 
 def test_steps_without_chunks(host_library: KernelLibrary) -> None:
-    assert len(Case.random(shape(), [(70, 0, 1), (3, 0, 1)], torch.float32).attend(host_library)) == 0
+    assert len(PrefillCase.random(shape(), [(70, 0, 1), (3, 0, 1)], torch.float32).attend(host_library)) == 0
 
 
 @pytest.mark.parametrize(
@@ -260,9 +217,10 @@ def test_steps_without_chunks(host_library: KernelLibrary) -> None:
     ],
 )
 def test_bad_arguments_are_named(host_library: KernelLibrary, path: str, value: float | None, message: str) -> None:
-    case = Case.random(shape(), [(70, 0, 1), (20, 0, 20)], torch.float32)
+    case = PrefillCase.random(shape(), [(70, 0, 1), (20, 0, 20)], torch.float32)
     out = torch.zeros_like(case.q)
-    arguments = case.arguments(out)
+    call = PrefillCall(host_library, case, out)
+    arguments = call.arguments
     *structs, field = path.split(".")
     target = arguments
     for name in structs:
