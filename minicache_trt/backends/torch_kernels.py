@@ -18,7 +18,7 @@ from minicache_trt.kernels.cache import KernelCache
 from minicache_trt.kernels.graphs import CompressGraphs, CudaRecorder, DecodeGraphs, GraphLimits, Recorder, run_again
 from minicache_trt.kernels.library import KernelError, KernelLibrary
 from minicache_trt.kernels.locate import open_library, runs_on
-from minicache_trt.kernels.steps import StepShape, StepTensors
+from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.kernel_ops import KernelOps
 from minicache_trt.runtime.batch import Batch, Int32
@@ -96,7 +96,7 @@ class KernelEngine:
                 logits = self._to_host(self._decode_graphs(batch))
                 every = len(batch.logit_index) == len(logits)
                 return logits if every else logits[batch.logit_index]
-            step = StepTensors(StepShape.of(batch), self.device)
+            step = StepInputs(StepShape.of(batch), self.device)
             step.load(batch)
             return self._to_host(self._compute(step))
 
@@ -111,7 +111,7 @@ class KernelEngine:
         array: NDArray[np.generic] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return array
 
-    def _compute(self, step: StepTensors) -> Tensor:
+    def _compute(self, step: StepInputs) -> Tensor:
         """Logits ``[rows, vocab]`` of a loaded step, compute type."""
 
         def attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from ctypes import byref
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +13,12 @@ from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import StreamLayout, compressed_pools, full_pools, plan_layout
 from minicache_trt.functions.stream_maps import read_maps, write_maps
-from minicache_trt.kernels import structs
+from minicache_trt.kernels.attention import attention_arguments, decode_attention, decode_workspace
 from minicache_trt.kernels.codec import CompressStream, append_kv
-from minicache_trt.kernels.library import (
-    TYPES,
-    KernelError,
-    KernelLibrary,
-    StreamShape,
-    address,
-    device_maps,
-    stream_of,
-    stream_view,
-)
-from minicache_trt.kernels.steps import StepTensors
+from minicache_trt.kernels.library import KernelLibrary, StreamShape, device_maps, stream_view
+from minicache_trt.kernels.prefill import prefill_attention, prefill_workspace
+from minicache_trt.kernels.steps import StepInputs
+from minicache_trt.kernels.structs import AttentionArguments
 from minicache_trt.model.rope import inverse_frequencies
 
 
@@ -95,12 +86,12 @@ class KernelCache:
         }
         return self.num_bytes
 
-    def attend(self, step: StepTensors, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def attend(self, step: StepInputs, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Append, then attend over both tiers: ``PagedAttention``.
 
         Parameters
         ----------
-        step : StepTensors
+        step : StepInputs
             Loaded.
         q : Tensor
             ``[T, Hq*D]`` after RoPE, compute type.
@@ -124,9 +115,9 @@ class KernelCache:
         out = torch.empty_like(q)
         arguments = self._arguments(step, q, out, layer)
         if shape.decodes:
-            self._launch("decode", arguments)
+            decode_attention(self.library, arguments, self._scratch(decode_workspace(self.library, arguments)))
         if shape.sequences > shape.decodes:
-            self._launch("prefill", arguments)
+            prefill_attention(self.library, arguments, self._scratch(prefill_workspace(self.library, arguments)))
         return out
 
     def compress(self, source: Tensor, target: Tensor, block_index: Tensor) -> None:
@@ -147,36 +138,21 @@ class KernelCache:
         maps = write_maps(layout, matrices)
         self._writers.append(CompressStream(self.library, layout, maps, readers, self.config, self.device))
 
-    def _arguments(self, step: StepTensors, q: Tensor, out: Tensor, layer: int) -> structs.AttentionArguments:
-        config = self.config
-        kv = self.tensors[f"kv.{layer}"]
-        arguments = structs.AttentionArguments(
-            type=TYPES[self.dtype],
-            shape=structs.AttentionShape(
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                1 / math.sqrt(config.head_dim),
-                address(self.frequencies),
-            ),
-            step=step.struct(self.plan.compresses),
-            kv=address(kv),
-            full_blocks=len(kv),
-            sliding_window=0,
-            q=address(q),
-            out=address(out),
-            q_stride=q.stride(0),
-            out_stride=out.stride(0),
-        )
+    def _arguments(self, step: StepInputs, q: Tensor, out: Tensor, layer: int) -> AttentionArguments:
+        views = {}
         for part in PARTS if self.plan.compresses else ():
             reading = self._readings[part, layer]
-            setattr(arguments, part, stream_view(reading.shape, reading.layout, self.tensors, reading.maps))
-        return arguments
+            views[part] = stream_view(reading.shape, reading.layout, self.tensors, reading.maps)
+        return attention_arguments(
+            self.config,
+            step.attention(self.plan.compresses),
+            self.tensors[f"kv.{layer}"],
+            q,
+            out,
+            views.get("key"),
+            views.get("value"),
+            self.frequencies,
+        )
 
-    def _launch(self, rows: str, arguments: structs.AttentionArguments) -> None:
-        """Attend the step's ``decode`` or ``prefill`` rows."""
-        size = self.library.size(f"{rows}_workspace", byref(arguments))
-        if size < 0:
-            raise KernelError(self.library.last_error())
-        workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self.library.call(f"{rows}_attention", byref(arguments), address(workspace), size, stream_of(workspace))
+    def _scratch(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=self.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.kernels.cache import KernelCache
-from minicache_trt.kernels.steps import StepShape, StepTensors
+from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.model.torch_attention import Pools, paged_attention
 from minicache_trt.runtime.batch import Batch
 from tests.gpu.conftest import Kernels
@@ -75,7 +75,7 @@ class Case:
             kv.masked_fill_(~used[:, None, None, :, None].to(kv.device), torch.nan)
 
     def attend(self, kernels: Kernels, layer: int) -> Tensor:
-        step = StepTensors(StepShape.of(self.batch), kernels.device)
+        step = StepInputs(StepShape.of(self.batch), kernels.device)
         step.load(self.batch)
         kernels.poison_free_memory()
         inputs = (x.to(kernels.device) for x in (self.q, self.k, self.v))
