@@ -14,7 +14,7 @@ from minicache_trt.config import ModelConfig
 from minicache_trt.contract import StreamLayout, compressed_pools, full_pools, plan_layout
 from minicache_trt.functions.stream_maps import read_maps, write_maps
 from minicache_trt.kernels.attention import attention_arguments, decode_attention, decode_workspace
-from minicache_trt.kernels.codec import CompressStream, append_kv
+from minicache_trt.kernels.codec import CompressStream, append_kv, restore_blocks
 from minicache_trt.kernels.library import KernelLibrary, StreamShape, device_maps, stream_view
 from minicache_trt.kernels.prefill import prefill_attention, prefill_workspace
 from minicache_trt.kernels.steps import StepInputs
@@ -109,22 +109,37 @@ class KernelCache:
         KernelError
             A kernel does not support this model's shape.
         """
-        shape = step.shape
         append_kv(self.library, self.tensors[f"kv.{layer}"], k, v, step.tensors["slot_mapping"])
+        return self.read(step, q, layer)
+
+    def read(self, step: StepInputs, q: Tensor, layer: int) -> Tensor:
+        """`attend` without its append: the step's keys and values are in the full tier already."""
         q = q.contiguous()
         out = torch.empty_like(q)
         arguments = self._arguments(step, q, out, layer)
-        if shape.decodes:
+        if step.shape.decodes:
             decode_attention(self.library, arguments, self._scratch(decode_workspace(self.library, arguments)))
-        if shape.sequences > shape.decodes:
+        if step.shape.sequences > step.shape.decodes:
             prefill_attention(self.library, arguments, self._scratch(prefill_workspace(self.library, arguments)))
         return out
 
     def compress(self, source: Tensor, target: Tensor, block_index: Tensor) -> None:
         """Blocks ``source [N]`` of the full tier into blocks ``target [N]`` of every stream: ``CompressBlocks``."""
-        for writer in self._writers:
-            full = [self.tensors[f"kv.{layer}"] for layer in writer.layout.stream.layers]
-            writer(full, self.tensors, source, target, block_index)
+        for stream in range(len(self._writers)):
+            self.compress_stream(stream, source, target, block_index)
+
+    def compress_stream(self, stream: int, source: Tensor, target: Tensor, block_index: Tensor) -> None:
+        """`compress` of one stream of the plan."""
+        writer = self._writers[stream]
+        full = [self.tensors[f"kv.{layer}"] for layer in writer.layout.stream.layers]
+        writer(full, self.tensors, source, target, block_index)
+
+    def restore(self, part: str, layer: int, blocks: Tensor, block_index: Tensor) -> Tensor:
+        """Keys (after RoPE) or values of a layer's compressed ``blocks [N]``, ``[N, H, B, D]``."""
+        own = self._readings[part, layer]
+        return restore_blocks(
+            self.library, own.shape, own.layout, self.tensors, own.maps, blocks, block_index, self.config, self.dtype
+        )
 
     def _add_stream(self, layout: StreamLayout) -> None:
         matrices = stream_matrices(self.plan.matrices, layout.index)
