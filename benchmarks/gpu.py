@@ -64,6 +64,6 @@ def seconds(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def copy_bandwidth(device: torch.device, size: int = 2 << 30) -> float:
-    """Bytes per second, read and written, of a large device-to-device copy: the ceiling of everything bound by memory."""
+    """Bytes per second, read and written, of a large copy on the device: the ceiling of all that is bound by memory."""
     source, target = (torch.empty(size, dtype=torch.int8, device=device) for _ in range(2))
     return 2 * size / seconds(lambda: target.copy_(source))

@@ -26,23 +26,28 @@ def decode_baselines(
     torch.OutOfMemoryError
         Keys and values do not fit the GPU.
     """
-    times = {}
-    shape = (batch, config.num_kv_heads, tokens, config.head_dim)
-    k, v = (torch.randn(shape, dtype=_DTYPE, device=device) for _ in range(2))
-    q = torch.randn(batch, config.num_heads, 1, config.head_dim, dtype=_DTYPE, device=device)
-    grouped = config.group_size > 1
-    for name, backend in (("torch flash", SDPBackend.FLASH_ATTENTION), ("torch cuDNN", SDPBackend.CUDNN_ATTENTION)):
-
-        def run(backend: SDPBackend = backend) -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-
-        _try(times, name, run, repeats)
-    del k, v
+    times: dict[str, float] = {}
+    _torch_attention(times, config, batch, tokens, device, repeats)
     if importlib.util.find_spec("flashinfer") is not None:
         _try(times, "FlashInfer", _flashinfer(config, batch, tokens, device), repeats)
     best = min(times, key=lambda name: times[name])
     return best, times[best]
+
+
+def _torch_attention(
+    times: dict[str, float], config: ModelConfig, batch: int, tokens: int, device: torch.device, repeats: int
+) -> None:
+    """PyTorch's fused attentions over contiguous keys and values."""
+    shape = (batch, config.num_kv_heads, tokens, config.head_dim)
+    k, v = (torch.randn(shape, dtype=_DTYPE, device=device) for _ in range(2))
+    q = torch.randn(batch, config.num_heads, 1, config.head_dim, dtype=_DTYPE, device=device)
+    for name, backend in (("torch flash", SDPBackend.FLASH_ATTENTION), ("torch cuDNN", SDPBackend.CUDNN_ATTENTION)):
+
+        def run(backend: SDPBackend = backend) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, enable_gqa=config.group_size > 1)
+
+        _try(times, name, run, repeats)
 
 
 def _try(times: dict[str, float], name: str, run: Callable[[], object], repeats: int) -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from minicache_trt.compression.matrices import required
-from minicache_trt.compression.methods import make_plan
+from minicache_trt.compression.methods import METHODS, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import PoolSpec, compressed_pools
+from minicache_trt.errors import UserError
 
 MODELS = {
     "Llama-2-7B 32/32/128": ModelConfig("llama", 2, 4096, 11008, 32, 32, 128, 32000, 1 << 17),
@@ -24,16 +25,23 @@ PLANS = ("full", "kivi4", "int4 pairs", "KLT pairs post_rope", "KLT pairs pre_ro
 
 
 def plan_of(name: str, config: ModelConfig) -> CompressionPlan:
-    """A method, or pairs of layers joined: half the components in 4 bits, or a quarter of them in g4."""
-    if name in ("full", "kivi4"):
-        return make_plan(config, name)
+    """A method, or `plan_of_pairs`."""
+    return make_plan(config, name) if name in METHODS else plan_of_pairs(name, config)
+
+
+def plan_of_pairs(name: str, config: ModelConfig) -> CompressionPlan:
+    """Pairs of layers joined by a linear map: half the components in 4 bits, or a quarter of them in g4."""
+    if name not in PLANS or name in METHODS:
+        raise UserError(f"unknown plan {name!r}", f"plans: {', '.join((*METHODS, *PLANS))}")
     dim = config.head_dim
     segments = (Segment(dim, "int4", transform="hadamard"),)
     if name != "int4 pairs":
         segments = (Segment(dim // 2, "g4", transform="hadamard"),)
     basis = "pre_rope" if name.endswith("pre_rope") else "post_rope"
     streams = tuple(
-        Stream(part, (0, 1), segments, merge="linear", basis=basis if part == "key" else "post_rope") for part in PARTS
+        Stream(part, (first, first + 1), segments, merge="linear", basis=basis if part == "key" else "post_rope")
+        for part in PARTS
+        for first in range(0, config.num_layers - 1, 2)
     )
     return with_matrices(CompressionPlan("custom", streams), config).validate(config)
 

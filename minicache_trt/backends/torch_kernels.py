@@ -68,7 +68,7 @@ class KernelEngine:
             names = f"{', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}"
             raise UserError(f"head_dim: expected {names}, got {self.model.head_dim}", "use --backend onnxruntime")
         with self._one_line_errors("loading the model"), torch.inference_mode():
-            self._weights = load_weights(directory, device, dtype)
+            self.weights = load_weights(directory, device, dtype)
             self.cache = KernelCache(library, self.model, self.plan, device, dtype)
         self._record = record
         self._host_logits = torch.empty(0, self.model.vocab_size)
@@ -117,7 +117,7 @@ class KernelEngine:
         def attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             return self.cache.attend(step, q, k, v, layer)
 
-        ops = KernelOps(self.model, self._weights, attention, self.cache.frequencies)
+        ops = KernelOps(self.model, self.weights, attention, self.cache.frequencies)
         inputs = step.tensors
         return decoder(self.model, ops, inputs["input_ids"], inputs["positions"], inputs["logit_index"])
 

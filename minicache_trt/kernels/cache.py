@@ -138,7 +138,16 @@ class KernelCache:
         """Keys (after RoPE) or values of a layer's compressed ``blocks [N]``, ``[N, H, B, D]``."""
         own = self._readings[part, layer]
         return restore_blocks(
-            self.library, own.shape, own.layout, self.tensors, own.maps, blocks, block_index, self.config, self.dtype
+            self.library,
+            own.shape,
+            own.layout,
+            self.tensors,
+            own.maps,
+            blocks,
+            block_index,
+            self.config,
+            self.dtype,
+            self.frequencies,
         )
 
     def _add_stream(self, layout: StreamLayout) -> None:
