@@ -1,8 +1,8 @@
 // A stream's blocks as its layer's keys (after RoPE) or values.
 #pragma once
 
-#include "minicache/dense.cuh"
 #include "minicache/rotation.cuh"
+#include "minicache/split_product.cuh"
 #include "minicache/stream_tile.cuh"
 
 namespace minicache {
@@ -45,7 +45,7 @@ struct RestoreScratch {
     const bool apart = products && shape.dim > kDenseColumns;
     places = reinterpret_cast<std::int32_t*>(base);
     staging = reinterpret_cast<float*>(places + kBlockSize);
-    residual = staging + (products ? kDenseFloats : 0);
+    residual = staging + (products ? maximum(kDenseFloats, kSplitFloats) : 0);
     latent = residual + (products && shape.has_residual() ? row_floats : 0);
     rows = apart ? latent + latent_floats : latent;
     const int shared_floats = maximum(latent_floats, shares_rows(shape) ? row_floats : 0);
@@ -98,16 +98,29 @@ struct RestoreKernel {
       });
     }
     const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
-    const DenseMatrix map{a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored), stored, dim, true};
-    const DenseMatrix residual_map{residual ? a.maps.residual_map + place * dim : nullptr, dim, dim, true};
-    typename Block::template PerThread<Accumulator> sum;
+    const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored);
+    const float* residual_map = residual ? a.maps.residual_map + place * dim : nullptr;
+    if constexpr (sizeof(T) == 2) {
+      SplitSums<Block> sum;
+      add_products(block, s, sum, SplitMatrix{map, stored, dim}, SplitMatrix{residual_map, dim, dim});
+    } else {
+      typename Block::template PerThread<Accumulator> sum;
+      add_products(block, s, sum, DenseMatrix{map, stored, dim, true}, DenseMatrix{residual_map, dim, dim, true});
+    }
+  }
+
+  template <class Block, class Sums, class Matrix>
+  MC_HD static void add_products(Block& block, const RestoreScratch& s, Sums& sum, const Matrix& map,
+                                 const Matrix& residual_map) {
+    const int dim = map.columns, pitch = pitch_of(dim);
+    MC_NO_UNROLL
     for (int first = 0; first < dim; first += kDenseColumns) {
       clear(block, sum);
-      map.multiply_add(block, sum, s.latent, pitch_of(stored), first, s.staging);
-      if (residual) residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
+      map.multiply_add(block, sum, s.latent, pitch_of(map.depth), first, s.staging);
+      if (residual_map.numbers != nullptr)
+        residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
       block.sync();
-      visit_results(block, sum, first, dim,
-                    [&](int row, int column, const float(&x)[4]) { store_four(s.rows + row * pitch + column, x); });
+      store_results(block, sum, first, dim, s.rows, pitch);
     }
   }
 
