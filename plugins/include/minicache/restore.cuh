@@ -21,11 +21,9 @@ struct RestoreArguments {
 // Whether restoring takes products with the layer's maps; a transform alone is undone by butterflies.
 MC_HD bool takes_products(const StreamShape& shape) { return shape.merge == Merge::linear || shape.align; }
 
-MC_HD bool turned(const StreamShape& shape) { return shape.part == Part::key && shape.basis == Basis::pre_rope; }
-
 // Whether restored vectors pass through shared memory.
 MC_HD bool shares_rows(const StreamShape& shape) {
-  return takes_products(shape) || turned(shape) || has_transforms(shape);
+  return takes_products(shape) || has_transforms(shape);
 }
 
 // Shared memory of `RestoreKernel`; `bytes` is its size.
@@ -159,39 +157,48 @@ struct RestoreKernel {
                           const RestoreScratch& s) {
     const StreamShape& shape = a.shape;
     const int dim = shape.dim;
-    const bool rotated = turned(shape), shared = shares_rows(shape);
-    const Rotation rotation{a.inverse_frequencies, dim, rotated ? a.block_index[n] * kBlockSize : 0, 1.0f};
+    const bool shared = shares_rows(shape);
+    const Rotation rotation{turned(shape) ? a.inverse_frequencies : nullptr, dim,
+                            turned(shape) ? a.block_index[n] * kBlockSize : 0, 1.0f};
     const Affine affine{shape.has_norms() ? from.norms(shape.gaussian() ? 0 : shape.member, slot) : nullptr,
                         a.maps.offset == nullptr ? nullptr : a.maps.offset + slot * dim};
     T* out = a.out + (static_cast<std::int64_t>(n) * shape.heads + head) * kBlockSize * dim;
     block.each([&](Thread thread) {
       const int row = row_of(thread), place = shape.retained > 0 ? s.places[row] : -1;
-      const float* own = s.rows + row * pitch_of(dim);
+      const auto store = [&](const float(&x)[kChunk], int component) { store_chunk(out + row * dim + component, x); };
+      const auto load = [&](float(&x)[kChunk], int component) {
+        if (shared) {
+          load_chunk(x, s.rows + row * pitch_of(dim) + component);
+        } else {
+          load_numbers_of(x, from, slot, row, component);
+        }
+        affine.apply(x, row, component);
+      };
+      if (place < 0 && rotation.turns()) {
+        turn_row(thread, rotation, load, store);
+        return;
+      }
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
-        float x[kChunk], other[kChunk];
+        float x[kChunk];
         if (place >= 0) {
           load_exact_chunk<T>(x, from, slot, place, component);
-        } else if (shared) {
-          load_chunk(x, own + component);
-          affine.apply(x, row, component);
         } else {
-          load_latent_chunk<T>(x, from, slot, false, row, component);
-          if (shape.has_residual()) {
-            load_residual_chunk(other, from, slot, row, component);
-            MC_UNROLL
-            for (int e = 0; e < kChunk; ++e) x[e] += other[e];
-          }
-          affine.apply(x, row, component);
+          load(x, component);
         }
-        if (rotated && place < 0) {
-          load_chunk(other, own + rotation.partner(component));
-          affine.apply(other, row, rotation.partner(component));
-          rotation.apply(x, other, row, component);
-        }
-        store_chunk(out + row * dim + component, x);
+        store(x, component);
       }
     });
+  }
+
+  // A chunk of a row that takes neither products nor transforms.
+  MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component) {
+    load_latent_chunk<T>(x, from, slot, false, row, component);
+    if (!from.shape.has_residual()) return;
+    float residual[kChunk];
+    load_residual_chunk(residual, from, slot, row, component);
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
   }
 };
 
