@@ -1,8 +1,8 @@
 // A stream's blocks as its layer's keys (after RoPE) or values.
 #pragma once
 
-#include "minicache/dense.cuh"
 #include "minicache/rotation.cuh"
+#include "minicache/split_product.cuh"
 #include "minicache/stream_tile.cuh"
 
 namespace minicache {
@@ -21,11 +21,9 @@ struct RestoreArguments {
 // Whether restoring takes products with the layer's maps; a transform alone is undone by butterflies.
 MC_HD bool takes_products(const StreamShape& shape) { return shape.merge == Merge::linear || shape.align; }
 
-MC_HD bool turned(const StreamShape& shape) { return shape.part == Part::key && shape.basis == Basis::pre_rope; }
-
 // Whether restored vectors pass through shared memory.
 MC_HD bool shares_rows(const StreamShape& shape) {
-  return takes_products(shape) || turned(shape) || has_transforms(shape);
+  return takes_products(shape) || has_transforms(shape);
 }
 
 // Shared memory of `RestoreKernel`; `bytes` is its size.
@@ -45,7 +43,7 @@ struct RestoreScratch {
     const bool apart = products && shape.dim > kDenseColumns;
     places = reinterpret_cast<std::int32_t*>(base);
     staging = reinterpret_cast<float*>(places + kBlockSize);
-    residual = staging + (products ? kDenseFloats : 0);
+    residual = staging + (products ? maximum(kDenseFloats, kSplitFloats) : 0);
     latent = residual + (products && shape.has_residual() ? row_floats : 0);
     rows = apart ? latent + latent_floats : latent;
     const int shared_floats = maximum(latent_floats, shares_rows(shape) ? row_floats : 0);
@@ -99,16 +97,29 @@ struct RestoreKernel {
       });
     }
     const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
-    const DenseMatrix map{a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored), stored, dim, true};
-    const DenseMatrix residual_map{residual ? a.maps.residual_map + place * dim : nullptr, dim, dim, true};
-    typename Block::template PerThread<Accumulator> sum;
+    const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored);
+    const float* residual_map = residual ? a.maps.residual_map + place * dim : nullptr;
+    if constexpr (sizeof(T) == 2) {
+      SplitSums<Block> sum;
+      add_products(block, s, sum, SplitMatrix{map, stored, dim}, SplitMatrix{residual_map, dim, dim});
+    } else {
+      typename Block::template PerThread<Accumulator> sum;
+      add_products(block, s, sum, DenseMatrix{map, stored, dim, true}, DenseMatrix{residual_map, dim, dim, true});
+    }
+  }
+
+  template <class Block, class Sums, class Matrix>
+  MC_HD static void add_products(Block& block, const RestoreScratch& s, Sums& sum, const Matrix& map,
+                                 const Matrix& residual_map) {
+    const int dim = map.columns, pitch = pitch_of(dim);
+    MC_NO_UNROLL
     for (int first = 0; first < dim; first += kDenseColumns) {
       clear(block, sum);
-      map.multiply_add(block, sum, s.latent, pitch_of(stored), first, s.staging);
-      if (residual) residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
+      map.multiply_add(block, sum, s.latent, pitch_of(map.depth), first, s.staging);
+      if (residual_map.numbers != nullptr)
+        residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
       block.sync();
-      visit_results(block, sum, first, dim,
-                    [&](int row, int column, const float(&x)[4]) { store_four(s.rows + row * pitch + column, x); });
+      store_results(block, sum, first, dim, s.rows, pitch);
     }
   }
 
@@ -147,39 +158,48 @@ struct RestoreKernel {
                           const RestoreScratch& s) {
     const StreamShape& shape = a.shape;
     const int dim = shape.dim;
-    const bool rotated = turned(shape), shared = shares_rows(shape);
-    const Rotation rotation{a.inverse_frequencies, dim, rotated ? a.block_index[n] * kBlockSize : 0, 1.0f};
+    const bool shared = shares_rows(shape);
+    const Rotation rotation{turned(shape) ? a.inverse_frequencies : nullptr, dim,
+                            turned(shape) ? a.block_index[n] * kBlockSize : 0, 1.0f};
     const Affine affine{shape.has_norms() ? from.norms(shape.gaussian() ? 0 : shape.member, slot) : nullptr,
                         a.maps.offset == nullptr ? nullptr : a.maps.offset + slot * dim};
     T* out = a.out + (static_cast<std::int64_t>(n) * shape.heads + head) * kBlockSize * dim;
     block.each([&](Thread thread) {
       const int row = row_of(thread), place = shape.retained > 0 ? s.places[row] : -1;
-      const float* own = s.rows + row * pitch_of(dim);
+      const auto store = [&](const float(&x)[kChunk], int component) { store_chunk(out + row * dim + component, x); };
+      const auto load = [&](float(&x)[kChunk], int component) {
+        if (shared) {
+          load_chunk(x, s.rows + row * pitch_of(dim) + component);
+        } else {
+          load_numbers_of(x, from, slot, row, component);
+        }
+        affine.apply(x, row, component);
+      };
+      if (place < 0 && rotation.turns()) {
+        turn_row(thread, rotation, load, store);
+        return;
+      }
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
-        float x[kChunk], other[kChunk];
+        float x[kChunk];
         if (place >= 0) {
           load_exact_chunk<T>(x, from, slot, place, component);
-        } else if (shared) {
-          load_chunk(x, own + component);
-          affine.apply(x, row, component);
         } else {
-          load_latent_chunk<T>(x, from, slot, false, row, component);
-          if (shape.has_residual()) {
-            load_residual_chunk(other, from, slot, row, component);
-            MC_UNROLL
-            for (int e = 0; e < kChunk; ++e) x[e] += other[e];
-          }
-          affine.apply(x, row, component);
+          load(x, component);
         }
-        if (rotated && place < 0) {
-          load_chunk(other, own + rotation.partner(component));
-          affine.apply(other, row, rotation.partner(component));
-          rotation.apply(x, other, row, component);
-        }
-        store_chunk(out + row * dim + component, x);
+        store(x, component);
       }
     });
+  }
+
+  // A chunk of a row that takes neither products nor transforms.
+  MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component) {
+    load_latent_chunk<T>(x, from, slot, false, row, component);
+    if (!from.shape.has_residual()) return;
+    float residual[kChunk];
+    load_residual_chunk(residual, from, slot, row, component);
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
   }
 };
 

@@ -20,13 +20,25 @@ MC_HD void load_numbers(float (&x)[kChunk], Format format, const std::int8_t* co
   });
 }
 
+// A code's level by selection among constants: a table that threads index differently would live in memory.
+template <int Width>
+MC_HD float level_of(std::uint32_t code) {
+  constexpr int kHalf = 1 << (Width - 1);
+  const bool upper = code >= kHalf;
+  const int place = static_cast<int>(upper ? code - kHalf : kHalf - 1 - code);
+  float level = gaussian_level(Width, kHalf);
+  MC_UNROLL
+  for (int i = 1; i < kHalf; ++i) level = place == i ? gaussian_level(Width, kHalf + i) : level;
+  return upper ? level : -level;
+}
+
 // Eight gaussian codes as levels.
 MC_HD void load_levels(float (&x)[kChunk], Format format, const std::int8_t* codes) {
   with_gaussian_bits(format, [&](auto bits) {
     constexpr int kWidth = decltype(bits)::value;
     const PackedCodes packed = load_codes<kWidth>(codes);
     MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) x[e] = gaussian_level(kWidth, static_cast<int>(packed.template get<kWidth>(e)));
+    for (int e = 0; e < kChunk; ++e) x[e] = level_of<kWidth>(packed.template get<kWidth>(e));
   });
 }
 
