@@ -287,7 +287,9 @@ def test_strided_rows(host_library: KernelLibrary) -> None:
     q, _, _ = queries(batch, CONFIG)
     wide = torch.randn(2, 3 * 480)
     wide[:, 480:960] = q
-    assert torch.equal(attend(host_library, pools, batch, wide[:, 480:960], 2), attend(host_library, pools, batch, q, 2))
+    assert torch.equal(
+        attend(host_library, pools, batch, wide[:, 480:960], 2), attend(host_library, pools, batch, q, 2)
+    )
 
 
 def test_no_decodes_is_nothing_to_do(host_library: KernelLibrary) -> None:

@@ -27,7 +27,9 @@ def random_pools(
     for layout in plan_layout(plan, config):
         shape = (len(layout.stream.layers), compressed_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
         block_index = torch.arange(compressed_blocks) % 3
-        fields = compress_blocks(layout, torch.randn(shape).to(dtype), block_index, StreamConstants.of(plan, layout.index))
+        fields = compress_blocks(
+            layout, torch.randn(shape).to(dtype), block_index, StreamConstants.of(plan, layout.index)
+        )
         tensors |= {layout.pools[kind].name: values.contiguous() for kind, values in fields.items()}
     return Pools.of(config, plan, tensors)
 
