@@ -54,6 +54,21 @@ MC_HD void with_format(Format format, F f) {
   }
 }
 
+// The same for formats of retained vectors.
+template <class F>
+MC_HD void with_retained_format(Format format, F f) {
+  switch (format) {
+    case Format::model:
+      return f(FormatTag<Format::model>{});
+    case Format::fp8:
+      return f(FormatTag<Format::fp8>{});
+    case Format::int8:
+      return f(FormatTag<Format::int8>{});
+    default:
+      return f(FormatTag<Format::int4>{});
+  }
+}
+
 namespace detail {
 
 template <class U>
@@ -271,6 +286,49 @@ MC_HD void read_run(const void* row, int index, bool words, Pair<Element<T, F>> 
           out[p] = detail::integer_pair<kBits, N>(codes, p);
         }
       }
+    }
+  }
+}
+
+namespace detail {
+
+// Integer code number c of two rows, whose codes are `joined`: the first row's in low halves, the second's in high ones.
+template <int Bits, int N>
+MC_HD Pair<Half> integer_column(const std::uint32_t (&joined)[2], int c) {
+  constexpr int kPerWord = Bits == 8 ? 2 : N;
+  constexpr std::uint32_t kThousand = 0x64006400u, kMask = ((1u << Bits) - 1u) * 0x00010001u;
+  if constexpr (Bits == 4 && N > 2) {
+    if (c % 2 == 1) {  // in place, as 1024 + 16 code
+      const std::uint32_t word = joined[0] >> (4 * (c - 1));
+      return fused(Pair<Half>{(word & 0x00f000f0u) | kThousand}, Pair<Half>{0x2c002c00u}, Pair<Half>{0xd400d400u});
+    }
+  }
+  const Pair<Half> sum{((joined[c / kPerWord] >> (c % kPerWord * Bits)) & kMask) | kThousand};
+  return fused(sum, Pair<Half>{0x3c003c00u}, Pair<Half>{0xe400e400u});
+}
+
+}  // namespace detail
+
+// Components index to index + N - 1 (N = 2 or 4) of two rows: out[c] holds component c of both.
+template <class T, Format F, int N>
+MC_HD void read_columns(const void* a, const void* b, int index, bool words, Pair<Element<T, F>> (&out)[N]) {
+  if constexpr (is_integer(F) && sizeof(T) == 2) {
+    constexpr int kBits = bits_of(F);
+    std::uint32_t first[2], second[2];
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), index, words, first);
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), index, words, second);
+    const std::uint32_t joined[2] = {permute_bytes(first[0], second[0], 0x5410),
+                                     permute_bytes(first[0], second[0], 0x7632)};
+    MC_UNROLL
+    for (int c = 0; c < N; ++c) out[c] = detail::integer_column<kBits, N>(joined, c);
+  } else {
+    Pair<Element<T, F>> x[N / 2], y[N / 2];
+    read_run<T, F, N>(a, index, words, x);
+    read_run<T, F, N>(b, index, words, y);
+    MC_UNROLL
+    for (int p = 0; p < N / 2; ++p) {
+      out[p] = firsts(x[p], y[p]);
+      out[p + N / 2] = seconds(x[p], y[p]);
     }
   }
 }

@@ -16,7 +16,7 @@ struct MappedQueries {
 // Where things lie in a thread block's shared memory: byte offsets.
 struct CompressedShared {
   std::int32_t stage_bytes, stages;
-  std::int32_t scores, fragments, sums, weights, exact_weights, rows, map, bytes;
+  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map, bytes;
   bool map_in_shared;
 };
 
@@ -44,6 +44,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.sums = field((kRuns + 1 + (kRuns + 1) * kDecodeWarps) * kQueryTile * 4);
   shared.weights = field((kResidualRun + 1) * (kBlockSize / 16) * kStep);
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
+  shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
   shared.rows = field(rebuilt ? kBlockSize * KeyRebuild::row_stride<T>(k) : 0);
   shared.map_in_shared = rebuilt && map_in_shared;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
@@ -118,14 +119,16 @@ struct CompressedSplit {
         key_logits<T>(block, stage, fragments, scale, scores, token);
       }
     }
+    const void** exact_rows = reinterpret_cast<const void**>(block.shared + a.shared.exact_rows);
     if (a.key.shape.retained > 0) {
+      const ExactRows exact{a.key, table, exact_rows, key_slot, blocks * a.key.shape.retained};
+      exact.find_rows<T>(block);
       block.sync();
-      const ExactRows exact{a.key, table, key_slot, blocks * a.key.shape.retained};
       exact_logits<T>(block, exact, fragments, exact_step, scale, scores, start);
     }
     softmax(block, a.problem, item, a.partials, scores);
 
-    const ExactRows exact{a.value, table, value_slot, blocks * a.value.shape.retained};
+    const ExactRows exact{a.value, table, exact_rows, value_slot, blocks * a.value.shape.retained};
     take_exact_weights(block, a, exact, scores, start);
     const WeightFragments weights{block.shared + a.shared.weights, fragments.parts};
     typename Block::template PerThread<Constants> constants;
@@ -234,6 +237,7 @@ struct CompressedSplit {
                                        int start) {
     if (exact.count == 0) return;
     float* list = reinterpret_cast<float*>(block.shared + a.shared.exact_weights);
+    exact.find_rows<T>(block);
     block.each([&](Thread thread) {
       for (int n = thread.index; n < exact.count; n += kThreads) {
         const int token = exact.token(n);
@@ -290,7 +294,7 @@ struct CompressedSplit {
           return weights.template at<Element<T, decltype(tag)::value>, T>(r, step, thread.lane());
         };
         const Segment& run = stage.reader.run(r);
-        add_values<T>(block, sum, kBlockSize / 16, run, residual ? 0 : run.stored, rows, unit, weight, stage.words(r),
+        add_values<T, kBlockSize / 16>(block, sum, kBlockSize / 16, run, residual ? 0 : run.stored, rows, unit, weight, stage.words(r),
                       stage.channel_params(r));
       }
       add_sum(block, sums, n, sum);
@@ -389,12 +393,12 @@ struct CompressedSplit {
     for (int n = 0; n < kOwnUnits && 32 * kDecodeWarps * n < shape.dim; ++n) {
       Sums<Block>& sum = sums[0];
       block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
-      auto rows = [&](int step, int k) { return exact.row<T>(exact.clamped(16 * step + k)); };
+      auto rows = [&](int step, int k) { return exact.rows[exact.clamped(16 * step + k)]; };
       auto unit = [&](Thread thread) { return n * kDecodeWarps + thread.warp(); };
       auto weight = [&](auto tag, int step, Thread thread) {
         return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());
       };
-      add_values<T>(block, sum, ceil_div(exact.count, 16), a.value.exact, 0, rows, unit, weight, true, nullptr);
+      add_values<T, 0>(block, sum, ceil_div(exact.count, 16), a.value.exact, 0, rows, unit, weight, true, nullptr);
       block.each([&](Thread thread) {
         store_unit(thread, a, item, unit(thread), 32 * unit(thread) + 16 >= shape.dim, shape.dim, exact_vector(shape),
                    sum[0](thread), sum[1](thread), [&](int, int query) { return weights.constant(kExactRun, query); });

@@ -100,15 +100,15 @@ struct Scores {
   MC_HD float& operator()(int query, int token) const { return x[query * kStride + token]; }
 };
 
-// Turns the item's logits into weights; writes maximum and sum of its queries. Tokens not seen get weight 0.
+// Turns the item's logits into weights; writes maximum and sum of its queries. Tokens not seen get weight 0. Columns of
+// the tile without a query keep what they have: matrix products do not mix columns.
 // Begins and ends with a `sync`.
 template <class Block, class T>
 MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitItem& item, const Partials& partials,
                    Scores scores) {
   const int first = item.first_block * kBlockSize, last = item.last_block * kBlockSize;
   block.sync();
-  MC_UNROLL
-  for (int n = 0; n < kQueryTile / kDecodeWarps; ++n) {
+  for (int n = 0; n * kDecodeWarps < item.queries; ++n) {
     typename Block::template PerThread<float> peak, sum;
     block.each([&](Thread thread) {
       const int query = thread.warp() + n * kDecodeWarps;

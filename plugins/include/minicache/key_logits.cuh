@@ -113,20 +113,25 @@ MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>&
 }
 
 // Products of 16 rows per warp with the queries over one run. `rows(thread, half)` is row lane / 4 + 8 half of the
-// warp's tile; `params`: of the run, if its ranges are per channel, otherwise null.
-template <class T, class Block, class Rows>
+// warp's tile; `params`: of the run, if its ranges are per channel, otherwise null. Retained: rows of retained vectors.
+template <class T, bool Retained, class Block, class Rows>
 MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
                    int step, const Segment& run, Rows rows, bool words, const Half* params) {
   const Half* scales = params == nullptr ? nullptr : params + run.scale;
   const Half* minima = params == nullptr ? nullptr : params + run.minimum;
-  with_format(run.format, [&](auto tag) {
+  auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
     int at = 0;
     for (; at + 32 <= run.length; at += 32) {
       add_unit<T, kFormat, 8>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
     }
     if (at < run.length) add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
-  });
+  };
+  if constexpr (Retained) {
+    with_retained_format(run.format, body);
+  } else {
+    with_format(run.format, body);
+  }
 }
 
 // Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on.
@@ -146,7 +151,7 @@ MC_HD void key_logits(Block& block, const Stage& stage, const QueryFragments& fr
     auto rows = [&](Thread thread, int half) {
       return first + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
     };
-    add_run<T>(block, sum, fragments, step, run, rows, stage.words(n), stage.channel_params(n));
+    add_run<T, false>(block, sum, fragments, step, run, rows, stage.words(n), stage.channel_params(n));
     step += run.length / 16;
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
@@ -179,9 +184,9 @@ MC_HD void exact_logits(Block& block, const ExactRows& exact, const QueryFragmen
     typename Block::template PerThread<FragmentD> sum;
     block.each([&](Thread thread) { sum(thread) = FragmentD{}; });
     auto rows = [&](Thread thread, int half) {
-      return exact.row<T>(exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half));
+      return exact.rows[exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half)];
     };
-    add_run<T>(block, sum, fragments, step, exact.reader.exact, rows, true, nullptr);
+    add_run<T, true>(block, sum, fragments, step, exact.reader.exact, rows, true, nullptr);
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4;
       for (int half = 0; half < 2; ++half) {

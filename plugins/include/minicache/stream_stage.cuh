@@ -142,8 +142,16 @@ struct Stage {
 // Retained vectors of a split, numbered over its cache blocks: `capacity` of them each.
 struct ExactRows {
   const StreamReader& reader;
-  const std::int32_t* table;  // block ids, the first one seen
+  const std::int32_t* table;  // block ids, from the first one seen on
+  const void** rows;          // in shared memory, after `find_rows`
   int slot, count;
+
+  template <class T, class Block>
+  MC_HD void find_rows(Block& block) const {
+    block.each([&](Thread thread) {
+      for (int n = thread.index; n < count; n += kDecodeThreads) rows[n] = row<T>(n);
+    });
+  }
 
   MC_HD int clamped(int n) const { return minicache::minimum(n, count - 1); }
   MC_HD StreamBlock block(int n) const { return reader.block(table[n / reader.shape.retained]); }

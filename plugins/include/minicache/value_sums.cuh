@@ -71,62 +71,91 @@ MC_HD void prepare_weights(Block& block, const Stage& stage, Scores scores, int 
   });
 }
 
-// Adds `steps` steps of 16 rows to N / 2 sums. `rows(step, k)` is row k of a step; `at(thread)` the thread's first
-// component within the run; warps for which `active(thread)` is false add nothing.
-template <class T, Format F, int N, class Block, class Rows, class At, class Active, class Weight>
+// Ranges of N components, each twice in a pair.
+template <class E, int N>
+struct ColumnRanges {
+  Pair<E> scale[N], minimum[N];
+
+  MC_HD void load(const Half* scales, const Half* minima, int index) {
+    spread(scales + index, scale);
+    if (minima != nullptr) spread(minima + index, minimum);
+  }
+
+ private:
+  MC_HD static void spread(const Half* source, Pair<E> (&out)[N]) {
+    Pair<Half> x[N / 2];
+    read_numbers<N>(source, x);
+    MC_UNROLL
+    for (int p = 0; p < N / 2; ++p) {
+      out[p] = convert<E>(firsts(x[p], x[p]));
+      out[p + N / 2] = convert<E>(seconds(x[p], x[p]));
+    }
+  }
+};
+
+// Adds one step of 16 rows to N / 2 sums.
+template <class T, Format F, int N, class Block, class Rows, class At, class Active, class Weight, class Ranges>
+MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int step, Rows rows, At at,
+                    Active active, Weight weight, bool words, bool channel, const Ranges& ranges) {
+  using E = Element<T, F>;
+  typename Block::template PerThread<FragmentA<E>> values[N / 2];
+  typename Block::template PerThread<FragmentB<E>> weights;
+  block.each([&](Thread thread) {
+    MC_UNROLL
+    for (int m = 0; m < N / 2; ++m) values[m](thread) = FragmentA<E>{};
+    weights(thread) = FragmentB<E>{};
+    if (!active(thread)) return;
+    weights(thread) = weight(FormatTag<F>{}, step, thread);
+    const int index = at(thread), first = 2 * (thread.lane() % 4);
+    MC_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      Pair<E> two[N];
+      read_columns<T, F, N>(rows(step, first + 8 * k), rows(step, first + 8 * k + 1), index, words, two);
+      if constexpr (has_ranges(F)) {
+        if (channel) {
+          MC_UNROLL
+          for (int c = 0; c < N; ++c) two[c] = fused(two[c], ranges(thread).scale[c], ranges(thread).minimum[c]);
+        }
+      }
+      MC_UNROLL
+      for (int c = 0; c < N; ++c) put_pair(values[c / 2](thread), c % 2 + 2 * k, two[c]);
+    }
+  });
+  MC_UNROLL
+  for (int m = 0; m < N / 2; ++m) block.multiply_add(sums[m], values[m], weights);
+}
+
+// Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(step, k)` is row k of a step; `at(thread)` the thread's
+// first component within the run; warps for which `active(thread)` is false add nothing.
+template <class T, Format F, int N, int Steps, class Block, class Rows, class At, class Active, class Weight>
 MC_HD void add_components(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Rows rows,
                           At at, Active active, Weight weight, bool words, const Half* scales, const Half* minima) {
   using E = Element<T, F>;
-  for (int step = 0; step < steps; ++step) {
-    typename Block::template PerThread<FragmentA<E>> values[N / 2];
-    typename Block::template PerThread<FragmentB<E>> weights;
+  typename Block::template PerThread<ColumnRanges<Code<T>, N>> ranges;
+  const bool channel = has_ranges(F) && scales != nullptr;
+  if (channel) {
     block.each([&](Thread thread) {
       MC_UNROLL
-      for (int m = 0; m < N / 2; ++m) values[m](thread) = FragmentA<E>{};
-      weights(thread) = FragmentB<E>{};
-      if (!active(thread)) return;
-      weights(thread) = weight(FormatTag<F>{}, step, thread);
-      const int index = at(thread), first = 2 * (thread.lane() % 4);
-      Pair<E> x[4][N / 2];
-      MC_UNROLL
-      for (int i = 0; i < 4; ++i) read_run<T, F, N>(rows(step, first + i % 2 + 8 * (i / 2)), index, words, x[i]);
-      Pair<Half> scale[N / 2] = {}, lowest[N / 2] = {};
-      if constexpr (has_ranges(F)) {
-        if (scales != nullptr) {
-          read_numbers<N>(scales + index, scale);
-          if constexpr (is_integer(F)) read_numbers<N>(minima + index, lowest);
-        }
-      }
-      MC_UNROLL
-      for (int c = 0; c < N; ++c) {
-        const int p = c % (N / 2);
-        MC_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          const Pair<E> a = x[2 * k][p], b = x[2 * k + 1][p];
-          Pair<E> two = c < N / 2 ? firsts(a, b) : seconds(a, b);
-          if constexpr (has_ranges(F)) {
-            if (scales != nullptr) {
-              const Pair<E> s = convert<E>(scale[p]);
-              Pair<E> constant = make_pair<E>(-0.0f, -0.0f);
-              if constexpr (is_integer(F)) {
-                const Pair<E> m = convert<E>(lowest[p]);
-                constant = c < N / 2 ? firsts(m, m) : seconds(m, m);
-              }
-              two = fused(two, c < N / 2 ? firsts(s, s) : seconds(s, s), constant);
-            }
-          }
-          put_pair(values[c / 2](thread), c % 2 + 2 * k, two);
-        }
-      }
+      for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = make_pair<Code<T>>(-0.0f, -0.0f);
+      if (active(thread)) ranges(thread).load(scales, is_integer(F) ? minima : nullptr, at(thread));
     });
+  }
+  static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
+  if constexpr (Steps > 0) {
     MC_UNROLL
-    for (int m = 0; m < N / 2; ++m) block.multiply_add(sums[m], values[m], weights);
+    for (int step = 0; step < Steps; ++step) {
+      add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
+    }
+  } else {
+    for (int step = 0; step < steps; ++step) {
+      add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
+    }
   }
 }
 
 // One unit per warp of a run whose first component is number `start`: `unit(thread)` is its number, from component
-// 32 unit on; `limit`: components in all.
-template <class T, class Block, class Rows, class Unit, class Weight>
+// 32 unit on. Steps 0: `steps` of them, of retained vectors.
+template <class T, int Steps, class Block, class Rows, class Unit, class Weight>
 MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps,
                       const Segment& run, int start, Rows rows, Unit unit, Weight weight, bool words,
                       const Half* params) {
@@ -136,18 +165,18 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
   auto before = [&](Thread thread, int m) { return 32 * unit(thread) + 16 * m - start; };
   auto has = [&](Thread thread, int m) { return before(thread, m) >= 0 && before(thread, m) < run.length; };
   auto whole = [&](Thread thread) { return has(thread, 0) && has(thread, 1); };
-  with_format(run.format, [&](auto tag) {
+  auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
     if (block.any_warp(whole)) {
       auto at = [&](Thread thread) { return before(thread, 0) + 4 * (thread.lane() / 4); };
-      add_components<T, kFormat, 4>(block, sums, steps, rows, at, whole, weight, words, scales, minima);
+      add_components<T, kFormat, 4, Steps>(block, sums, steps, rows, at, whole, weight, words, scales, minima);
     }
     auto part = [&](Thread thread) { return has(thread, 0) != has(thread, 1); };
     if (!block.any_warp(part)) return;
     typename Block::template PerThread<FragmentD> sum[2];
     block.each([&](Thread thread) { sum[0](thread) = FragmentD{}; });
     auto at = [&](Thread thread) { return before(thread, has(thread, 1)) + 2 * (thread.lane() / 4); };
-    add_components<T, kFormat, 2>(block, sum, steps, rows, at, part, weight, words, scales, minima);
+    add_components<T, kFormat, 2, Steps>(block, sum, steps, rows, at, part, weight, words, scales, minima);
     block.each([&](Thread thread) {
       if (!part(thread)) return;
       MC_UNROLL
@@ -156,7 +185,12 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
         for (int i = 0; i < 4; ++i) sums[m](thread).x[i] += has(thread, m) ? sum[0](thread).x[i] : 0.0f;
       }
     });
-  });
+  };
+  if constexpr (Steps > 0) {
+    with_format(run.format, body);
+  } else {
+    with_retained_format(run.format, body);
+  }
 }
 
 // Component of row lane / 4 + 8 j of sum m of unit `unit`; `shared_unit`: more than one run has components in it.
