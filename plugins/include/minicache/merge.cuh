@@ -140,6 +140,7 @@ struct AngleSolver {
   template <class StoreNorm>
   MC_HD bool normalise(StoreNorm store_norm) const {
     bool meaningful = true;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) {
       const float norm = square_root(product(i, i));
       store_norm(i, norm);
@@ -148,8 +149,10 @@ struct AngleSolver {
       meaningful = meaningful && usable;
     }
     float largest = 0.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) {
       product(i, i) = inverse(i) > 0.0f ? 1.0f : 0.0f;
+      MC_NO_UNROLL
       for (int j = i + 1; j < members; ++j) {
         const float cosine = product(i, j) * inverse(i) * inverse(j);
         product(i, j) = cosine;
@@ -162,6 +165,7 @@ struct AngleSolver {
   }
 
   MC_HD void take_last() const {
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) = i + 1 < members ? 0.0f : 1.0f;
   }
 
@@ -169,12 +173,14 @@ struct AngleSolver {
   template <class Coefficient>
   MC_HD float along(Coefficient coefficient, int j) const {
     float sum = 0.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) sum += coefficient(i) * product(i, j);
     return sum;
   }
   template <class Coefficient>
   MC_HD float square(Coefficient coefficient) const {
     float sum = 0.0f;
+    MC_NO_UNROLL
     for (int j = 0; j < members; ++j) sum += coefficient(j) * along(coefficient, j);
     return sum;
   }
@@ -183,6 +189,7 @@ struct AngleSolver {
   MC_HD bool to_unit() const {
     const float length = square_root(maximum(square([&](int i) { return weight(i); }), 0.0f));
     if (!(length > 0.0f)) return false;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) = divide(weight(i), length);
     return true;
   }
@@ -197,12 +204,14 @@ struct AngleSolver {
       return;
     }
     const float sine = sine_of(omega);
+    MC_NO_UNROLL
     for (int i = 0; i < 2; ++i) weight(i) = divide(sine_of(weight(i) * omega), sine);
   }
 
   // One step of the weighted spherical mean, in the tangent space of the current one.
   MC_HD void refine(const float* shares) const {
     float toward = 0.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) {
       const float cosine = clamped(along([&](int k) { return weight(k); }, i));
       const float theta = arc_cosine(cosine), sine = sine_of(theta);
@@ -210,12 +219,14 @@ struct AngleSolver {
       step(i) = shares[i] * factor;
       toward += step(i) * cosine;
     }
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) step(i) -= toward * weight(i);
     const float length = square_root(maximum(square([&](int i) { return step(i); }), 0.0f));
     float sine, cosine;
     sine_and_cosine(length, sine, cosine);
     // Near the mean the length is mostly rounding noise; the step itself is not.
     const float share = length > 0.0f ? divide(sine, length) : 1.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) = cosine * weight(i) + share * step(i);
     to_unit();
   }
@@ -225,12 +236,15 @@ struct AngleSolver {
     if (meaningful && members == 2) {
       interpolate(t);
     } else if (meaningful) {
+      MC_NO_UNROLL
       for (int i = 0; i < members; ++i) weight(i) = shares[i];
       meaningful = to_unit();
       if (!meaningful) s.score[token] = kFirstScore;
+      MC_NO_UNROLL
       for (int k = 0; k < kKarcherSteps && meaningful; ++k) refine(shares);
     }
     if (!meaningful) take_last();
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) *= inverse(i);
   }
 };

@@ -170,7 +170,8 @@ MC_HD void quantize_columns(Block& block, const typename Block::template PerThre
     for (int column = thread.index; column < length; column += kTileThreads) {
       Extent extent = Extent::none(format);
       for (int row = 0; row < kBlockSize; ++row) {
-        if (!skipped[row]) extent.take(format, scratch.tile[row * scratch.pitch + column]);
+        const float y = scratch.tile[row * scratch.pitch + column];
+        if (!skipped[row]) extent.take(format, y);
       }
       const Range range = Range::of(format, extent.most, extent.least);
       ranges[column] = range.scale;
@@ -240,6 +241,17 @@ MC_HD void standardize(Block& block, typename Block::template PerThread<Tile<Chu
   block.sync();
 }
 
+// `gaussian_code` with its boundaries as constants of the program.
+template <int Width, int Index = 0>
+MC_HD std::uint32_t boundaries_below(float u) {
+  if constexpr (Index == (1 << Width) - 1) {
+    return 0;
+  } else {
+    constexpr float kBoundary = gaussian_boundary(Width, Index);
+    return (kBoundary < u ? 1u : 0u) + boundaries_below<Width, Index + 1>(u);
+  }
+}
+
 // Gaussian codes of components [first, first + length); rows whose norm (in shared memory) is 0 get code 0.
 template <int Chunks, class Block>
 MC_HD void quantize_gaussian(Block& block, const typename Block::template PerThread<Tile<Chunks>>& tile, int first,
@@ -256,8 +268,8 @@ MC_HD void quantize_gaussian(Block& block, const typename Block::template PerThr
         PackedCodes packed;
         MC_UNROLL
         for (int e = 0; e < kChunk; ++e) {
-          const int code = gaussian_code(kWidth, tile(thread).x[j][e]);
-          packed.template put<kWidth>(e, empty ? 0u : static_cast<std::uint32_t>(code));
+          const std::uint32_t code = boundaries_below<kWidth>(tile(thread).x[j][e]);
+          packed.template put<kWidth>(e, empty ? 0u : code);
         }
         store_codes<kWidth>(codes + row * row_bytes + column / kChunk * kWidth, packed);
       }
