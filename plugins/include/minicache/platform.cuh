@@ -9,9 +9,11 @@
 #include <cuda_fp16.h>
 #define MC_HD __host__ __device__ __forceinline__
 #define MC_UNROLL _Pragma("unroll")
+#define MC_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define MC_HD inline __attribute__((always_inline))
 #define MC_UNROLL
+#define MC_UNROLL_TWICE
 #endif
 
 #if defined(__CUDA_ARCH__)
