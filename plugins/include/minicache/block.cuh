@@ -158,9 +158,19 @@ struct CudaBlock {
   }
 };
 
+// Thread blocks a multiprocessor should have room for: `kMinBlocks` of a kernel that says so. Bounds its registers.
+template <class Kernel, class = void>
+struct MinBlocks {
+  static constexpr int value = 1;
+};
+template <class Kernel>
+struct MinBlocks<Kernel, decltype(static_cast<void>(Kernel::kMinBlocks))> {
+  static constexpr int value = Kernel::kMinBlocks;
+};
+
 // Entry point of a kernel.
 template <class Kernel, class Arguments>
-__global__ void __launch_bounds__(Kernel::kThreads) enter(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(Kernel::kThreads, MinBlocks<Kernel>::value) enter(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(128) char shared[];
   CudaBlock<Kernel::kThreads> block{shared};
   Kernel::run(block, arguments);

@@ -127,26 +127,33 @@ MC_HD std::uint32_t split_halves(const std::uint32_t (&codes)[2], int word) {
   return (codes[0] & kMask) | ((codes[0] >> (kHalf & 15)) & kMask) << 16;
 }
 
-// Two codes (in the low bits of each half) of pair p.
+// The codes of pair p in the low bits of each half, below bits of others.
 template <int Bits, int N>
 MC_HD std::uint32_t code_pair(const std::uint32_t (&codes)[2], int p) {
   constexpr int kPerWord = Bits == 8 ? 2 : N / 2;
-  constexpr std::uint32_t kMask = ((1u << Bits) - 1u) * 0x00010001u;
-  return (split_halves<Bits, N>(codes, p / kPerWord) >> (p % kPerWord * Bits)) & kMask;
+  return split_halves<Bits, N>(codes, p / kPerWord) >> (p % kPerWord * Bits);
 }
 
-// 1024 + code is a binary16 number whose low bits are the code.
+// Codes in the low bits of each half as numbers: 1024 + code is a binary16 number whose low bits are the code.
+constexpr std::uint32_t kThousand = 0x64006400u;
+template <int Bits>
+MC_HD Pair<Half> low_codes(std::uint32_t word) {
+  constexpr std::uint32_t kMask = ((1u << Bits) - 1u) * 0x00010001u;
+  const Pair<Half> sum{select_bits<kMask, kThousand>(word)};
+  return fused(sum, Pair<Half>{0x3c003c00u}, Pair<Half>{0xe400e400u});
+}
+// The same for 4-bit codes in bits 4 to 7, in place: 1024 + 16 code.
+MC_HD Pair<Half> second_nibbles(std::uint32_t word) {
+  const Pair<Half> sum{select_bits<0x00f000f0u, kThousand>(word)};
+  return fused(sum, Pair<Half>{0x2c002c00u}, Pair<Half>{0xd400d400u});
+}
+
 template <int Bits, int N>
 MC_HD Pair<Half> integer_pair(const std::uint32_t (&codes)[2], int p) {
-  constexpr std::uint32_t kThousand = 0x64006400u;
   if constexpr (Bits == 4 && N > 2) {
-    if (p % 2 == 1) {  // in place, as 1024 + 16 code
-      const std::uint32_t word = split_halves<Bits, N>(codes, 0) >> (4 * (p - 1));
-      return fused(Pair<Half>{(word & 0x00f000f0u) | kThousand}, Pair<Half>{0x2c002c00u}, Pair<Half>{0xd400d400u});
-    }
+    if (p % 2 == 1) return second_nibbles(split_halves<Bits, N>(codes, 0) >> (4 * (p - 1)));
   }
-  const Pair<Half> sum{code_pair<Bits, N>(codes, p) | kThousand};
-  return fused(sum, Pair<Half>{0x3c003c00u}, Pair<Half>{0xe400e400u});
+  return low_codes<Bits>(code_pair<Bits, N>(codes, p));
 }
 
 // The 7 lower bits as a binary16 number with the exponent bias still to be restored: 2^(15 - 7).
@@ -296,15 +303,10 @@ namespace detail {
 template <int Bits, int N>
 MC_HD Pair<Half> integer_column(const std::uint32_t (&joined)[2], int c) {
   constexpr int kPerWord = Bits == 8 ? 2 : N;
-  constexpr std::uint32_t kThousand = 0x64006400u, kMask = ((1u << Bits) - 1u) * 0x00010001u;
   if constexpr (Bits == 4 && N > 2) {
-    if (c % 2 == 1) {  // in place, as 1024 + 16 code
-      const std::uint32_t word = joined[0] >> (4 * (c - 1));
-      return fused(Pair<Half>{(word & 0x00f000f0u) | kThousand}, Pair<Half>{0x2c002c00u}, Pair<Half>{0xd400d400u});
-    }
+    if (c % 2 == 1) return second_nibbles(joined[0] >> (4 * (c - 1)));
   }
-  const Pair<Half> sum{((joined[c / kPerWord] >> (c % kPerWord * Bits)) & kMask) | kThousand};
-  return fused(sum, Pair<Half>{0x3c003c00u}, Pair<Half>{0xe400e400u});
+  return low_codes<Bits>(joined[c / kPerWord] >> (c % kPerWord * Bits));
 }
 
 }  // namespace detail

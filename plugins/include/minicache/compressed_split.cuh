@@ -40,8 +40,8 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   field(static_cast<std::int64_t>(stages) * shared.stage_bytes);
   shared.scores = field(Scores::kBytes);
   shared.fragments = field((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep);
-  // QueryFragments::sums and offset; parts or WeightFragments::constants
-  shared.sums = field((kRuns + 1 + (kRuns + 1) * kDecodeWarps) * kQueryTile * 4);
+  // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
+  shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + kConstants * kDecodeThreads) * 4);
   shared.weights = field((kResidualRun + 1) * (kBlockSize / 16) * kStep);
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
   shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
@@ -74,6 +74,7 @@ MC_HD int compressed_record(const StreamShape& value) {
 template <class T, bool Rebuild>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
+  static constexpr int kMinBlocks = 4;
   using Arguments = CompressedSplitArguments<T>;
   static constexpr int kOwn = 2 * kOwnUnits;  // units of a warp: of latent components, then of residual ones
 
@@ -130,21 +131,23 @@ struct CompressedSplit {
 
     const ExactRows exact{a.value, table, exact_rows, value_slot, blocks * a.value.shape.retained};
     take_exact_weights(block, a, exact, scores, start);
-    const WeightFragments weights{block.shared + a.shared.weights, fragments.parts};
-    typename Block::template PerThread<Constants> constants;
-    block.each([&](Thread thread) { constants(thread) = Constants{}; });
+    const WeightFragments weights{block.shared + a.shared.weights, fragments.parts + kConstants * kQueryTile,
+                                  fragments.parts};
+    block.each([&](Thread thread) {
+      for (int n = 0; n < kConstants; ++n) weights.part(n, thread) = 0.0f;
+    });
     Sums<Block> sums[kOwn];
     clear(block, sums);
     for (int u = blocks; u < 2 * blocks; ++u) {
       wait_stage(block, a.shared.stages);
       fetch(u + a.shared.stages - 1);
       const Stage stage{a.value, stage_data(u)};
-      prepare_weights<T>(block, stage, scores, start + (u - blocks) * kBlockSize, weights, constants);
+      prepare_weights<T>(block, stage, scores, start + (u - blocks) * kBlockSize, weights);
       block.sync();
       add_stage(block, stage, weights, sums);
     }
-    if (exact.count > 0) prepare_exact_weights(block, a, exact, constants);
-    finish_constants(block, weights, constants);
+    if (exact.count > 0) prepare_exact_weights(block, a, exact, weights);
+    finish_constants(block, weights);
     store_latent(block, a, item, weights, sums);
     if (exact.count > 0) store_exact(block, a, item, exact, weights, sums);
   }
@@ -304,9 +307,9 @@ struct CompressedSplit {
   // Fragments of the weights of retained values, in the memory of the stages.
   template <class Block>
   MC_HD static void prepare_exact_weights(Block& block, const Arguments& a, const ExactRows& exact,
-                                          typename Block::template PerThread<Constants>& constants) {
+                                          const WeightFragments& weights) {
     const float* list = reinterpret_cast<const float*>(block.shared + a.shared.exact_weights);
-    const WeightFragments target{block.shared, nullptr};
+    const WeightFragments target{block.shared, nullptr, nullptr};
     block.sync();
     block.each([&](Thread thread) {
       const int query = thread.lane() / 4;
@@ -316,7 +319,7 @@ struct CompressedSplit {
           const int n = 16 * step + 2 * (thread.lane() % 4) + i % 2 + 8 * (i / 2), row = exact.clamped(n);
           const float weight = n < exact.count ? list[query * exact.count + n] : 0.0f;
           scaled[i] = weight * exact.scale(row);
-          constants(thread).x[kExactRun] += weight * exact.minimum(row);
+          weights.part(kExactRun, thread) += weight * exact.minimum(row);
         }
         for (int j = 0; j < 2; ++j) {
           if (exact.reader.exact.format == Format::model) {
@@ -331,18 +334,15 @@ struct CompressedSplit {
   }
 
   template <class Block>
-  MC_HD static void finish_constants(Block& block, const WeightFragments& weights,
-                                     typename Block::template PerThread<Constants>& constants) {
-    MC_UNROLL
-    for (int n = 0; n <= kRuns; ++n) {
-      typename Block::template PerThread<float> sum;
-      block.each([&](Thread thread) { sum(thread) = constants(thread).x[n]; });
-      block.template reduce_add<4>(sum);
-      block.each([&](Thread thread) {
-        if (thread.lane() % 4 != 0) return;
-        weights.constants[(n * kDecodeWarps + thread.warp()) * kQueryTile + thread.lane() / 4] = sum(thread);
-      });
-    }
+  MC_HD static void finish_constants(Block& block, const WeightFragments& weights) {
+    block.sync();
+    block.each([&](Thread thread) {
+      if (thread.index >= kConstants * kQueryTile) return;
+      const int n = thread.index / kQueryTile, query = thread.index % kQueryTile;
+      float sum = 0.0f;
+      for (int i = 0; i < 4 * kDecodeWarps; ++i) sum += weights.part(n, Thread{i / 4 * kWarp + 4 * query + i % 4});
+      weights.totals[thread.index] = sum;
+    });
     block.sync();
   }
 
@@ -389,7 +389,7 @@ struct CompressedSplit {
   MC_HD static void store_exact(Block& block, const Arguments& a, const SplitItem& item, const ExactRows& exact,
                                 const WeightFragments& weights, Sums<Block> (&sums)[kOwn]) {
     const StreamShape& shape = a.value.shape;
-    const WeightFragments own{block.shared, nullptr};
+    const WeightFragments own{block.shared, nullptr, nullptr};
     for (int n = 0; n < kOwnUnits && 32 * kDecodeWarps * n < shape.dim; ++n) {
       Sums<Block>& sum = sums[0];
       block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });

@@ -122,6 +122,7 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
   auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
     int at = 0;
+    MC_UNROLL_TWICE
     for (; at + 32 <= run.length; at += 32) {
       add_unit<T, kFormat, 8>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
     }

@@ -10,54 +10,50 @@
 
 namespace minicache {
 
+constexpr int kConstants = kRuns + 1;
+
 // Fragments of weights in shared memory, kBlockSize / 16 steps of 16 tokens per run, and what belongs to whole runs.
 struct WeightFragments {
   char* data;
-  float* constants;  // [kRuns + 1][kDecodeWarps][kQueryTile]: sums of weights times minima; last: of weights
+  float* parts;   // [kConstants][kDecodeThreads]: a thread's sums of weights times minima; last: of weights
+  float* totals;  // [kConstants][kQueryTile]
 
   template <class E, class T>
   MC_HD FragmentB<E>& at(int n, int step, int lane) const {
     constexpr int kBytes = kWarp * static_cast<int>(sizeof(FragmentB<T>));
     return reinterpret_cast<FragmentB<E>*>(data + (n * (kBlockSize / 16) + step) * kBytes)[lane];
   }
-  MC_HD float constant(int n, int query) const {
-    float sum = 0.0f;
-    for (int w = 0; w < kDecodeWarps; ++w) sum += constants[(n * kDecodeWarps + w) * kQueryTile + query];
-    return sum;
-  }
-};
-
-// What a thread sums up over the stages: weights times minima per run, and weights.
-struct Constants {
-  float x[kRuns + 1];
+  MC_HD float& part(int n, Thread thread) const { return parts[n * kDecodeThreads + thread.index]; }
+  MC_HD float constant(int n, int query) const { return totals[n * kQueryTile + query]; }
 };
 
 constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: latent components, and as many residual ones
 
 // Weights of a stage's tokens, one step per warp; `token`: place of its first one in `scores`.
 template <class T, class Block>
-MC_HD void prepare_weights(Block& block, const Stage& stage, Scores scores, int token, const WeightFragments& fragments,
-                           typename Block::template PerThread<Constants>& constants) {
+MC_HD void prepare_weights(Block& block, const Stage& stage, Scores scores, int token,
+                           const WeightFragments& fragments) {
   block.each([&](Thread thread) {
     const int query = thread.lane() / 4, first = 16 * thread.warp() + 2 * (thread.lane() % 4);
-    float weight[4];
+    float weight[4], sum = 0.0f;
     MC_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int t = first + i % 2 + 8 * (i / 2);
       const float p = scores(query, token + t);
-      constants(thread).x[kRuns] += p;
+      sum += p;
       weight[i] = p * stage.norm(t);
     }
-    MC_UNROLL
+    fragments.part(kRuns, thread) += sum;
     for (int n = 0; n <= kResidualRun; ++n) {
       if (!stage.reader.has_run(n)) continue;
-      float scaled[4];
+      float scaled[4], constant = 0.0f;
       MC_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int t = first + i % 2 + 8 * (i / 2);
         scaled[i] = weight[i] * stage.scale(n, t);
-        constants(thread).x[n] += weight[i] * stage.minimum(n, t);
+        constant += weight[i] * stage.minimum(n, t);
       }
+      fragments.part(n, thread) += constant;
       MC_UNROLL
       for (int j = 0; j < 2; ++j) {
         if (stage.reader.run(n).format == Format::model) {
@@ -101,10 +97,11 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
   typename Block::template PerThread<FragmentA<E>> values[N / 2];
   typename Block::template PerThread<FragmentB<E>> weights;
   block.each([&](Thread thread) {
-    MC_UNROLL
-    for (int m = 0; m < N / 2; ++m) values[m](thread) = FragmentA<E>{};
-    weights(thread) = FragmentB<E>{};
-    if (!active(thread)) return;
+    if (!MC_ON_DEVICE && !active(thread)) {  // on a GPU other warps do not get here
+      for (int m = 0; m < N / 2; ++m) values[m](thread) = FragmentA<E>{};
+      weights(thread) = FragmentB<E>{};
+      return;
+    }
     weights(thread) = weight(FormatTag<F>{}, step, thread);
     const int index = at(thread), first = 2 * (thread.lane() % 4);
     MC_UNROLL
@@ -137,12 +134,12 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = make_pair<Code<T>>(-0.0f, -0.0f);
-      if (active(thread)) ranges(thread).load(scales, is_integer(F) ? minima : nullptr, at(thread));
+      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(scales, is_integer(F) ? minima : nullptr, at(thread));
     });
   }
   static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
   if constexpr (Steps > 0) {
-    MC_UNROLL
+    MC_UNROLL_TWICE
     for (int step = 0; step < Steps; ++step) {
       add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
     }
