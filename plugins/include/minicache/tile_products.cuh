@@ -55,8 +55,10 @@ struct SharedRows {
           constexpr int kRows = Block::kThreads / kUnits;
           Block::copy_async(to + i * kRows * kStride, from + i * Block::kThreads * kUnit, first + i * kRows < valid);
         } else {
-          const int unit = i * Block::kThreads + thread.index, row = unit / kUnits;
-          Block::copy_async(at(row, unit % kUnits * kUnit), from + i * Block::kThreads * kUnit, row < valid);
+          // Rows are one unit longer in shared memory.
+          const int unit = i * Block::kThreads + thread.index;
+          const int row = static_cast<int>(static_cast<unsigned>(unit) / kUnits);
+          Block::copy_async(base + (unit + row) * kUnit, from + i * Block::kThreads * kUnit, row < valid);
         }
       }
     });
