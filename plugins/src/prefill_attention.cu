@@ -11,6 +11,7 @@ constexpr const char* kName = "prefill_attention";
 // Tiles of 128 rows reuse keys twice as much as those of 64, but need this many thread blocks to fill a GPU. Either
 // gives the same bits.
 constexpr std::int64_t kFullGrid = 256;
+constexpr std::int32_t kMostBlocks = 65535;  // of a grid along y and z
 
 bool empty(const AttentionArguments& arguments) { return arguments.step.sequences == arguments.step.decodes; }
 
@@ -50,6 +51,34 @@ std::int32_t check_step(const Step& step) {
   if (step.compressed_columns < 0)
     return fail(invalid_argument, "prefill_attention: compressed_columns: expected at least 0, got %d",
                 step.compressed_columns);
+  if (chunks > kMostBlocks)
+    return fail(unsupported, "prefill_attention: sequences: expected at most %d prefill chunks, got %lld", kMostBlocks,
+                static_cast<long long>(chunks));
+  return ok;
+}
+
+// What kernels count in 32 bits: rows of chunks, positions of all query heads, entries of tables, blocks of heads.
+std::int32_t check_counts(const AttentionArguments& a) {
+  const Step& step = a.step;
+  const std::int64_t group = a.shape.query_heads / a.shape.heads, longest = step.longest_chunk;
+  const std::int64_t columns = std::int64_t{step.full_columns} + step.compressed_columns;
+  const struct {
+    const char* what;
+    std::int64_t count, most;
+  } all[] = {
+      {"longest_chunk: queries of all query heads of a KV head", longest * group, kMostBlocks * std::int64_t{64}},
+      {"full_columns and compressed_columns: positions times query heads of a KV head", columns * kBlockSize * group,
+       kEndOfContext},
+      {"full_table: entries", std::int64_t{step.sequences} * step.full_columns, kEndOfContext},
+      {"compressed_table: blocks of all KV heads", std::int64_t{step.sequences} * step.compressed_columns * a.shape.heads,
+       kEndOfContext},
+      {"full_blocks: blocks of all KV heads", std::int64_t{a.full_blocks} * 2 * a.shape.heads, kEndOfContext},
+  };
+  for (const auto& counted : all) {
+    if (counted.count > counted.most)
+      return fail(unsupported, "prefill_attention: %s: expected at most %lld, got %lld", counted.what,
+                  static_cast<long long>(counted.most), static_cast<long long>(counted.count));
+  }
   return ok;
 }
 
@@ -99,6 +128,7 @@ std::int32_t check_sizes(const AttentionArguments* arguments) {
   const AttentionArguments& a = *arguments;
   if (const std::int32_t status = check_shape(a)) return status;
   if (const std::int32_t status = check_step(a.step)) return status;
+  if (const std::int32_t status = check_counts(a)) return status;
   if ((a.key.shape == nullptr) != (a.value.shape == nullptr))
     return fail(invalid_argument, "prefill_attention: %s is null, but the other stream is not",
                 a.key.shape == nullptr ? "key" : "value");
@@ -130,6 +160,9 @@ std::int32_t attend_piece(const AttentionArguments& a, const PrefillWorkspace& w
   using Kernel = PrefillAttention<T, D, Rows>;
   const Step& step = a.step;
   const int longest = minimum(step.longest_chunk, step.tokens - step.decodes);
+  // A window as wide as the tables hides nothing.
+  const std::int64_t positions = (std::int64_t{step.full_columns} + step.compressed_columns) * kBlockSize;
+  const int window = a.sliding_window < positions ? a.sliding_window : 0;
   const int tiles = ceil_div(longest * (a.shape.query_heads / a.shape.heads), Kernel::kTileRows);
   const PrefillArguments<T> arguments{
       a.shape,
@@ -143,7 +176,7 @@ std::int32_t attend_piece(const AttentionArguments& a, const PrefillWorkspace& w
       static_cast<T*>(a.out),
       a.q_stride,
       a.out_stride,
-      a.sliding_window,
+      window,
       tiles,
       last};
   const Grid grid{a.shape.heads, step.sequences - step.decodes, tiles};

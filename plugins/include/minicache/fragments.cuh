@@ -29,14 +29,12 @@ MC_HD Pair<T> round_pair(float first, float second) {
 #endif
 }
 
-// Fragments B of two neighbouring products, out of four matrices read together: matrices 2 `half` and 2 `half` + 1 side
-// by side along the summed dimension, or, with `Interleaved`, matrices `half` and `half` + 2.
-template <bool Interleaved, class T>
+// Fragments B of two neighbouring products, as `load_matrices` reads them together: neighbouring registers, which the
+// product takes as they are.
+template <class T>
 MC_HD FragmentB<T> half_of(const FragmentA<T>& both, int half) {
   FragmentB<T> result;
-  constexpr int kMatrix = 2, kBytes = kMatrix * sizeof(T);
-  std::memcpy(result.x, both.x + kMatrix * (Interleaved ? half : 2 * half), kBytes);
-  std::memcpy(result.x + kMatrix, both.x + kMatrix * (Interleaved ? half + 2 : 2 * half + 1), kBytes);
+  std::memcpy(&result, both.x + 4 * half, sizeof(result));
   return result;
 }
 

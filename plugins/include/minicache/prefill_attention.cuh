@@ -40,11 +40,12 @@ struct PrefillArguments {
 template <class T, int D, int Rows>
 struct PrefillAttention {
   static constexpr int kThreads = 128;
-  static constexpr int kWarpRows = 16 * Rows;
-  static constexpr int kTileRows = kThreads / kWarp * kWarpRows;
+  static constexpr int kTileRows = kThreads / kWarp * 16 * Rows;
   static constexpr int kSharedBytes = SharedRows<T, D>::bytes(kTileRows + 2 * kBlockSize);
 
   using Arguments = PrefillArguments<T>;
+  template <class Block>
+  using Softmax = OnlineSoftmax<Block, Rows, SharedRows<T, D>::bytes(1)>;  // sums lie behind the rows of queries
   template <class Block>
   using Logits = typename Block::template PerThread<FragmentD>[Rows][kBlockSize / 8];
   template <class Block>
@@ -58,7 +59,8 @@ struct PrefillAttention {
                                             arguments.history.columns, arguments.last);
     if (range.begin >= range.end && !arguments.last) return;
 
-    OnlineSoftmax<Block, Rows> softmax;
+    Softmax<Block> softmax;
+    softmax.sums.base = reinterpret_cast<char*>(queries_of(block).at(0, D));
     Accumulators<Block> accumulators;
     if (range.resumes) {
       load_carry(block, arguments, tile, softmax, accumulators);
@@ -72,7 +74,7 @@ struct PrefillAttention {
       });
     }
     attend(block, arguments, tile, range, softmax, accumulators);
-    // Read again: during the loop every register counts.
+    // Read again, here and for masks: during the loop every register counts.
     const QueryTile same = tile_of(block, arguments);
     if (arguments.last) {
       write(block, arguments, same, softmax, accumulators);
@@ -82,6 +84,11 @@ struct PrefillAttention {
   }
 
  private:
+  template <class Block>
+  MC_HD static SharedRows<T, D> queries_of(const Block& block) {
+    return SharedRows<T, D>{reinterpret_cast<T*>(block.shared)};
+  }
+
   // Tiles with most keys start first.
   template <class Block>
   MC_HD static QueryTile tile_of(const Block& block, const Arguments& arguments) {
@@ -92,13 +99,14 @@ struct PrefillAttention {
 
   template <class Block>
   MC_HD static void attend(Block& block, const Arguments& arguments, const QueryTile& tile, const BlockRange& range,
-                           OnlineSoftmax<Block, Rows>& softmax, Accumulators<Block>& accumulators) {
+                           Softmax<Block>& softmax, Accumulators<Block>& accumulators) {
     if (range.begin >= range.end) return;
-    const SharedRows<T, D> queries{reinterpret_cast<T*>(block.shared)};
+    const SharedRows<T, D> queries = queries_of(block);
     const SharedRows<T, D> keys{queries.at(kTileRows, 0)}, values{keys.at(kBlockSize, 0)};
     const float scale = arguments.shape.scale * kLog2E;
     const int context = tile.context();
-    const KeyBlocks<T> blocks{tile, arguments.step, arguments.full, arguments.history};
+    const int whole = (tile.position(0) + 1) / kBlockSize;  // blocks that all queries see to their end
+    const KeyBlocks<T, D> blocks{tile, arguments.step, arguments.full, arguments.history};
     queries.template load<kTileRows>(block, tile.rows(), [&](int row) {
       return arguments.q + tile.token_of(row) * arguments.q_stride + tile.query_head(row) * D;
     });
@@ -120,34 +128,28 @@ struct PrefillAttention {
                                              context - (index + 1) * kBlockSize);
         Block::commit_async();
       }
-      mask(block, arguments, tile, index, logits);
+      if (index >= whole || arguments.sliding_window > 0) mask(block, arguments, index, logits);
       softmax.update(block, scale, logits, accumulators);
       multiply_values<D, Rows>(block, logits, values, accumulators);
     }
   }
 
-  // Row of the tile that number j of the thread's fragments D [m] belongs to.
-  MC_HD static int row_of(Thread thread, int m, int j) {
-    return thread.warp() * kWarpRows + 16 * m + 8 * j + thread.lane() / 4;
-  }
-
-  // Logits of keys a query does not see become -infinity. Blocks that all queries see whole are left as they are.
-  // Key x (counted from the chunk's first query) is behind query row / G if and only if x G > row.
+  // Logits of keys a query does not see become -infinity. Key x (counted from the chunk's first query) is behind query
+  // row / G if and only if x G > row.
   template <class Block>
-  MC_HD static void mask(Block& block, const Arguments& arguments, const QueryTile& tile, int index,
-                         Logits<Block>& logits) {
+  MC_HD static void mask(Block& block, const Arguments& arguments, int index, Logits<Block>& logits) {
+    const QueryTile tile = tile_of(block, arguments);
     const int group = tile.group, begin = (index * kBlockSize - tile.start) * group;
     const int window = arguments.sliding_window > 0 ? arguments.sliding_window * group : kEndOfContext;
-    const bool causal = begin + (kBlockSize - 1) * group > tile.first;
-    const bool windowed = begin <= tile.first + kTileRows - 1 - window;
-    if (!causal && !windowed) return;
+    const bool whole = begin + (kBlockSize - 1) * group <= tile.first && begin > tile.first + kTileRows - 1 - window;
+    if (whole) return;
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int n = 0; n < kBlockSize / 4; ++n) {
         const int key = begin + (8 * (n / 2) + 2 * (thread.lane() % 4) + n % 2) * group;
         MC_UNROLL
         for (int i = 0; i < 2 * Rows; ++i) {
-          const int row = tile.first + row_of(thread, i / 2, i % 2);
+          const int row = tile.first + fragment_row<Rows>(thread, i / 2, i % 2);
           if (key > row || key <= row - window) logits[i / 2][n / 2](thread).x[2 * (i % 2) + n % 2] = -kInfinity;
         }
       }
@@ -156,15 +158,20 @@ struct PrefillAttention {
 
   template <class Block>
   MC_HD static void write(Block& block, const Arguments& arguments, const QueryTile& tile,
-                          OnlineSoftmax<Block, Rows>& softmax, Accumulators<Block>& accumulators) {
+                          Softmax<Block>& softmax, Accumulators<Block>& accumulators) {
+    typename Block::template PerThread<float> sums[Rows][2];
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int i = 0; i < 2 * Rows; ++i) sums[i / 2][i % 2](thread) = softmax.sums.at(thread, i / 2, i % 2);
+    });
     MC_UNROLL
-    for (int i = 0; i < 2 * Rows; ++i) block.template reduce_add<4>(softmax.sum[i / 2][i % 2]);
+    for (int i = 0; i < 2 * Rows; ++i) block.template reduce_add<4>(sums[i / 2][i % 2]);
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int i = 0; i < 2 * Rows; ++i) {
-        const int m = i / 2, j = i % 2, row = row_of(thread, m, j);
+        const int m = i / 2, j = i % 2, row = fragment_row<Rows>(thread, m, j);
         if (row >= tile.rows()) continue;
-        const float sum = softmax.sum[m][j](thread), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const float sum = sums[m][j](thread), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
         T* out = arguments.out + tile.token_of(row) * arguments.out_stride + tile.query_head(row) * D;
         out += 2 * (thread.lane() % 4);
         MC_UNROLL
@@ -178,15 +185,15 @@ struct PrefillAttention {
 
   template <class Block>
   MC_HD static void save_carry(Block& block, const Arguments& arguments, const QueryTile& tile,
-                               const OnlineSoftmax<Block, Rows>& softmax, const Accumulators<Block>& accumulators) {
+                               const Softmax<Block>& softmax, const Accumulators<Block>& accumulators) {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int i = 0; i < 2 * Rows; ++i) {
-        const int m = i / 2, j = i % 2, row = row_of(thread, m, j), lane = thread.lane() % 4;
+        const int m = i / 2, j = i % 2, row = fragment_row<Rows>(thread, m, j), lane = thread.lane() % 4;
         if (row >= tile.rows()) continue;
         const std::int64_t place = carry_row(arguments, tile, row);
         if (lane == 0) arguments.carry.maxima[place] = softmax.maximum[m][j](thread);
-        arguments.carry.sums[4 * place + lane] = softmax.sum[m][j](thread);
+        arguments.carry.sums[4 * place + lane] = softmax.sums.at(thread, m, j);
         float* numbers = arguments.carry.accumulators + place * D + 2 * lane;
         MC_UNROLL
         for (int n = 0; n < D / 8; ++n) {
@@ -200,15 +207,15 @@ struct PrefillAttention {
   // Rows past the chunk's end start over, like those of a first launch.
   template <class Block>
   MC_HD static void load_carry(Block& block, const Arguments& arguments, const QueryTile& tile,
-                               OnlineSoftmax<Block, Rows>& softmax, Accumulators<Block>& accumulators) {
+                               Softmax<Block>& softmax, Accumulators<Block>& accumulators) {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int i = 0; i < 2 * Rows; ++i) {
-        const int m = i / 2, j = i % 2, row = row_of(thread, m, j), lane = thread.lane() % 4;
+        const int m = i / 2, j = i % 2, row = fragment_row<Rows>(thread, m, j), lane = thread.lane() % 4;
         const bool real = row < tile.rows();
         const std::int64_t place = real ? carry_row(arguments, tile, row) : 0;
         softmax.maximum[m][j](thread) = real ? arguments.carry.maxima[place] : -kInfinity;
-        softmax.sum[m][j](thread) = real ? arguments.carry.sums[4 * place + lane] : 0.0f;
+        softmax.sums.at(thread, m, j) = real ? arguments.carry.sums[4 * place + lane] : 0.0f;
         const float* numbers = arguments.carry.accumulators + place * D + 2 * lane;
         MC_UNROLL
         for (int n = 0; n < D / 8; ++n) {

@@ -64,8 +64,9 @@ struct BlockRange {
   }
 };
 
-// Where the tile's keys and values of each block of the sequence are.
-template <class T>
+// Where the tile's keys and values of each block of the sequence are. Rows of tables and blocks of one head are counted
+// in 32 bits, numbers in 64.
+template <class T, int D>
 struct KeyBlocks {
   const QueryTile& tile;
   const Step& step;
@@ -74,13 +75,15 @@ struct KeyBlocks {
 
   // [B, D] of the tile's KV head.
   MC_HD const T* at(Part part, int index) const {
+    const T* base = full.kv;
+    int block;
     if (index < tile.compressed) {
-      const T* base = part == Part::key ? history.keys : history.values;
-      const std::int64_t row = static_cast<std::int64_t>(tile.sequence - step.decodes) * history.columns;
-      return base + ((row + index - history.first) * full.heads + tile.head) * kBlockSize * full.dim;
+      base = part == Part::key ? history.keys : history.values;
+      block = (tile.sequence - step.decodes) * history.columns + index - history.first;
+    } else {
+      block = step.full_table[tile.sequence * step.full_columns + index - tile.compressed] * 2 + static_cast<int>(part);
     }
-    const std::int64_t row = static_cast<std::int64_t>(tile.sequence) * step.full_columns;
-    return full.block(step.full_table[row + index - tile.compressed], part, tile.head);
+    return base + static_cast<std::int64_t>(block * full.heads + tile.head) * (kBlockSize * D);
   }
 };
 

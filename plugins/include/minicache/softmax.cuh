@@ -19,19 +19,45 @@ MC_HD float exp2_approximate(float x) {
 #endif
 }
 
-// State of the rows of fragments D [Rows]: thread's rows are g + 8 j, j = 0..1, of each. Weights are
-// 2^(scale (logit - maximum)) with scale = log2(e) / sqrt(D); a row that has seen no key has maximum -infinity and sum 0.
-// `sum` is the thread's own part: a row's sum is that of the four lanes that share it.
-template <class Block, int Rows>
+// Neither is NaN.
+MC_HD float larger(float a, float b) {
+#if MC_ON_DEVICE
+  return fmaxf(a, b);
+#else
+  return a < b ? b : a;
+#endif
+}
+
+// Row of the warps' 16 Rows rows that number j = 0, 1 of the thread's fragment D [m] belongs to.
+template <int Rows>
+MC_HD int fragment_row(Thread thread, int m, int j) {
+  return thread.warp() * 16 * Rows + 16 * m + 8 * j + thread.lane() / 4;
+}
+
+// Sums of rows in shared memory, `Pitch` bytes apart, as the parts of the four lanes that share a row; every thread
+// touches only its own. Behind rows of `SharedRows` there is room, and these parts lie in different banks.
+template <int Rows, int Pitch>
+struct RowSums {
+  char* base;
+
+  MC_HD float& at(Thread thread, int m, int j) const {
+    return reinterpret_cast<float*>(base + fragment_row<Rows>(thread, m, j) * Pitch)[thread.lane() % 4];
+  }
+};
+
+// State of the rows of fragments D [Rows]. Weights are 2^(scale (logit - maximum)) with scale = log2(e) / sqrt(D); a row
+// that has seen no key has maximum -infinity and sum 0.
+template <class Block, int Rows, int Pitch>
 struct OnlineSoftmax {
-  typename Block::template PerThread<float> maximum[Rows][2], sum[Rows][2];
+  typename Block::template PerThread<float> maximum[Rows][2];
+  RowSums<Rows, Pitch> sums;
 
   MC_HD void reset(Block& block) {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int i = 0; i < 2 * Rows; ++i) {
         maximum[i / 2][i % 2](thread) = -kInfinity;
-        sum[i / 2][i % 2](thread) = 0.0f;
+        sums.at(thread, i / 2, i % 2) = 0.0f;
       }
     });
   }
@@ -48,7 +74,7 @@ struct OnlineSoftmax {
         MC_UNROLL
         for (int n = 0; n < Columns; ++n) {
           const FragmentD& logit = logits[i / 2][n](thread);
-          highest = minicache::maximum(highest, minicache::maximum(logit.x[2 * (i % 2)], logit.x[2 * (i % 2) + 1]));
+          highest = larger(highest, larger(logit.x[2 * (i % 2)], logit.x[2 * (i % 2) + 1]));
         }
         top[i / 2][i % 2](thread) = highest;
       }
@@ -64,7 +90,7 @@ struct OnlineSoftmax {
         const float base = highest == -kInfinity ? 0.0f : highest * scale;
         const float factor = exp2_approximate(maximum[row][j](thread) * scale - base);
         maximum[row][j](thread) = highest;
-        float total = sum[row][j](thread) * factor;
+        float total = sums.at(thread, row, j) * factor;
         MC_UNROLL
         for (int n = 0; n < Columns; ++n) {
           float* logit = logits[row][n](thread).x + 2 * j;
@@ -72,7 +98,7 @@ struct OnlineSoftmax {
           logit[1] = exp2_approximate(logit[1] * scale - base);
           total += logit[0] + logit[1];
         }
-        sum[row][j](thread) = total;
+        sums.at(thread, row, j) = total;
         MC_UNROLL
         for (int n = 0; n < Width; ++n) {
           float* number = accumulators[row][n](thread).x + 2 * j;

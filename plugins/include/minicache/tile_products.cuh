@@ -17,9 +17,12 @@ struct SharedRows {
 
   MC_HD T* at(int row, int column) const { return base + row * kStride + column; }
 
-  // Where the lane's row of a 16 x 16 part begins, as `load_matrices` wants it: rows 0..7, rows 8..15, then both again
-  // for columns 8..15.
-  MC_HD T* of_lane(Thread thread) const { return at(thread.lane() % 16, thread.lane() / 16 * 8); }
+  // Where the lane's row begins, for `load_matrices` of the 16 x 16 numbers at the start: the four 8 x 8 matrices column
+  // by column (fragment A; pairs of fragments B, transposed), or row by row (pairs of fragments B).
+  MC_HD T* by_column(Thread thread) const { return at(thread.lane() % 16, thread.lane() / 16 * 8); }
+  MC_HD T* by_row(Thread thread) const {
+    return at(thread.lane() / 16 * 8 + thread.lane() % 8, thread.lane() / 8 % 2 * 8);
+  }
 
   static constexpr int bytes(int rows) { return rows * kStride * static_cast<int>(sizeof(T)); }
 
@@ -52,8 +55,10 @@ struct SharedRows {
           constexpr int kRows = Block::kThreads / kUnits;
           Block::copy_async(to + i * kRows * kStride, from + i * Block::kThreads * kUnit, first + i * kRows < valid);
         } else {
-          const int unit = i * Block::kThreads + thread.index, row = unit / kUnits;
-          Block::copy_async(at(row, unit % kUnits * kUnit), from + i * Block::kThreads * kUnit, row < valid);
+          // Rows are one unit longer in shared memory.
+          const int unit = i * Block::kThreads + thread.index;
+          const int row = static_cast<int>(static_cast<unsigned>(unit) / kUnits);
+          Block::copy_async(base + (unit + row) * kUnit, from + i * Block::kThreads * kUnit, row < valid);
         }
       }
     });
@@ -78,17 +83,17 @@ MC_HD void multiply_keys(Block& block, const SharedRows<T, D>& queries, const Sh
     MC_UNROLL
     for (int m = 0; m < Rows; ++m) {
       block.template load_matrices<false>(query[m], [&](Thread thread) {
-        return queries.of_lane(thread) + (thread.warp() * Rows + m) * 16 * kStride + k;
+        return queries.by_column(thread) + (thread.warp() * Rows + m) * 16 * kStride + k;
       });
     }
     MC_UNROLL
     for (int n = 0; n < kBlockSize / 8; ++n) {
       if (n % 2 == 0) {  // keys 8 n .. 8 n + 15
         block.template load_matrices<false>(both, [&](Thread thread) {
-          return keys.of_lane(thread) + 8 * n * kStride + k;
+          return keys.by_row(thread) + 8 * n * kStride + k;
         });
       }
-      block.each([&](Thread thread) { key(thread) = half_of<true>(both(thread), n % 2); });
+      block.each([&](Thread thread) { key(thread) = half_of(both(thread), n % 2); });
       MC_UNROLL
       for (int m = 0; m < Rows; ++m) block.multiply_add(logits[m][n], query[m], key);
     }
@@ -117,10 +122,10 @@ MC_HD void multiply_values(Block& block, typename Block::template PerThread<Frag
     for (int n = 0; n < D / 8; ++n) {
       if (n % 2 == 0) {  // components 8 n .. 8 n + 15
         block.template load_matrices<true>(both, [&](Thread thread) {
-          return values.of_lane(thread) + k * kStride + 8 * n;
+          return values.by_column(thread) + k * kStride + 8 * n;
         });
       }
-      block.each([&](Thread thread) { value(thread) = half_of<false>(both(thread), n % 2); });
+      block.each([&](Thread thread) { value(thread) = half_of(both(thread), n % 2); });
       MC_UNROLL
       for (int m = 0; m < Rows; ++m) block.multiply_add(accumulators[m][n], rounded[m], value);
     }
