@@ -15,9 +15,13 @@ std::int32_t append(FullTier<T> tier, std::int32_t blocks, const void* k, const 
       return fail(invalid_argument, "append_kv: expected strides of at least %lld, multiples of %d, got %lld",
                   static_cast<long long>(row), Kernel::kPack, static_cast<long long>(stride));
   }
+  const std::int64_t packs = Kernel::packs(tokens, tier.heads, tier.dim);
+  if (packs > (1LL << 31) - 1 - Kernel::kThreads)
+    return fail(invalid_argument, "append_kv: tokens: %d are too many for one call", tokens);
+  const Grid grid{static_cast<int>((packs + Kernel::kThreads - 1) / Kernel::kThreads)};
   const AppendArguments<T> arguments{tier,     static_cast<const T*>(k), static_cast<const T*>(v), k_stride,
                                      v_stride, slot_mapping,             tokens,                   blocks};
-  return launch_kernel<Kernel>("append_kv", Grid{Kernel::grid(tokens, tier.heads, tier.dim)}, 0, arguments, stream);
+  return launch_kernel<Kernel>("append_kv", grid, 0, arguments, stream);
 }
 
 }  // namespace

@@ -22,17 +22,16 @@ struct Workspace {
   std::int64_t bytes() const { return static_cast<std::int64_t>(sizeof(float)) * (vectors + statistics); }
 };
 
-bool check_maps(const StreamShape& shape, const WriteMaps* maps) {
+bool check_maps(const StreamShape& shape, const WriteMaps& maps) {
   const auto required = [&](bool needed, const char* name, const void* pointer, std::size_t bytes = 16) {
     return !needed || check_pointer(kName, Required{name, pointer, bytes});
   };
   const bool linear = shape.merge == Merge::linear;
-  if (!required(linear || shape.align || shape.match_heads, "maps", maps, 8)) return false;
-  if (!required(shape.match_heads, "maps.heads", maps->heads, 8)) return false;
-  if (!linear) return required(shape.align, "maps.align", maps->align);
-  if (!required(true, "maps.encode", maps->encode) || !required(true, "maps.bias", maps->bias)) return false;
+  if (!required(shape.match_heads, "maps.heads", maps.heads, 8)) return false;
+  if (!linear) return required(shape.align, "maps.align", maps.align);
+  if (!required(true, "maps.encode", maps.encode) || !required(true, "maps.bias", maps.bias)) return false;
   for (int i = 0; i < shape.members && shape.retained > 0; ++i) {
-    if (!required(true, "maps.map", maps->map[i]) || !required(true, "maps.offset", maps->offset[i])) return false;
+    if (!required(true, "maps.map", maps.map[i]) || !required(true, "maps.offset", maps.offset[i])) return false;
   }
   return true;
 }
@@ -103,7 +102,8 @@ MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minica
   for (int i = 0; i < shape->members; ++i) {
     if (!check_pointer(kName, Required{"layers[i]", layers[i], 16})) return invalid_argument;
   }
-  if (!check_pools(kName, *shape, *pools) || !check_maps(*shape, maps)) return invalid_argument;
+  const WriteMaps own_maps = maps == nullptr ? WriteMaps{} : *maps;
+  if (!check_pools(kName, *shape, *pools) || !check_maps(*shape, own_maps)) return invalid_argument;
   const Workspace parts(*shape, count);
   if (parts.bytes() > 0 && !check_pointer(kName, Required{"workspace", workspace, 16})) return invalid_argument;
   if (workspace_bytes < parts.bytes())
@@ -112,7 +112,7 @@ MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minica
   return with_type(kName, type, [&](auto number) {
     using T = decltype(number);
     float* vectors = static_cast<float*>(workspace);
-    CompressArguments<T> arguments{*shape, *pools, maps == nullptr ? WriteMaps{} : *maps, {}, source_blocks,
+    CompressArguments<T> arguments{*shape, *pools, own_maps, {}, source_blocks,
                                    target_blocks, block_index, inverse_frequencies, {}, vectors,
                                    parts.statistics > 0 ? vectors + parts.vectors : nullptr};
     for (int i = 0; i < shape->members; ++i) arguments.layers[i] = static_cast<const T*>(layers[i]);

@@ -229,7 +229,7 @@ def test_arguments_are_checked(host_library: KernelLibrary) -> None:
         ({"block_index": None}, "block_index is null"),
         ({"count": -1}, "count of at least 0, got -1"),
         ({"pools": None}, "pools is null"),
-        ({"maps": None}, "maps is null"),
+        ({"maps": None}, "maps.encode is null"),
         ({"workspace": None}, "workspace is null"),
         ({"workspace": call.workspace.data_ptr() + 4}, "workspace is not aligned to 16 bytes"),
         ({"workspace_bytes": 16}, "expected a workspace of at least"),
@@ -241,6 +241,21 @@ def test_arguments_are_checked(host_library: KernelLibrary) -> None:
     layers[1] += 2  # type: ignore[index]
     with pytest.raises(KernelError, match=r"layers\[i\] is not aligned"):
         call()
+
+
+def test_workspace_is_as_large_as_said_and_maps_may_be_absent(host_library: KernelLibrary) -> None:
+    for name, index in (("pair KLT", 1), ("mean of four", 0), ("minicache-token", 2), ("minicache4", -1)):
+        call = Call(host_library, name, index)
+        size = host_library.size("compress_workspace", 0, call.shape.address, 3)
+        call.workspace.fill_(POISON)
+        call(workspace_bytes=size)
+        assert (call.workspace[size:] == POISON).all()
+        assert (size > 0) == (name != "minicache4")
+        if size > 0:
+            with pytest.raises(KernelError, match=f"at least {size} bytes, got {size - 1}"):
+                call(workspace_bytes=size - 1)
+        else:
+            call(maps=None, workspace=None, frequencies=None)
 
 
 @pytest.mark.parametrize(

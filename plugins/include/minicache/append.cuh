@@ -26,18 +26,15 @@ struct AppendKernel {
   static constexpr int kThreads = 256;
   static constexpr int kPack = 16 / sizeof(T);
 
-  MC_HD static int grid(std::int64_t tokens, int heads, int dim) {
-    return static_cast<int>((tokens * 2 * heads * (dim / kPack) + kThreads - 1) / kThreads);
-  }
+  // Packs of 16 bytes in a step; the launcher sees to it that they can be counted in 31 bits.
+  MC_HD static std::int64_t packs(std::int64_t tokens, int heads, int dim) { return tokens * 2 * heads * (dim / kPack); }
 
   template <class Block>
   MC_HD static void run(Block& block, const AppendArguments<T>& a) {
     block.each([&](Thread thread) {
       const int row = a.tier.heads * a.tier.dim / kPack;
-      const std::int64_t i = static_cast<std::int64_t>(block.x()) * kThreads + thread.index;
-      const std::int64_t pair = i / row;
-      const int number = static_cast<int>(i - pair * row) * kPack;
-      if (pair >= 2 * static_cast<std::int64_t>(a.tokens)) return;
+      const int i = block.x() * kThreads + thread.index, pair = i / row, number = (i - pair * row) * kPack;
+      if (pair >= 2 * a.tokens) return;
       const std::int64_t token = pair / 2;
       const Part part = pair % 2 == 0 ? Part::key : Part::value;
       const std::int32_t slot = a.slot_mapping[token];

@@ -103,11 +103,13 @@ MC_HD void measure_products(Block& block, int members, Sources source,
                             typename Block::template PerThread<Tile<Chunks>>& first,
                             typename Block::template PerThread<Tile<Chunks>>& second, float* shared,
                             float* products) {
+  MC_NO_UNROLL
   for (int i = 0; i + 1 < members; ++i) {
     load_vectors<Chunks>(block, first, source(i), shared);
-    if (i == 0) multiply_rows<Chunks>(block, first, first, products);
+    MC_NO_UNROLL
     for (int j = i + 1; j < members; ++j) {
       load_vectors<Chunks>(block, second, source(j), shared);
+      if (j == 1) multiply_rows<Chunks>(block, first, first, products);
       if (i == 0) multiply_rows<Chunks>(block, second, second, products + pair_number(members, j, j) * kBlockSize);
       multiply_rows<Chunks>(block, first, second, products + pair_number(members, i, j) * kBlockSize);
     }
