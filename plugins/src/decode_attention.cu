@@ -51,7 +51,8 @@ std::int32_t check_maps(const char* part, const StreamShape& shape, const ReadMa
   auto absent = [&](const char* name) { return fail(invalid_argument, "%s: %s.%s is null", kName, part, name); };
   if (shape.has_map() && maps.map == nullptr) return absent("map");
   if (maps.map != nullptr && maps.map_heads != 1 && maps.map_heads != shape.heads) {
-    return fail(invalid_argument, "%s: %s.map_heads: expected 1 or %d, got %d", kName, part, shape.heads, maps.map_heads);
+    return fail(invalid_argument, "%s: %s.map_heads: expected 1 or %d, got %d", kName, part, shape.heads,
+                maps.map_heads);
   }
   if (maps.map != nullptr && !aligned(maps.map, 16)) {
     return fail(invalid_argument, "%s: %s.map is not aligned to 16 bytes", kName, part);
@@ -117,7 +118,8 @@ std::int32_t check_shape(const AttentionArguments& a) {
     return fail(invalid_argument, "%s: full_columns: expected at least 1, got %d", kName, step.full_columns);
   }
   if (a.key.shape != nullptr && step.compressed_columns < 1) {
-    return fail(invalid_argument, "%s: compressed_columns: expected at least 1, got %d", kName, step.compressed_columns);
+    return fail(invalid_argument, "%s: compressed_columns: expected at least 1, got %d", kName,
+                step.compressed_columns);
   }
   if (a.sliding_window < 0) {
     return fail(invalid_argument, "%s: sliding_window: expected 0 or more, got %d", kName, a.sliding_window);
@@ -129,7 +131,9 @@ std::int32_t check_pointers(const AttentionArguments& a, std::size_t number) {
   const Step& step = a.step;
   if (a.kv == nullptr) return missing("kv");
   if (!aligned(a.kv, 16)) return fail(invalid_argument, "%s: kv is not aligned to 16 bytes", kName);
-  if (a.full_blocks < 1) return fail(invalid_argument, "%s: full_blocks: expected at least 1, got %d", kName, a.full_blocks);
+  if (a.full_blocks < 1) {
+    return fail(invalid_argument, "%s: full_blocks: expected at least 1, got %d", kName, a.full_blocks);
+  }
   if (a.q == nullptr) return missing("q");
   if (a.out == nullptr) return missing("out");
   if (!aligned(a.q, number) || !aligned(a.out, number)) {
@@ -138,7 +142,8 @@ std::int32_t check_pointers(const AttentionArguments& a, std::size_t number) {
   const std::int64_t width = static_cast<std::int64_t>(a.shape.query_heads) * a.shape.dim;
   if (a.q_stride < width || a.out_stride < width) {
     return fail(invalid_argument, "%s: q_stride and out_stride: expected at least %lld, got %lld and %lld", kName,
-                static_cast<long long>(width), static_cast<long long>(a.q_stride), static_cast<long long>(a.out_stride));
+                static_cast<long long>(width), static_cast<long long>(a.q_stride),
+                static_cast<long long>(a.out_stride));
   }
   if (step.query_start == nullptr) return missing("query_start");
   if (step.context_len == nullptr) return missing("context_len");
@@ -231,7 +236,9 @@ struct DecodeAttention {
     const QueryMapArguments<T> arguments{
         problem,
         maps.slots,
-        {{maps.map, maps.map_heads, shape.stored}, {maps.residual_map, shape.heads, shape.dim}, {maps.offset, shape.heads, 1}},
+        {{maps.map, maps.map_heads, shape.stored},
+         {maps.residual_map, shape.heads, shape.dim},
+         {maps.offset, shape.heads, 1}},
         {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)}};
     int tiles = 0;
     for (int n = 0; n < kQueryMaps; ++n) tiles += QueryMap<T>::tiles(arguments, n);

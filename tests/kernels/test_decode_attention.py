@@ -182,7 +182,7 @@ def test_largest_streams(host_library: KernelLibrary, dtype: torch.dtype) -> Non
     check(host_library, pools, batch, 1, TOLERANCE[dtype])
 
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 """Logits are sums of about D products of magnitude 1, with queries (and keys before RoPE) rounded to 11 or 8 bits;
 outputs are rounded to the type."""
 

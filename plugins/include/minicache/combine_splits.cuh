@@ -70,7 +70,8 @@ struct CombineSplits {
 
   // The same number for every thread, from one per warp.
   template <class Block, class F>
-  MC_HD static float over_warps(Block& block, const typename Block::template PerThread<float>& x, float* warps, F join) {
+  MC_HD static float over_warps(Block& block, const typename Block::template PerThread<float>& x, float* warps,
+                                F join) {
     block.sync();
     block.each([&](Thread thread) {
       if (thread.lane() == 0) warps[thread.warp()] = x(thread);

@@ -143,28 +143,24 @@ MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitIte
   block.sync();
 }
 
-// Weights of tokens first, first + 1, first + 8, first + 9 times `factor(token)`, as fragment B of 16 tokens.
-template <class E, class F>
-MC_HD FragmentB<E> weight_fragment(Scores scores, int query, int first, F factor) {
+// Weights of tokens first, first + 1, first + 8, first + 9: a thread's part of fragment B of 16 tokens.
+template <class E>
+MC_HD FragmentB<E> weight_fragment(Scores scores, int query, int first) {
   FragmentB<E> result;
   MC_UNROLL
   for (int j = 0; j < 2; ++j) {
     const int token = first + 8 * j;
-    put_pair(result, j, make_pair<E>(scores(query, token) * factor(token), scores(query, token + 1) * factor(token + 1)));
+    put_pair(result, j, make_pair<E>(scores(query, token), scores(query, token + 1)));
   }
   return result;
 }
 
 // Copies `rows` rows of `bytes` bytes (a multiple of 16) that lie one after another to rows `stride` bytes apart; rows
 // from `valid` on are filled with zeros.
-MC_HD int row_shift(int bytes) {  // log2 of the threads that copy a row
-  int shift = 0;
-  while ((16 << shift) < bytes && shift < 7) ++shift;
-  return shift;
-}
 template <class Block>
 MC_HD void copy_rows(Thread thread, char* target, int stride, const void* source, int bytes, int rows, int valid) {
-  const int shift = row_shift(bytes), column = (thread.index & ((1 << shift) - 1)) * 16;
+  // log2 of the threads that copy a row
+  const int shift = minimum(bit_length((bytes - 1) / 16), 7), column = (thread.index & ((1 << shift) - 1)) * 16;
   for (int row = thread.index >> shift; row < rows; row += kDecodeThreads >> shift) {
     for (int at = column; at < bytes; at += 16 << shift) {
       const char* from = static_cast<const char*>(source) + (row < valid ? row * bytes + at : 0);

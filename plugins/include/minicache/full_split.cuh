@@ -89,8 +89,8 @@ struct FullSplit {
   // Each warp: 16 tokens of the cache block.
   template <class Block>
   MC_HD static void logits(Block& block, const DecodeProblem<T>& problem,
-                           const typename Block::template PerThread<FragmentB<T>> (&query)[kSteps], int stage, int token,
-                           Scores scores) {
+                           const typename Block::template PerThread<FragmentB<T>> (&query)[kSteps], int stage,
+                           int token, Scores scores) {
     typename Block::template PerThread<FragmentD> sum;
     block.each([&](Thread thread) { sum(thread) = FragmentD{}; });
     MC_UNROLL
@@ -121,7 +121,7 @@ struct FullSplit {
       typename Block::template PerThread<FragmentB<T>> weights;
       block.each([&](Thread thread) {
         const int first = token + 16 * k + 2 * (thread.lane() % 4);
-        weights(thread) = weight_fragment<T>(scores, thread.lane() / 4, first, [](int) { return 1.0f; });
+        weights(thread) = weight_fragment<T>(scores, thread.lane() / 4, first);
       });
       MC_UNROLL
       for (int n = 0; n < kOwn; ++n) {

@@ -126,7 +126,7 @@ struct OutputMap {
       block.sync();
       block.each([&](Thread thread) {
         const int component = block.x() * kComponents + thread.index / kLanes;
-        const float* line = matrix.data == nullptr ? nullptr : matrix.of(slot, dim) + static_cast<std::int64_t>(component) * columns;
+        const float* line = matrix.data == nullptr ? nullptr : matrix.of(slot, dim) + component * columns;
         for (int c = thread.index % kLanes * 4; c < columns; c += kLanes * 4) {
           MC_UNROLL
           for (int i = 0; i < 4; ++i) {
@@ -175,10 +175,11 @@ struct MapFragments {
     const StreamShape& shape = a.shape;
     const int steps = rebuild_steps(shape), slot = block.y();
     const std::int64_t count = rebuild_fragments<T>(shape);
-    const HeadMatrix map{a.maps.map, a.maps.map_heads, shape.stored}, residual{a.maps.residual_map, shape.heads, shape.dim};
+    const HeadMatrix map{a.maps.map, a.maps.map_heads, shape.stored};
+    const HeadMatrix residual{a.maps.residual_map, shape.heads, shape.dim};
     auto number = [&](int d, int c) {
       const bool own = c < shape.stored;
-      const HeadMatrix& matrix = own ? map : residual;
+      const HeadMatrix matrix = own ? map : residual;
       const int column = own ? c : c - shape.stored;
       if (d < 0) return 0.0f;
       if (matrix.data == nullptr) return static_cast<float>(column == d);

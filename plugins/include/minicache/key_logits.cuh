@@ -33,7 +33,8 @@ struct QueryFragments {
 
 // Fills the fragments of a run from step `first` on; `number(query, component)` is the query.
 template <class T, class Block, class F>
-MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, const Segment& run, int first, F number) {
+MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, const Segment& run, int first,
+                          F number) {
   typename Block::template PerThread<float> sum;
   block.each([&](Thread thread) {
     const int lane = thread.lane();
@@ -126,7 +127,8 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
     for (; at + 32 <= run.length; at += 32) {
       add_unit<T, kFormat, 8>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
     }
-    if (at < run.length) add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+    if (at == run.length) return;
+    add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
   };
   if constexpr (Retained) {
     with_retained_format(run.format, body);

@@ -81,8 +81,8 @@ struct KeyRebuild {
   }
 
   template <class T, class Block>
-  MC_HD void logits(Block& block, const Stage& stage, const QueryFragments& queries, float scale, Scores scores, int token,
-                    int position) const {
+  MC_HD void logits(Block& block, const Stage& stage, const QueryFragments& queries, float scale, Scores scores,
+                    int token, int position) const {
     using E = Code<T>;
     const StreamShape& shape = stage.reader.shape;
     const int stride = row_stride<T>(shape), steps = rebuild_steps(shape), half = padded_half(shape.dim);

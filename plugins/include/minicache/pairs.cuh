@@ -88,8 +88,8 @@ MC_HD Pair<float> seconds(Pair<float> a, Pair<float> b) { return Pair<float>{{a.
 // a b + c, each rounded once.
 MC_HD Pair<Half> fused(Pair<Half> a, Pair<Half> b, Pair<Half> c) {
 #if MC_ON_DEVICE
-  return Pair<Half>{
-      bit_cast<std::uint32_t>(__hfma2(bit_cast<__half2>(a.bits), bit_cast<__half2>(b.bits), bit_cast<__half2>(c.bits)))};
+  const __half2 x = bit_cast<__half2>(a.bits), y = bit_cast<__half2>(b.bits), z = bit_cast<__half2>(c.bits);
+  return Pair<Half>{bit_cast<std::uint32_t>(__hfma2(x, y, z))};
 #else
   return make_pair<Half>(first_of(a) * first_of(b) + first_of(c), second_of(a) * second_of(b) + second_of(c));
 #endif

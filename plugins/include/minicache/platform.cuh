@@ -163,6 +163,15 @@ MC_HD void sine_cosine(float x, float& sine, float& cosine) {
 #endif
 }
 
+// Bits of x without leading zeros; 0 for 0.
+MC_HD int bit_length(unsigned x) {
+#if MC_ON_DEVICE
+  return 32 - __clz(static_cast<int>(x));
+#else
+  return x == 0 ? 0 : 32 - __builtin_clz(x);
+#endif
+}
+
 MC_HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <class T>

@@ -47,10 +47,13 @@ struct StreamReader {
   StageLayout stage;
   Segment residual, exact;
 
-  MC_HD const Segment& run(int n) const { return n == kResidualRun ? residual : n == kExactRun ? exact : shape.segment[n]; }
+  MC_HD const Segment& run(int n) const {
+    return n == kResidualRun ? residual : n == kExactRun ? exact : shape.segment[n];
+  }
   // Whether run number n is a part of every token.
   MC_HD bool has_run(int n) const {
-    return n == kResidualRun ? shape.has_residual() : n < shape.segments && shape.segment[n].format != Format::drop;
+    if (n == kResidualRun) return shape.has_residual();
+    return n < shape.segments && shape.segment[n].format != Format::drop;
   }
   MC_HD int slot(int head) const { return maps.slots == nullptr ? head : static_cast<int>(maps.slots[head]); }
   MC_HD int map_head(int slot) const { return maps.map_heads == 1 ? 0 : slot; }
@@ -90,7 +93,8 @@ MC_HD void fetch_stage(Block& block, const StreamReader& reader, char* stage, st
     };
     if (layout.codes >= 0) rows(layout.codes, layout.code_stride, source.codes(slot), shape.code_bytes);
     if (layout.latent >= 0) {
-      rows(layout.latent, layout.latent_stride, source.template latent<T>(slot), shape.latent * static_cast<int>(sizeof(T)));
+      const int bytes = shape.latent * static_cast<int>(sizeof(T));
+      rows(layout.latent, layout.latent_stride, source.template latent<T>(slot), bytes);
     }
     if (layout.params >= 0) flat(layout.params, source.params(slot), shape.params * 2);
     if (layout.norms >= 0) flat(layout.norms, source.norms(shape.member, slot), kBlockSize * 2);
@@ -121,7 +125,8 @@ struct Stage {
   MC_HD bool words(int n) const { return (stride(n) | reader.run(n).storage) % 4 == 0; }
   // Scales and minima of run n start at its `scale` and `minimum`.
   MC_HD const Half* params(int n) const {
-    return reinterpret_cast<const Half*>(data + (n == kResidualRun ? reader.stage.residual_params : reader.stage.params));
+    const int offset = n == kResidualRun ? reader.stage.residual_params : reader.stage.params;
+    return reinterpret_cast<const Half*>(data + offset);
   }
   MC_HD const Half* channel_params(int n) const {
     return reader.run(n).channel && has_ranges(reader.run(n).format) ? params(n) : nullptr;
@@ -159,7 +164,9 @@ struct ExactRows {
   MC_HD const void* row(int n) const {
     const StreamShape& shape = reader.shape;
     const int place = n % shape.retained;
-    if (shape.retained_format == Format::model) return block(n).template exact<T>(shape.member, slot) + place * shape.dim;
+    if (shape.retained_format == Format::model) {
+      return block(n).template exact<T>(shape.member, slot) + place * shape.dim;
+    }
     return block(n).exact_codes(shape.member, slot) + place * shape.exact_bytes();
   }
   // Token it stands for, counted from the first block; -1: none.

@@ -2,8 +2,8 @@
 // what it sums over, query heads its columns.
 //
 // Components go in units of 32, dealt to the warps in turn. A thread with g = lane / 4 reads N = 4 neighbouring
-// components of a unit, from N g on: c = 0, 1 are rows g and g + 8 of the unit's first sum, c = 2, 3 of its second. In a
-// unit that more than one run shares, N = 2: its halves of 16 components are the first sum and the second.
+// components of a unit, from N g on: c = 0, 1 are rows g and g + 8 of the unit's first sum, c = 2, 3 of its second. In
+// a unit that more than one run shares, N = 2: its halves of 16 components are the first sum and the second.
 #pragma once
 
 #include "minicache/stream_stage.cuh"
@@ -23,11 +23,23 @@ struct WeightFragments {
     constexpr int kBytes = kWarp * static_cast<int>(sizeof(FragmentB<T>));
     return reinterpret_cast<FragmentB<E>*>(data + (n * (kBlockSize / 16) + step) * kBytes)[lane];
   }
+  // Weights of a thread's four tokens, in the type that the run's rows are read as.
+  template <class T>
+  MC_HD void put(Format format, int n, int step, int lane, const float (&x)[4]) const {
+    MC_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      if (format == Format::model) {
+        put_pair(at<T, T>(n, step, lane), j, make_pair<T>(x[2 * j], x[2 * j + 1]));
+      } else {
+        put_pair(at<Code<T>, T>(n, step, lane), j, make_pair<Code<T>>(x[2 * j], x[2 * j + 1]));
+      }
+    }
+  }
   MC_HD float& part(int n, Thread thread) const { return parts[n * kDecodeThreads + thread.index]; }
   MC_HD float constant(int n, int query) const { return totals[n * kQueryTile + query]; }
 };
 
-constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: latent components, and as many residual ones
+constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: of latent components; of residual ones
 
 // Weights of a stage's tokens, one step per warp; `token`: place of its first one in `scores`.
 template <class T, class Block>
@@ -54,15 +66,7 @@ MC_HD void prepare_weights(Block& block, const Stage& stage, Scores scores, int 
         constant += weight[i] * stage.minimum(n, t);
       }
       fragments.part(n, thread) += constant;
-      MC_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        if (stage.reader.run(n).format == Format::model) {
-          put_pair(fragments.at<T, T>(n, thread.warp(), thread.lane()), j, make_pair<T>(scaled[2 * j], scaled[2 * j + 1]));
-        } else {
-          using E = Code<T>;
-          put_pair(fragments.at<E, T>(n, thread.warp(), thread.lane()), j, make_pair<E>(scaled[2 * j], scaled[2 * j + 1]));
-        }
-      }
+      fragments.put<T>(stage.reader.run(n).format, n, thread.warp(), thread.lane(), scaled);
     }
   });
 }
