@@ -15,8 +15,10 @@
 // Only device code: the host compiler does not know the pragma.
 #if defined(__CUDA_ARCH__)
 #define MC_UNROLL _Pragma("unroll")
+#define MC_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define MC_UNROLL
+#define MC_UNROLL_TWICE
 #endif
 
 #if defined(__CUDA_ARCH__)
@@ -138,6 +140,24 @@ MC_HD float round_even(float x) {
   return rintf(x);
 #else
   return __builtin_rintf(x);
+#endif
+}
+
+// 2^x; exactly 0 for -infinity.
+MC_HD float exp2_of(float x) {
+#if MC_ON_DEVICE
+  return exp2f(x);
+#else
+  return __builtin_exp2f(x);
+#endif
+}
+
+MC_HD void sine_cosine(float x, float& sine, float& cosine) {
+#if MC_ON_DEVICE
+  sincosf(x, &sine, &cosine);
+#else
+  sine = __builtin_sinf(x);
+  cosine = __builtin_cosf(x);
 #endif
 }
 

@@ -115,7 +115,7 @@ MC_HD void multiply_values(Block& block, typename Block::template PerThread<Frag
       for (int i = 0; i < 4 * Rows; ++i) {
         const int m = i / 4, half = i / 2 % 2, row = i % 2;
         const float* x = weights[m][k / 8 + half](thread).x + 2 * row;
-        set_pair(rounded[m](thread), row, half, round_pair<T>(x[0], x[1]));
+        put_pair(rounded[m](thread), row + 2 * half, round_pair<T>(x[0], x[1]));
       }
     });
     MC_UNROLL
