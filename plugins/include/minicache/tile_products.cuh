@@ -1,4 +1,4 @@
-// Tiles of 16-bit rows in shared memory and the tensor-core products over them.
+// Tiles of rows in shared memory and the tensor-core products over them.
 #pragma once
 
 #include "minicache/fragments.cuh"
@@ -17,8 +17,8 @@ struct SharedRows {
 
   MC_HD T* at(int row, int column) const { return base + row * kStride + column; }
 
-  // Where the lane's row begins, for `load_matrices` of the 16 x 16 numbers at the start: the four 8 x 8 matrices column
-  // by column (fragment A; pairs of fragments B, transposed), or row by row (pairs of fragments B).
+  // Where the lane's row begins, for `load_matrices` of the 16 x 16 numbers at the start: the four 8 x 8 matrices
+  // column by column (fragment A; pairs of fragments B, transposed), or row by row (pairs of fragments B).
   MC_HD T* by_column(Thread thread) const { return at(thread.lane() % 16, thread.lane() / 16 * 8); }
   MC_HD T* by_row(Thread thread) const {
     return at(thread.lane() / 16 * 8 + thread.lane() % 8, thread.lane() / 8 % 2 * 8);
