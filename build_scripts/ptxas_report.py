@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HOT = r"decode|prefill|attention|attend|flash"
+HOT = r"decode|prefill|attention|split|querymap|outputmap"
 """Kernels that must not spill: part of their name, in any case."""
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")

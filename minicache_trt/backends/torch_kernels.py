@@ -18,10 +18,13 @@ from minicache_trt.kernels.cache import KernelCache
 from minicache_trt.kernels.graphs import CompressGraphs, CudaRecorder, DecodeGraphs, GraphLimits, Recorder, run_again
 from minicache_trt.kernels.library import KernelError, KernelLibrary
 from minicache_trt.kernels.locate import open_library, runs_on
-from minicache_trt.kernels.steps import StepShape, StepTensors
+from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.kernel_ops import KernelOps
 from minicache_trt.runtime.batch import Batch, Int32
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Sizes of heads the attention kernels are made for."""
 
 _LESS_MEMORY = "lower --kv-cache-memory or --kv-cache-free-gpu-memory-fraction, or build with smaller limits"
 
@@ -42,6 +45,11 @@ class KernelEngine:
         Compute type, of weights, activations and pools: float16 or bfloat16; float32 with the host library alone.
     record : Recorder
         How decode steps are captured.
+
+    Raises
+    ------
+    UserError
+        The kernels do not take this model's heads, or the device has too little memory for its weights.
     """
 
     def __init__(
@@ -56,8 +64,11 @@ class KernelEngine:
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
         self.device, self.dtype, self.element_bytes = device, dtype, dtype.itemsize
+        if self.model.head_dim not in HEAD_DIMS:
+            names = f"{', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}"
+            raise UserError(f"head_dim: expected {names}, got {self.model.head_dim}", "use --backend onnxruntime")
         with self._one_line_errors("loading the model"), torch.inference_mode():
-            self._weights = load_weights(directory, device, dtype)
+            self.weights = load_weights(directory, device, dtype)
             self.cache = KernelCache(library, self.model, self.plan, device, dtype)
         self._record = record
         self._host_logits = torch.empty(0, self.model.vocab_size)
@@ -85,7 +96,7 @@ class KernelEngine:
                 logits = self._to_host(self._decode_graphs(batch))
                 every = len(batch.logit_index) == len(logits)
                 return logits if every else logits[batch.logit_index]
-            step = StepTensors(StepShape.of(batch), self.device)
+            step = StepInputs(StepShape.of(batch), self.device)
             step.load(batch)
             return self._to_host(self._compute(step))
 
@@ -100,13 +111,13 @@ class KernelEngine:
         array: NDArray[np.generic] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return array
 
-    def _compute(self, step: StepTensors) -> Tensor:
+    def _compute(self, step: StepInputs) -> Tensor:
         """Logits ``[rows, vocab]`` of a loaded step, compute type."""
 
         def attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             return self.cache.attend(step, q, k, v, layer)
 
-        ops = KernelOps(self.model, self._weights, attention, self.cache.frequencies)
+        ops = KernelOps(self.model, self.weights, attention, self.cache.frequencies)
         inputs = step.tensors
         return decoder(self.model, ops, inputs["input_ids"], inputs["positions"], inputs["logit_index"])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from ctypes import byref
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +13,12 @@ from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import StreamLayout, compressed_pools, full_pools, plan_layout
 from minicache_trt.functions.stream_maps import read_maps, write_maps
-from minicache_trt.kernels import structs
-from minicache_trt.kernels.attention import decode_attention
-from minicache_trt.kernels.codec import CompressStream, append_kv
-from minicache_trt.kernels.library import TYPES, KernelLibrary, StreamShape, address, device_maps, stream_view
-from minicache_trt.kernels.prefill import prefill_attention
-from minicache_trt.kernels.steps import StepTensors
+from minicache_trt.kernels.attention import attention_arguments, decode_attention, decode_workspace
+from minicache_trt.kernels.codec import CompressStream, append_kv, restore_blocks
+from minicache_trt.kernels.library import KernelLibrary, StreamShape, device_maps, stream_view
+from minicache_trt.kernels.prefill import prefill_attention, prefill_workspace
+from minicache_trt.kernels.steps import StepInputs
+from minicache_trt.kernels.structs import AttentionArguments
 from minicache_trt.model.rope import inverse_frequencies
 
 
@@ -88,12 +86,12 @@ class KernelCache:
         }
         return self.num_bytes
 
-    def attend(self, step: StepTensors, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def attend(self, step: StepInputs, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Append, then attend over both tiers: ``PagedAttention``.
 
         Parameters
         ----------
-        step : StepTensors
+        step : StepInputs
             Loaded.
         q : Tensor
             ``[T, Hq*D]`` after RoPE, compute type.
@@ -111,23 +109,46 @@ class KernelCache:
         KernelError
             A kernel does not support this model's shape.
         """
-        config, shape = self.config, step.shape
-        heads = (len(k), config.num_kv_heads, config.head_dim)
-        append_kv(self.library, self.tensors[f"kv.{layer}"], k.view(heads), v.view(heads), step.tensors["slot_mapping"])
+        append_kv(self.library, self.tensors[f"kv.{layer}"], k, v, step.tensors["slot_mapping"])
+        return self.read(step, q, layer)
+
+    def read(self, step: StepInputs, q: Tensor, layer: int) -> Tensor:
+        """`attend` without its append: the step's keys and values are in the full tier already."""
         q = q.contiguous()
         out = torch.empty_like(q)
         arguments = self._arguments(step, q, out, layer)
-        if shape.decodes:
-            decode_attention(self.library, arguments, self._workspace("decode", arguments))
-        if shape.sequences > shape.decodes:
-            prefill_attention(self.library, arguments, self._workspace("prefill", arguments))
+        if step.shape.decodes:
+            decode_attention(self.library, arguments, self._scratch(decode_workspace(self.library, arguments)))
+        if step.shape.sequences > step.shape.decodes:
+            prefill_attention(self.library, arguments, self._scratch(prefill_workspace(self.library, arguments)))
         return out
 
     def compress(self, source: Tensor, target: Tensor, block_index: Tensor) -> None:
         """Blocks ``source [N]`` of the full tier into blocks ``target [N]`` of every stream: ``CompressBlocks``."""
-        full = [self.tensors[pool.name] for pool in full_pools(self.config)]
-        for writer in self._writers:
-            writer(full, self.tensors, source, target, block_index)
+        for stream in range(len(self._writers)):
+            self.compress_stream(stream, source, target, block_index)
+
+    def compress_stream(self, stream: int, source: Tensor, target: Tensor, block_index: Tensor) -> None:
+        """`compress` of one stream of the plan."""
+        writer = self._writers[stream]
+        full = [self.tensors[f"kv.{layer}"] for layer in writer.layout.stream.layers]
+        writer(full, self.tensors, source, target, block_index)
+
+    def restore(self, part: str, layer: int, blocks: Tensor, block_index: Tensor) -> Tensor:
+        """Keys (after RoPE) or values of a layer's compressed ``blocks [N]``, ``[N, H, B, D]``."""
+        own = self._readings[part, layer]
+        return restore_blocks(
+            self.library,
+            own.shape,
+            own.layout,
+            self.tensors,
+            own.maps,
+            blocks,
+            block_index,
+            self.config,
+            self.dtype,
+            self.frequencies,
+        )
 
     def _add_stream(self, layout: StreamLayout) -> None:
         matrices = stream_matrices(self.plan.matrices, layout.index)
@@ -138,35 +159,24 @@ class KernelCache:
             shape = StreamShape(self.library, layout, member)
             reading = _Reading(layout, shape, device_maps(arrays, self.device))
             self._readings[layout.stream.part, layer] = reading
-        writer = CompressStream(self.library, layout, write_maps(layout, matrices), readers, self.config)
-        self._writers.append(writer)
+        maps = write_maps(layout, matrices)
+        self._writers.append(CompressStream(self.library, layout, maps, readers, self.config, self.device))
 
-    def _arguments(self, step: StepTensors, q: Tensor, out: Tensor, layer: int) -> structs.AttentionArguments:
-        config = self.config
-        kv = self.tensors[f"kv.{layer}"]
-        arguments = structs.AttentionArguments(
-            type=TYPES[self.dtype],
-            shape=structs.AttentionShape(
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                1 / math.sqrt(config.head_dim),
-                address(self.frequencies),
-            ),
-            step=step.struct(self.plan.compresses),
-            kv=address(kv),
-            full_blocks=len(kv),
-            sliding_window=0,
-            q=address(q),
-            out=address(out),
-            q_stride=q.stride(0),
-            out_stride=out.stride(0),
-        )
+    def _arguments(self, step: StepInputs, q: Tensor, out: Tensor, layer: int) -> AttentionArguments:
+        views = {}
         for part in PARTS if self.plan.compresses else ():
             reading = self._readings[part, layer]
-            setattr(arguments, part, stream_view(reading.shape, reading.layout, self.tensors, reading.maps))
-        return arguments
+            views[part] = stream_view(reading.shape, reading.layout, self.tensors, reading.maps)
+        return attention_arguments(
+            self.config,
+            step.attention(self.plan.compresses),
+            self.tensors[f"kv.{layer}"],
+            q,
+            out,
+            views.get("key"),
+            views.get("value"),
+            self.frequencies,
+        )
 
-    def _workspace(self, kernel: str, arguments: structs.AttentionArguments) -> Tensor:
-        size = self.library.size(f"{kernel}_workspace", byref(arguments))
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+    def _scratch(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=self.device)

@@ -159,6 +159,7 @@ def restore_blocks(
     block_index: Tensor,
     config: ModelConfig,
     dtype: torch.dtype | None = None,
+    frequencies: Tensor | None = None,
 ) -> Tensor:
     """Keys (after RoPE) or values of one layer.
 
@@ -177,6 +178,8 @@ def restore_blocks(
     config : ModelConfig
     dtype : torch.dtype, optional
         Compute type: that of pools in it; by default that of the configuration.
+    frequencies : Tensor, optional
+        `inverse_frequencies` on the device; by default they are moved there, which a captured step may not do.
 
     Returns
     -------
@@ -190,7 +193,8 @@ def restore_blocks(
     """
     dtype = dtype or getattr(torch, config.dtype)
     out = blocks.new_empty((len(blocks), config.num_kv_heads, BLOCK_SIZE, config.head_dim), dtype=dtype)
-    frequencies = inverse_frequencies(config.rope, config.head_dim).to(blocks.device)
+    if frequencies is None:
+        frequencies = inverse_frequencies(config.rope, config.head_dim).to(blocks.device)
     library.call(
         "restore_blocks",
         TYPES[dtype],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minicache_trt.config import BLOCK_SIZE, BuildConfig
-from minicache_trt.kernels.steps import StepShape, StepTensors
+from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.runtime.batch import Batch, Int32
 
 Run = Callable[[], Tensor]
@@ -45,7 +45,7 @@ class CudaRecorder:
         self._pool: Any = None
 
     def __call__(self, run: Run) -> Run:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up in their first call, which cannot be captured
             run()
@@ -101,13 +101,13 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, limits: GraphLimits, compute: Callable[[StepTensors], Tensor], record: Recorder, device: torch.device
+        self, limits: GraphLimits, compute: Callable[[StepInputs], Tensor], record: Recorder, device: torch.device
     ) -> None:
         self._limits = limits
         self._compute = compute
         self._record = record
         self._device = device
-        self._steps: dict[StepShape, tuple[StepTensors, Run]] = {}
+        self._steps: dict[StepShape, tuple[StepInputs, Run]] = {}
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -116,7 +116,7 @@ class DecodeGraphs:
         """Logits ``[sequences, vocab]`` of a batch of decodes, one row for each, wanted or not."""
         shape = self._limits.shape(batch)
         if shape not in self._steps:
-            tensors = StepTensors(shape, self._device)
+            tensors = StepInputs(shape, self._device)
             self._steps[shape] = tensors, self._record(partial(self._compute, tensors))
         tensors, replay = self._steps[shape]
         tensors.load(batch)

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minicache_trt.kernels import structs
-from minicache_trt.kernels.library import address
+from minicache_trt.kernels.attention import StepTensors
 from minicache_trt.runtime.batch import Batch
 
 _ALIGNMENT = 64
@@ -67,7 +66,7 @@ class StepShape:
         }
 
 
-class StepTensors:
+class StepInputs:
     """The int32 tensors of steps of one shape, at fixed addresses on a device.
 
     Until the first `load`, and behind what it fills, every sequence is *padding*: a token 0 at position 0 with nothing
@@ -112,22 +111,18 @@ class StepTensors:
                 array[tuple(slice(extent) for extent in value.shape)] = value
         self._device.copy_(self._host, non_blocking=True)
 
-    def struct(self, compresses: bool) -> structs.Step:
-        """Addresses for the kernels; ``compresses``: whether there is a compressed tier."""
-        shape, tensors = self.shape, self.tensors
-        return structs.Step(
-            query_start=address(tensors["query_start"]),
-            context_len=address(tensors["context_len"]),
-            compressed_len=address(tensors["compressed_len"]) if compresses else None,
-            slot_mapping=address(tensors["slot_mapping"]),
-            full_table=address(tensors["full_table"]),
-            compressed_table=address(tensors["compressed_table"]) if compresses else None,
-            tokens=shape.tokens,
-            sequences=shape.sequences,
-            decodes=shape.decodes,
-            full_columns=shape.full_columns,
-            compressed_columns=shape.compressed_columns if compresses else 0,
-            longest_chunk=shape.longest_chunk,
+    def attention(self, compresses: bool) -> StepTensors:
+        """What attention takes of them; ``compresses``: whether there is a compressed tier."""
+        tensors = self.tensors
+        return StepTensors(
+            query_start=tensors["query_start"],
+            context_len=tensors["context_len"],
+            slot_mapping=tensors["slot_mapping"],
+            full_table=tensors["full_table"],
+            compressed_len=tensors["compressed_len"] if compresses else None,
+            compressed_table=tensors["compressed_table"] if compresses else None,
+            decodes=self.shape.decodes,
+            longest_chunk=self.shape.longest_chunk,
         )
 
     def _pad(self) -> None:

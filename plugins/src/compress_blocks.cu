@@ -47,6 +47,12 @@ void layer_shares(const StreamShape& shape, float* shares) {
   for (int i = 0; i < shape.members; ++i) shares[i] = static_cast<float>(raw[i] / total);
 }
 
+template <int Chunks, class T>
+std::int32_t launch_products(Grid grid, const CompressArguments<T>& a, void* stream) {
+  using Kernel = ProductsKernel<T, Chunks>;
+  return launch_kernel<Kernel>(kName, grid, Kernel::shared_bytes(a.shape), a, stream);
+}
+
 template <class T>
 std::int32_t compress(CompressArguments<T> a, std::int32_t count, void* stream) {
   const StreamShape& shape = a.shape;
@@ -64,7 +70,7 @@ std::int32_t compress(CompressArguments<T> a, std::int32_t count, void* stream) 
   return with_chunks(maximum(shape.dim, shape.merge == Merge::linear ? shape.stored : 0), [&](auto chunks) {
     constexpr int kChunks = decltype(chunks)::value;
     if (shape.merge != Merge::linear && statistics_of(shape) > 0)
-      status = launch_kernel<ProductsKernel<T, kChunks>>(kName, grid, 0, a, stream);
+      status = launch_products<kChunks>(grid, a, stream);
     if (status != ok) return status;
     return launch_kernel<CompressKernel<T, kChunks>>(kName, grid, CompressScratch(nullptr, shape).bytes, a, stream);
   });
@@ -88,11 +94,10 @@ MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minica
   if (shape == nullptr) return fail(invalid_argument, "%s: shape is null", kName);
   if (count < 0) return fail(invalid_argument, "%s: expected a count of at least 0, got %d", kName, count);
   if (count == 0) return ok;
-  const bool turned = shape->part == Part::key && shape->basis == Basis::pre_rope;
   for (const Required& required :
        {Required{"layers", layers, 8}, Required{"source_blocks", source_blocks, 4},
         Required{"target_blocks", target_blocks, 4}, Required{"block_index", block_index, 4}, Required{"pools", pools, 8},
-        Required{"inverse_frequencies", turned ? inverse_frequencies : &shape->t, 4}}) {
+        Required{"inverse_frequencies", turned(*shape) ? inverse_frequencies : &shape->t, 4}}) {
     if (!check_pointer(kName, required)) return invalid_argument;
   }
   for (int i = 0; i < shape->members; ++i) {

@@ -331,8 +331,10 @@ MC_API std::int32_t minicache_decode_attention(const minicache::AttentionArgumen
 #endif
     case Type::float16:
       return run<Half>(a, workspace, static_cast<Stream>(stream));
+#if !defined(MINICACHE_REDUCED)
     case Type::bfloat16:
       return run<BFloat16>(a, workspace, static_cast<Stream>(stream));
+#endif
     default:
       return fail(unsupported, "%s: type: number %d is not supported here", kName, static_cast<int>(a.type));
   }

@@ -24,8 +24,10 @@ std::int32_t with_type(const char* name, Type type, Function function) {
   switch (type) {
     case Type::float16:
       return function(Half{});
+#if !defined(MINICACHE_REDUCED)
     case Type::bfloat16:
       return function(BFloat16{});
+#endif
 #if !defined(__CUDACC__)
     case Type::float32:
       return function(float{});
@@ -45,7 +47,11 @@ template <class Function>
 std::int32_t with_chunks(int width, Function function) {
   if (width <= 64) return function(ChunkCount<2>{});
   if (width <= 128) return function(ChunkCount<4>{});
+#if defined(MINICACHE_REDUCED)
+  return fail(unsupported, "vectors of %d components are not in this build", width);
+#else
   return function(ChunkCount<8>{});
+#endif
 }
 
 // A pointer every call needs, on a boundary of `bytes`.

@@ -53,8 +53,7 @@ MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicac
     using T = decltype(number);
     const RestoreArguments<T> arguments{shape,       stream_view->pools,  stream_view->maps,   blocks,
                                         block_index, inverse_frequencies, static_cast<T*>(out)};
-    const int width = maximum(shape.dim, takes_products(shape) ? shape.stored : 0);
-    return with_chunks(width, [&](auto chunks) {
+    return with_chunks(shape.dim, [&](auto chunks) {
       using Kernel = RestoreKernel<T, decltype(chunks)::value>;
       return launch_kernel<Kernel>(kName, Grid{count, shape.heads}, RestoreScratch(nullptr, shape).bytes, arguments,
                                    stream);

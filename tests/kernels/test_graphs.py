@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minicache_trt.config import BuildConfig
 from minicache_trt.kernels.graphs import CompressGraphs, DecodeGraphs, GraphLimits, Run, bucket, run_again, wide_bucket
-from minicache_trt.kernels.steps import StepShape, StepTensors
+from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.runtime.batch import Batch
 from tests.support.steps import step
 
@@ -68,7 +68,7 @@ def test_limits_are_those_of_the_engine() -> None:
     assert GraphLimits.of(build, compresses=False) == GraphLimits(3, 16, 1)
 
 
-def check_padding(tensors: StepTensors, used: int) -> None:
+def check_padding(tensors: StepInputs, used: int) -> None:
     """Sequences from ``used`` on read one token of block 0 and write there."""
     values = {name: tensor.numpy() for name, tensor in tensors.tensors.items()}
     assert (values["context_len"][used:] == 1).all()
@@ -80,7 +80,7 @@ def check_padding(tensors: StepTensors, used: int) -> None:
 
 
 def test_what_a_batch_does_not_fill_is_padding() -> None:
-    tensors = StepTensors(StepShape.of_decodes(4, 3, 2), CPU)
+    tensors = StepInputs(StepShape.of_decodes(4, 3, 2), CPU)
     check_padding(tensors, 0)
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.tensors.items()}
     for batch in (decodes((180, 64), (5, 0), (70, 0), (1, 0)), decodes((190, 128), (6, 0)), decodes((3, 0))):
@@ -98,7 +98,7 @@ def test_what_a_batch_does_not_fill_is_padding() -> None:
 
 def test_a_step_with_chunks_is_loaded_as_it_is() -> None:
     batch = step([(70, 0, 1), (200, 64, 30), (90, 0, 90)])
-    tensors = StepTensors(StepShape.of(batch), CPU)
+    tensors = StepInputs(StepShape.of(batch), CPU)
     tensors.load(batch)
     for name, tensor in tensors.tensors.items():
         assert (tensor.numpy() == getattr(batch, name)).all(), name
@@ -109,9 +109,9 @@ def test_a_step_with_chunks_is_loaded_as_it_is() -> None:
 @pytest.mark.parametrize("compresses", [True, False])
 def test_kernels_get_the_addresses(compresses: bool) -> None:
     batch = step([(70, 0, 1), (200, 64, 30)])
-    tensors = StepTensors(StepShape.of(batch), CPU)
+    tensors = StepInputs(StepShape.of(batch), CPU)
     tensors.load(batch)
-    struct = tensors.struct(compresses)
+    struct = tensors.attention(compresses).struct()
     assert (struct.tokens, struct.sequences, struct.decodes, struct.longest_chunk) == (31, 2, 1, 30)
     assert (struct.full_columns, struct.compressed_columns) == (3, 1 if compresses else 0)
     assert (struct.compressed_len is not None) == (struct.compressed_table is not None) == compresses

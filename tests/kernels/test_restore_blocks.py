@@ -169,7 +169,7 @@ def test_arguments_are_checked(host_library: KernelLibrary) -> None:
         with pytest.raises(KernelError, match=f"restore_blocks: .*{message}"):
             call(**spoiled)
     call.view.maps.map_heads = 2
-    with pytest.raises(KernelError, match="maps.map_heads: expected 1 or 3, got 2"):
+    with pytest.raises(KernelError, match=r"maps.map_heads: expected 1 or 3, got 2"):
         call()
 
 

@@ -10,17 +10,27 @@ struct Bits {
   static constexpr int value = Number;
 };
 
-// Calls `function(Bits<n>{})` for the bits of a format that has codes.
+// Calls `function(Bits<n>{})` for the bits of a format with ranges, or of a gaussian one.
 template <class Function>
-MC_HD void with_bits(Format format, Function function) {
+MC_HD void with_range_bits(Format format, Function function) {
   switch (bits_of(format)) {
     case 8:
       return function(Bits<8>{});
     case 4:
       return function(Bits<4>{});
-    case 3:
+    default:
+      return function(Bits<2>{});
+  }
+}
+
+template <class Function>
+MC_HD void with_gaussian_bits(Format format, Function function) {
+  switch (format) {
+    case Format::g4:
+      return function(Bits<4>{});
+    case Format::g3:
       return function(Bits<3>{});
-    case 2:
+    case Format::g2:
       return function(Bits<2>{});
     default:
       return function(Bits<1>{});

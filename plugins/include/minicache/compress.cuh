@@ -33,14 +33,13 @@ struct CompressArguments {
     return tier.block(source_blocks[n], shape.part, head);
   }
   MC_HD VectorSource<T> source(int n, int member, int slot) const {
-    const bool turned = shape.part == Part::key && shape.basis == Basis::pre_rope;
-    const Rotation back{turned ? inverse_frequencies : nullptr, shape.dim, block_index[n] * kBlockSize, -1.0f};
-    return VectorSource<T>{rows(n, member, slot), nullptr, back};
+    const Rotation back{turned(shape) ? inverse_frequencies : nullptr, shape.dim, block_index[n] * kBlockSize, -1.0f};
+    return VectorSource<T>{rows(n, member, slot), nullptr, shape.dim, back};
   }
   // As `source`, aligned.
   MC_HD VectorSource<T> aligned(int n, int member, int slot) const {
     if (!shape.align) return source(n, member, slot);
-    return VectorSource<T>{nullptr, aligned_vectors(n, member, slot), Rotation{nullptr, shape.dim, 0, 1.0f}};
+    return VectorSource<T>{nullptr, aligned_vectors(n, member, slot), shape.dim, Rotation{}};
   }
   MC_HD float* aligned_vectors(int n, int member, int slot) const {
     return vectors + ((static_cast<std::int64_t>(n) * shape.members + member) * shape.heads + slot) * kBlockSize * shape.dim;
@@ -63,16 +62,9 @@ MC_HD float* CompressArguments<T>::statistic(int n, int slot, int number) const 
   return statistics + ((static_cast<std::int64_t>(n) * shape.heads + slot) * statistics_of(shape) + number) * kBlockSize;
 }
 
-// Rows of a source as floats in shared memory [B, pitch].
-template <class T, class Block>
-MC_HD void rows_to_shared(Block& block, const VectorSource<T>& source, float* shared, int pitch) {
-  block.each([&](Thread thread) {
-    for (int j = 0; component_of(thread, j) < source.rotation.dim; ++j) {
-      float chunk[kChunk];
-      source.load(chunk, row_of(thread), component_of(thread, j));
-      store_chunk(shared + row_of(thread) * pitch + component_of(thread, j), chunk);
-    }
-  });
+// Whether tiles are un-rotated through shared memory; products with matrices take their vectors un-rotated already.
+MC_HD bool turns_tiles(const StreamShape& shape) {
+  return turned(shape) && !shape.align && shape.merge != Merge::linear;
 }
 
 // x_i A_i. Grid: blocks, slots, members.
@@ -200,13 +192,17 @@ template <class T, int Chunks>
 struct ProductsKernel {
   static constexpr int kThreads = kTileThreads;
 
+  MC_HD static int shared_bytes(const StreamShape& shape) {
+    return turns_tiles(shape) ? static_cast<int>(sizeof(float)) * kBlockSize * pitch_of(shape.dim) : 0;
+  }
+
   template <class Block>
   MC_HD static void run(Block& block, const CompressArguments<T>& a) {
     typename Block::template PerThread<Tile<Chunks>> first, second;
     const int n = block.x(), slot = block.y();
     measure_products<Chunks>(
         block, a.shape.members, [&](int member) { return a.aligned(n, member, slot); }, first, second,
-        a.statistic(n, slot, 0));
+        reinterpret_cast<float*>(block.shared), a.statistic(n, slot, 0));
   }
 };
 
@@ -221,7 +217,8 @@ struct CompressScratch {
     const int members = shape.members, width = maximum(shape.rank, shape.dim);
     const bool angles = needs_angles(shape), slerp = shape.merge == Merge::slerp;
     const bool channel = has_channel_ranges(shape);
-    const bool tile = channel || (shape.merge != Merge::linear && hadamard_needs_shared(shape));
+    const bool tile = channel || shape.has_residual() || turns_tiles(shape) ||
+                      (shape.merge != Merge::linear && hadamard_needs_shared(shape));
     segments.codes = take<std::int8_t>(base, kBlockSize * maximum(shape.code_bytes, shape.residual_bytes()));
     segments.columns.pitch = pitch_of(width);
     segments.columns.tile = take<float>(base, tile ? kBlockSize * pitch_of(width) : 0);
@@ -267,8 +264,7 @@ struct CompressKernel {
         if (owner && thread.index < shape.retained)
           to.retained_index(slot)[thread.index] = static_cast<std::int8_t>(s.retention.index[thread.index]);
       });
-      store_exact<T, Chunks>(
-          block, to, slot, s.retention.index, [&](int member) { return a.rows(n, member, slot); }, other);
+      store_exact<T>(block, to, slot, s.retention.index, [&](int member) { return a.rows(n, member, slot); });
     } else {
       block.each([&](Thread thread) {
         if (thread.index < kBlockSize) s.retention.kept[thread.index] = 0;
@@ -296,19 +292,21 @@ struct CompressKernel {
       if (shape.retained > 0) relative_errors(block, a, n, slot, s.merge.score);
       return;
     }
+    float* shared = s.segments.columns.tile;
     const bool angles = needs_angles(shape);
     const bool shared_directions = statistics_of(shape) > 0;
     if (angles && shared_directions) {
       add_heads(block, a, n, s.merge.products);
     } else if (angles) {
-      measure_products<Chunks>(block, shape.members, source, latent, other, s.merge.products);
+      measure_products<Chunks>(block, shape.members, source, latent, other, shared, s.merge.products);
       block.sync();
     }
     if (angles) {
       solve(block, a, s.merge, to, slot, owner);
       block.sync();
     }
-    combine<Chunks>(block, shape, source, s.merge, latent, other, angles && !shared_directions && shape.members == 2);
+    const bool loaded = angles && !shared_directions && shape.members == 2;
+    combine<Chunks>(block, shape, source, s.merge, latent, other, shared, loaded);
   }
 
   template <class Block>
@@ -357,14 +355,16 @@ struct CompressKernel {
     block.sync();
   }
 
-  // x_i / |x_i| - e of every member.
+  // x_i / |x_i| - e of every member; rows pass through shared memory, each by its own four threads.
   template <class Block>
   MC_HD static void store_residuals(Block& block, const CompressArguments<T>& a, int n, int slot,
                                     const CompressScratch& s, const StreamBlock& to, Tiles<Block>& latent,
                                     Tiles<Block>& residual) {
     const StreamShape& shape = a.shape;
+    const ColumnScratch& columns = s.segments.columns;
+    const int row_bytes = shape.residual_bytes();
     for (int member = 0; member < shape.members; ++member) {
-      load_vectors<Chunks>(block, residual, a.aligned(n, member, slot));
+      load_vectors<Chunks>(block, residual, a.aligned(n, member, slot), columns.tile);
       block.each([&](Thread thread) {
         const float inverse = s.merge.inverse[member * kBlockSize + row_of(thread)];
         MC_UNROLL
@@ -374,10 +374,13 @@ struct CompressKernel {
             residual(thread).x[j][e] = residual(thread).x[j][e] * inverse - latent(thread).x[j][e];
         }
       });
-      Half* params = to.residual_params(member, slot);
-      const int row_bytes = shape.residual_bytes();
       block.sync();
-      quantize_rows<Chunks>(block, residual, 0, shape.dim, shape.residual, [&](int row) {
+      tile_to_shared<Chunks>(block, residual, columns.tile, columns.pitch, 0, shape.dim);
+      const auto load = [&](float(&x)[kChunk], int row, int component) {
+        load_chunk(x, columns.tile + row * columns.pitch + component);
+      };
+      Half* params = to.residual_params(member, slot);
+      quantize_rows(block, shape.dim, shape.residual, load, [&](int row) {
         return RowTarget{s.segments.codes + row * row_bytes, params + row, params + kBlockSize + row};
       });
       block.sync();

@@ -19,6 +19,12 @@ struct Accumulator {
 MC_HD int dense_row(Thread thread, int i) { return 8 * thread.warp() + i; }
 MC_HD int dense_column(Thread thread) { return 4 * thread.lane(); }
 
+// Four neighbouring numbers, 16-byte aligned.
+MC_HD void store_four(float* to, const float (&x)[4]) {
+  store_as(to, Bytes16{{bit_cast<std::uint32_t>(x[0]), bit_cast<std::uint32_t>(x[1]), bit_cast<std::uint32_t>(x[2]),
+                        bit_cast<std::uint32_t>(x[3])}});
+}
+
 template <class Block>
 MC_HD void clear(Block& block, typename Block::template PerThread<Accumulator>& sum) {
   block.each([&](Thread thread) { sum(thread) = Accumulator{}; });
@@ -34,6 +40,14 @@ MC_HD void visit_results(Block& block, typename Block::template PerThread<Accumu
     MC_UNROLL
     for (int i = 0; i < 8; ++i) visit(dense_row(thread, i), column, sum(thread).x[i]);
   });
+}
+
+// Results to shared memory [B, pitch], columns from `first` to below `columns`.
+template <class Block>
+MC_HD void store_results(Block& block, typename Block::template PerThread<Accumulator>& sum, int first, int columns,
+                         float* rows, int pitch) {
+  visit_results(block, sum, first, columns,
+                [&](int row, int column, const float(&x)[4]) { store_four(rows + row * pitch + column, x); });
 }
 
 struct DenseMatrix {
@@ -71,7 +85,7 @@ struct DenseMatrix {
       block.sync();
       block.each([&](Thread thread) {
         float(&total)[8][4] = sum(thread).x;
-        MC_UNROLL
+        MC_NO_UNROLL
         for (int step = 0; step < kDenseDepth; step += 4) {
           Bytes16 m[4];
           MC_UNROLL
@@ -92,11 +106,5 @@ struct DenseMatrix {
     }
   }
 };
-
-// Four neighbouring numbers, 16-byte aligned.
-MC_HD void store_four(float* to, const float (&x)[4]) {
-  store_as(to, Bytes16{{bit_cast<std::uint32_t>(x[0]), bit_cast<std::uint32_t>(x[1]), bit_cast<std::uint32_t>(x[2]),
-                        bit_cast<std::uint32_t>(x[3])}});
-}
 
 }  // namespace minicache

@@ -89,7 +89,7 @@ MC_HD constexpr float gaussian_level(int bits, int code) {
 }
 
 // Boundary number `index` (0 to 2^bits - 2): midpoint of two neighbouring levels, rounded from double as Python does.
-MC_HD float gaussian_boundary(int bits, int index) {
+MC_HD constexpr float gaussian_boundary(int bits, int index) {
   constexpr float kBoundaries[4][7] = {
       {0, 0, 0, 0, 0, 0, 0},
       {0.9815988f, 0, 0, 0, 0, 0, 0},

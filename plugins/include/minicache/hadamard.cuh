@@ -5,15 +5,19 @@
 
 namespace minicache {
 
+// Of a positive length.
 MC_HD int largest_power(int length) {
-  int power = 1;
-  while (2 * power <= length) power *= 2;
-  return power;
+#if MC_ON_DEVICE
+  return 1 << (31 - __clz(length));
+#else
+  return 1 << (31 - __builtin_clz(static_cast<unsigned>(length)));
+#endif
 }
 
 // Length of the run that component `place` of a segment of `length` components lies in.
 MC_HD int run_length(int length, int place) {
   int run = largest_power(length);
+  MC_NO_UNROLL
   while (place >= run) {
     place -= run;
     length -= run;
@@ -24,18 +28,9 @@ MC_HD int run_length(int length, int place) {
 
 // 1 / sqrt of a run's length, 16 to 256.
 MC_HD float hadamard_scale(int run) {
-  switch (run) {
-    case 16:
-      return 0.25f;
-    case 32:
-      return 0.17677669529663689f;
-    case 64:
-      return 0.125f;
-    case 128:
-      return 0.088388347648318447f;
-    default:
-      return 0.0625f;
-  }
+  // An even power of two has an exact root.
+  const bool even = (run & 0x155) != 0;
+  return (even ? 1.0f : 0.70710678118654752f) * (run >= 256 ? 0.0625f : run >= 64 ? 0.125f : 0.25f);
 }
 
 // A stage's number: the sum at the pair's lower place, the difference at the upper one.

@@ -19,30 +19,60 @@ MC_HD bool needs_angles(const StreamShape& shape) {
   return shape.merge == Merge::slerp || (shape.merge == Merge::mean && shape.retained > 0);
 }
 
-// One member's vectors of a cache block and slot: as the full tier holds them, un-rotated on the way, or as floats that
+// One member's vectors of a cache block and slot: as the full tier holds them, to be un-rotated, or as floats that
 // another kernel prepared.
 template <class T>
 struct VectorSource {
   const T* rows;         // [B, D]
   const float* vectors;  // [B, D]; null: take `rows`
+  int dim;
   Rotation rotation;
 
+  // As stored.
   MC_HD void load(float (&x)[kChunk], int row, int component) const {
     if (vectors != nullptr) {
-      load_chunk(x, vectors + row * rotation.dim + component);
-      return;
+      load_chunk(x, vectors + row * dim + component);
+    } else {
+      load_chunk(x, rows + row * dim + component);
     }
-    load_chunk(x, rows + row * rotation.dim + component);
-    if (!rotation.turns()) return;
-    float other[kChunk];
-    load_chunk(other, rows + row * rotation.dim + rotation.partner(component));
-    rotation.apply(x, other, row, component);
   }
 };
 
+// A source's vectors, un-rotated, as floats in shared memory [B, pitch]: each row by its own four threads.
+template <class T, class Block>
+MC_HD void rows_to_shared(Block& block, const VectorSource<T>& source, float* shared, int pitch) {
+  block.each([&](Thread thread) {
+    const int row = row_of(thread);
+    const auto load = [&](float(&x)[kChunk], int component) { source.load(x, row, component); };
+    const auto store = [&](const float(&x)[kChunk], int component) { store_chunk(shared + row * pitch + component, x); };
+    if (source.rotation.turns()) {
+      turn_row(thread, source.rotation, load, store);
+      return;
+    }
+    MC_NO_UNROLL
+    for (int component = component_of(thread, 0); component < source.dim; component += kRowThreads * kChunk) {
+      float x[kChunk];
+      load(x, component);
+      store(x, component);
+    }
+  });
+}
+
+// A source's vectors as a tile; `shared` [B, pitch_of(D)] if they are rotated.
 template <int Chunks, class Block, class Source>
-MC_HD void load_vectors(Block& block, typename Block::template PerThread<Tile<Chunks>>& tile, const Source& source) {
-  load_tile<Chunks>(block, tile, source.rotation.dim,
+MC_HD void load_vectors(Block& block, typename Block::template PerThread<Tile<Chunks>>& tile, const Source& source,
+                        float* shared) {
+  if (source.rotation.turns()) {
+    const int pitch = pitch_of(source.dim);
+    block.sync_warp();
+    rows_to_shared(block, source, shared, pitch);
+    block.sync_warp();
+    load_tile<Chunks>(block, tile, source.dim, [&](float(&x)[kChunk], int row, int component) {
+      load_chunk(x, shared + row * pitch + component);
+    });
+    return;
+  }
+  load_tile<Chunks>(block, tile, source.dim,
                     [&](float(&x)[kChunk], int row, int component) { source.load(x, row, component); });
 }
 
@@ -66,16 +96,18 @@ MC_HD void multiply_rows(Block& block, const typename Block::template PerThread<
   });
 }
 
-// x_i . x_j of all pairs, [pairs, B]; `source(i)`: member i. Two members stay in `first` and `second`.
+// x_i . x_j of all pairs, [pairs, B]; `source(i)`: member i, `shared` as `load_vectors` takes it.
+// Two members stay in `first` and `second`.
 template <int Chunks, class Block, class Sources>
 MC_HD void measure_products(Block& block, int members, Sources source,
                             typename Block::template PerThread<Tile<Chunks>>& first,
-                            typename Block::template PerThread<Tile<Chunks>>& second, float* products) {
+                            typename Block::template PerThread<Tile<Chunks>>& second, float* shared,
+                            float* products) {
   for (int i = 0; i + 1 < members; ++i) {
-    load_vectors<Chunks>(block, first, source(i));
+    load_vectors<Chunks>(block, first, source(i), shared);
     if (i == 0) multiply_rows<Chunks>(block, first, first, products);
     for (int j = i + 1; j < members; ++j) {
-      load_vectors<Chunks>(block, second, source(j));
+      load_vectors<Chunks>(block, second, source(j), shared);
       if (i == 0) multiply_rows<Chunks>(block, second, second, products + pair_number(members, j, j) * kBlockSize);
       multiply_rows<Chunks>(block, first, second, products + pair_number(members, i, j) * kBlockSize);
     }
@@ -108,6 +140,7 @@ struct AngleSolver {
   template <class StoreNorm>
   MC_HD bool normalise(StoreNorm store_norm) const {
     bool meaningful = true;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) {
       const float norm = square_root(product(i, i));
       store_norm(i, norm);
@@ -116,8 +149,10 @@ struct AngleSolver {
       meaningful = meaningful && usable;
     }
     float largest = 0.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) {
       product(i, i) = inverse(i) > 0.0f ? 1.0f : 0.0f;
+      MC_NO_UNROLL
       for (int j = i + 1; j < members; ++j) {
         const float cosine = product(i, j) * inverse(i) * inverse(j);
         product(i, j) = cosine;
@@ -130,6 +165,7 @@ struct AngleSolver {
   }
 
   MC_HD void take_last() const {
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) = i + 1 < members ? 0.0f : 1.0f;
   }
 
@@ -137,12 +173,14 @@ struct AngleSolver {
   template <class Coefficient>
   MC_HD float along(Coefficient coefficient, int j) const {
     float sum = 0.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) sum += coefficient(i) * product(i, j);
     return sum;
   }
   template <class Coefficient>
   MC_HD float square(Coefficient coefficient) const {
     float sum = 0.0f;
+    MC_NO_UNROLL
     for (int j = 0; j < members; ++j) sum += coefficient(j) * along(coefficient, j);
     return sum;
   }
@@ -151,6 +189,7 @@ struct AngleSolver {
   MC_HD bool to_unit() const {
     const float length = square_root(maximum(square([&](int i) { return weight(i); }), 0.0f));
     if (!(length > 0.0f)) return false;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) = divide(weight(i), length);
     return true;
   }
@@ -165,12 +204,14 @@ struct AngleSolver {
       return;
     }
     const float sine = sine_of(omega);
+    MC_NO_UNROLL
     for (int i = 0; i < 2; ++i) weight(i) = divide(sine_of(weight(i) * omega), sine);
   }
 
   // One step of the weighted spherical mean, in the tangent space of the current one.
   MC_HD void refine(const float* shares) const {
     float toward = 0.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) {
       const float cosine = clamped(along([&](int k) { return weight(k); }, i));
       const float theta = arc_cosine(cosine), sine = sine_of(theta);
@@ -178,12 +219,14 @@ struct AngleSolver {
       step(i) = shares[i] * factor;
       toward += step(i) * cosine;
     }
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) step(i) -= toward * weight(i);
     const float length = square_root(maximum(square([&](int i) { return step(i); }), 0.0f));
     float sine, cosine;
     sine_and_cosine(length, sine, cosine);
     // Near the mean the length is mostly rounding noise; the step itself is not.
     const float share = length > 0.0f ? divide(sine, length) : 1.0f;
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) = cosine * weight(i) + share * step(i);
     to_unit();
   }
@@ -193,25 +236,28 @@ struct AngleSolver {
     if (meaningful && members == 2) {
       interpolate(t);
     } else if (meaningful) {
+      MC_NO_UNROLL
       for (int i = 0; i < members; ++i) weight(i) = shares[i];
       meaningful = to_unit();
       if (!meaningful) s.score[token] = kFirstScore;
+      MC_NO_UNROLL
       for (int k = 0; k < kKarcherSteps && meaningful; ++k) refine(shares);
     }
     if (!meaningful) take_last();
+    MC_NO_UNROLL
     for (int i = 0; i < members; ++i) weight(i) *= inverse(i);
   }
 };
 
-// tile = sum_i weight_i x_i (`mean`: the arithmetic mean).
+// tile = sum_i weight_i x_i, or the arithmetic mean. `loaded`: the tiles hold the two members.
 template <int Chunks, class Block, class Sources>
 MC_HD void combine(Block& block, const StreamShape& shape, Sources source, const MergeScratch& s,
                    typename Block::template PerThread<Tile<Chunks>>& tile,
-                   typename Block::template PerThread<Tile<Chunks>>& other, bool loaded) {
+                   typename Block::template PerThread<Tile<Chunks>>& other, float* shared, bool loaded) {
   const bool mean = shape.merge == Merge::mean;
-  if (!loaded) load_vectors<Chunks>(block, tile, source(0));
+  if (!loaded) load_vectors<Chunks>(block, tile, source(0), shared);
   for (int i = 1; i < shape.members; ++i) {
-    if (!loaded) load_vectors<Chunks>(block, other, source(i));
+    if (!loaded) load_vectors<Chunks>(block, other, source(i), shared);
     block.each([&](Thread thread) {
       const int row = row_of(thread);
       const float own = mean || i > 1 ? 1.0f : s.weight[row];

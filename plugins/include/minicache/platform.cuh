@@ -12,13 +12,15 @@
 #define MC_HD inline __attribute__((always_inline))
 #endif
 
-// Only device code: the host compiler does not know the pragma.
+// Only in device code: the host compiler does not know the pragma.
 #if defined(__CUDA_ARCH__)
 #define MC_UNROLL _Pragma("unroll")
 #define MC_UNROLL_TWICE _Pragma("unroll 2")
+#define MC_NO_UNROLL _Pragma("unroll 1")
 #else
 #define MC_UNROLL
 #define MC_UNROLL_TWICE
+#define MC_NO_UNROLL
 #endif
 
 #if defined(__CUDA_ARCH__)

@@ -44,50 +44,108 @@ struct RowTarget {
   Half* lowest;
 };
 
-// Components [first, first + length) with one range per row; `target(row)` is a RowTarget.
-template <int Chunks, class Block, class Target>
-MC_HD void quantize_rows(Block& block, const typename Block::template PerThread<Tile<Chunks>>& tile, int first,
-                         int length, Format format, Target target) {
-  typename Block::template PerThread<float> high, low;
-  const bool magnitudes = format == Format::fp8;
+// Largest and smallest number of a row so far; of float8, magnitudes and 0.
+struct Extent {
+  float most, least;
+
+  MC_HD static Extent none(Format format) {
+    return format == Format::fp8 ? Extent{0.0f, 0.0f} : Extent{-kInfinity, kInfinity};
+  }
+  MC_HD void take(Format format, float y) {
+    const bool magnitudes = format == Format::fp8;
+    most = maximum(most, magnitudes && y < 0.0f ? -y : y);
+    if (!magnitudes) least = minimum(least, y);
+  }
+  MC_HD void take(Format format, const float (&y)[kChunk]) {
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) take(format, y[e]);
+  }
+};
+
+template <class Block>
+MC_HD void extent_of_row(Block& block, typename Block::template PerThread<Extent>& extent) {
+  typename Block::template PerThread<float> most, least;
   block.each([&](Thread thread) {
-    float most = -kInfinity, least = kInfinity;
+    most(thread) = extent(thread).most;
+    least(thread) = -extent(thread).least;
+  });
+  block.template reduce_max<kRowThreads>(most);
+  block.template reduce_max<kRowThreads>(least);
+  block.each([&](Thread thread) { extent(thread) = Extent{most(thread), -least(thread)}; });
+}
+
+MC_HD void store_range(const RowTarget& to, const Range& range) {
+  *to.scale = from_float<Half>(range.scale);
+  if (to.lowest != nullptr) *to.lowest = from_float<Half>(range.lowest);
+}
+
+template <int Width>
+MC_HD void store_chunk_codes(std::int8_t* to, Format format, const Range& range, const float (&y)[kChunk]) {
+  PackedCodes codes;
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) codes.template put<Width>(e, range.template code<Width>(format, y[e]));
+  store_codes<Width>(to, codes);
+}
+
+// Components [first, first + length) of a tile with one range per row; `target(row)` is a RowTarget.
+template <int Chunks, class Block, class Target>
+MC_HD void quantize_tile(Block& block, const typename Block::template PerThread<Tile<Chunks>>& tile, int first,
+                         int length, Format format, Target target) {
+  typename Block::template PerThread<Extent> extent;
+  block.each([&](Thread thread) {
+    extent(thread) = Extent::none(format);
     MC_UNROLL
     for (int j = 0; j < Chunks; ++j) {
-      if (!inside(component_of(thread, j), first, length)) continue;
-      MC_UNROLL
-      for (int e = 0; e < kChunk; ++e) {
-        const float y = tile(thread).x[j][e];
-        most = maximum(most, magnitudes && y < 0.0f ? -y : y);
-        least = minimum(least, y);
-      }
+      if (inside(component_of(thread, j), first, length)) extent(thread).take(format, tile(thread).x[j]);
     }
-    high(thread) = most;
-    low(thread) = magnitudes ? 0.0f : -least;
   });
-  block.template reduce_max<kRowThreads>(high);
-  block.template reduce_max<kRowThreads>(low);
+  extent_of_row(block, extent);
   block.each([&](Thread thread) {
     const RowTarget to = target(row_of(thread));
-    if (to.codes == nullptr) return;
-    const Range range = Range::of(format, high(thread), -low(thread));
-    if (leads_row(thread)) {
-      *to.scale = from_float<Half>(range.scale);
-      if (to.lowest != nullptr) *to.lowest = from_float<Half>(range.lowest);
-    }
-    with_bits(format, [&](auto bits) {
+    const Range range = Range::of(format, extent(thread).most, extent(thread).least);
+    if (leads_row(thread)) store_range(to, range);
+    with_range_bits(format, [&](auto bits) {
       constexpr int kWidth = decltype(bits)::value;
       MC_UNROLL
       for (int j = 0; j < Chunks; ++j) {
-        const int component = component_of(thread, j);
-        if (!inside(component, first, length)) continue;
-        PackedCodes codes;
-        MC_UNROLL
-        for (int e = 0; e < kChunk; ++e)
-          codes.template put<kWidth>(e, range.template code<kWidth>(format, tile(thread).x[j][e]));
-        store_codes<kWidth>(to.codes + (component - first) / kChunk * kWidth, codes);
+        const int place = component_of(thread, j) - first;
+        if (inside(place, 0, length))
+          store_chunk_codes<kWidth>(to.codes + place / kChunk * kWidth, format, range, tile(thread).x[j]);
       }
     });
+  });
+}
+
+// Rows of `length` components with one range each, read twice by `load(chunk, row, component)`: small code for what is
+// rare. Rows whose `target(row)` has no codes are skipped.
+template <class Block, class Load, class Target>
+MC_HD void quantize_rows(Block& block, int length, Format format, Load load, Target target) {
+  typename Block::template PerThread<Extent> extent;
+  block.each([&](Thread thread) {
+    Extent own = Extent::none(format);
+    MC_NO_UNROLL
+    for (int component = component_of(thread, 0); component < length; component += kRowThreads * kChunk) {
+      float y[kChunk];
+      load(y, row_of(thread), component);
+      own.take(format, y);
+    }
+    extent(thread) = own;
+  });
+  extent_of_row(block, extent);
+  block.each([&](Thread thread) {
+    const RowTarget to = target(row_of(thread));
+    if (to.codes == nullptr) return;
+    const Range range = Range::of(format, extent(thread).most, extent(thread).least);
+    if (leads_row(thread)) store_range(to, range);
+    MC_NO_UNROLL
+    for (int component = component_of(thread, 0); component < length; component += kRowThreads * kChunk) {
+      float y[kChunk];
+      load(y, row_of(thread), component);
+      with_range_bits(format, [&](auto bits) {
+        constexpr int kWidth = decltype(bits)::value;
+        store_chunk_codes<kWidth>(to.codes + component / kChunk * kWidth, format, range, y);
+      });
+    }
   });
 }
 
@@ -110,26 +168,23 @@ MC_HD void quantize_columns(Block& block, const typename Block::template PerThre
   block.sync();
   block.each([&](Thread thread) {
     for (int column = thread.index; column < length; column += kTileThreads) {
-      const bool magnitudes = format == Format::fp8;
-      float most = magnitudes ? 0.0f : -kInfinity, least = magnitudes ? 0.0f : kInfinity;
+      Extent extent = Extent::none(format);
       for (int row = 0; row < kBlockSize; ++row) {
         const float y = scratch.tile[row * scratch.pitch + column];
-        if (skipped[row]) continue;
-        most = maximum(most, magnitudes && y < 0.0f ? -y : y);
-        least = magnitudes ? 0.0f : minimum(least, y);
+        if (!skipped[row]) extent.take(format, y);
       }
-      const Range range = Range::of(format, most, least);
+      const Range range = Range::of(format, extent.most, extent.least);
       ranges[column] = range.scale;
       ranges[kMaxRank + column] = range.reciprocal;
       ranges[2 * kMaxRank + column] = range.lowest;
       scales[column] = from_float<Half>(range.scale);
-      if (!magnitudes) lowest[column] = from_float<Half>(range.lowest);
+      if (is_integer(format)) lowest[column] = from_float<Half>(range.lowest);
     }
   });
   block.sync();
   block.each([&](Thread thread) {
     const int row = row_of(thread);
-    with_bits(format, [&](auto bits) {
+    with_range_bits(format, [&](auto bits) {
       constexpr int kWidth = decltype(bits)::value;
       MC_UNROLL
       for (int j = 0; j < Chunks; ++j) {
@@ -186,6 +241,17 @@ MC_HD void standardize(Block& block, typename Block::template PerThread<Tile<Chu
   block.sync();
 }
 
+// `gaussian_code` with its boundaries as constants of the program.
+template <int Width, int Index = 0>
+MC_HD std::uint32_t boundaries_below(float u) {
+  if constexpr (Index == (1 << Width) - 1) {
+    return 0;
+  } else {
+    constexpr float kBoundary = gaussian_boundary(Width, Index);
+    return (kBoundary < u ? 1u : 0u) + boundaries_below<Width, Index + 1>(u);
+  }
+}
+
 // Gaussian codes of components [first, first + length); rows whose norm (in shared memory) is 0 get code 0.
 template <int Chunks, class Block>
 MC_HD void quantize_gaussian(Block& block, const typename Block::template PerThread<Tile<Chunks>>& tile, int first,
@@ -193,21 +259,19 @@ MC_HD void quantize_gaussian(Block& block, const typename Block::template PerThr
   block.each([&](Thread thread) {
     const int row = row_of(thread);
     const bool empty = !(norms[row] > 0.0f);
-    with_bits(format, [&](auto bits) {
+    with_gaussian_bits(format, [&](auto bits) {
       constexpr int kWidth = decltype(bits)::value;
-      if constexpr (kWidth <= 4) {
+      MC_UNROLL
+      for (int j = 0; j < Chunks; ++j) {
+        const int column = component_of(thread, j) - first;
+        if (!inside(column, 0, length)) continue;
+        PackedCodes packed;
         MC_UNROLL
-        for (int j = 0; j < Chunks; ++j) {
-          const int column = component_of(thread, j) - first;
-          if (!inside(column, 0, length)) continue;
-          PackedCodes packed;
-          MC_UNROLL
-          for (int e = 0; e < kChunk; ++e) {
-            const int code = gaussian_code(kWidth, tile(thread).x[j][e]);
-            packed.template put<kWidth>(e, empty ? 0u : static_cast<std::uint32_t>(code));
-          }
-          store_codes<kWidth>(codes + row * row_bytes + column / kChunk * kWidth, packed);
+        for (int e = 0; e < kChunk; ++e) {
+          const std::uint32_t code = boundaries_below<kWidth>(tile(thread).x[j][e]);
+          packed.template put<kWidth>(e, empty ? 0u : code);
         }
+        store_codes<kWidth>(codes + row * row_bytes + column / kChunk * kWidth, packed);
       }
     });
   });

@@ -1,8 +1,8 @@
 // A stream's blocks as its layer's keys (after RoPE) or values.
 #pragma once
 
-#include "minicache/dense.cuh"
 #include "minicache/rotation.cuh"
+#include "minicache/split_product.cuh"
 #include "minicache/stream_tile.cuh"
 
 namespace minicache {
@@ -21,7 +21,10 @@ struct RestoreArguments {
 // Whether restoring takes products with the layer's maps; a transform alone is undone by butterflies.
 MC_HD bool takes_products(const StreamShape& shape) { return shape.merge == Merge::linear || shape.align; }
 
-MC_HD bool turned(const StreamShape& shape) { return shape.part == Part::key && shape.basis == Basis::pre_rope; }
+// Whether restored vectors pass through shared memory.
+MC_HD bool shares_rows(const StreamShape& shape) {
+  return takes_products(shape) || has_transforms(shape);
+}
 
 // Shared memory of `RestoreKernel`; `bytes` is its size.
 struct RestoreScratch {
@@ -29,7 +32,7 @@ struct RestoreScratch {
   float* staging;
   float* latent;         // [B, pitch_of(stored)], products only
   float* residual;       // [B, pitch_of(D)], products with residuals only
-  float* rows;           // [B, pitch_of(D)]: restored vectors, or scratch of transforms
+  float* rows;           // [B, pitch_of(D)]: vectors before norm, offset, rotation
   int bytes;
 
   MC_HD RestoreScratch(char* base, const StreamShape& shape) {
@@ -38,13 +41,12 @@ struct RestoreScratch {
     const int latent_floats = products ? kBlockSize * pitch_of(shape.stored) : 0;
     // Results of a product with at most 128 columns are all in registers before they are written.
     const bool apart = products && shape.dim > kDenseColumns;
-    const bool rows_needed = !products && (turned(shape) || hadamard_needs_shared(shape));
     places = reinterpret_cast<std::int32_t*>(base);
     staging = reinterpret_cast<float*>(places + kBlockSize);
-    residual = staging + (products ? kDenseFloats : 0);
+    residual = staging + (products ? maximum(kDenseFloats, kSplitFloats) : 0);
     latent = residual + (products && shape.has_residual() ? row_floats : 0);
     rows = apart ? latent + latent_floats : latent;
-    const int shared_floats = maximum(latent_floats, products || rows_needed ? row_floats : 0);
+    const int shared_floats = maximum(latent_floats, shares_rows(shape) ? row_floats : 0);
     const float* end = apart ? rows + row_floats : latent + shared_floats;
     bytes = static_cast<int>(reinterpret_cast<const char*>(end) - base);
   }
@@ -58,110 +60,146 @@ struct RestoreKernel {
   template <class Block>
   MC_HD static void run(Block& block, const RestoreArguments<T>& a) {
     if (a.blocks[block.x()] < 0) return;
-    typename Block::template PerThread<Tile<Chunks>> tile;
     const StreamShape& shape = a.shape;
     const RestoreScratch s(block.shared, shape);
     const int n = block.x(), head = block.y();
     const int slot = a.maps.slots == nullptr ? head : static_cast<int>(a.maps.slots[head]);
     const StreamBlock from{shape, a.pools, a.blocks[n]};
-    const int pitch = pitch_of(shape.dim);
     if (takes_products(shape)) {
-      multiply(block, a, from, slot, s, tile);
-    } else {
-      load_latent<T, Chunks>(block, from, slot, false, tile, s.rows, pitch);
-      if (shape.has_residual()) add_residual(block, from, slot, tile);
-      if (turned(shape)) {
-        block.sync();
-        tile_to_shared<Chunks>(block, tile, s.rows, pitch, 0, shape.dim);
-      }
+      multiply(block, a, from, slot, s);
+    } else if (shares_rows(shape)) {
+      latent_to_shared<T>(block, from, slot, false, s.rows, pitch_of(shape.dim));
+      if (has_transforms(shape)) undo_transforms<Chunks>(block, shape, s.rows, pitch_of(shape.dim));
+      if (shape.has_residual()) add_residual(block, from, slot, s);
     }
     if (shape.retained > 0) find_retained(block, from, slot, s.places);
     block.sync();
-    write(block, a, from, n, head, slot, s, tile);
+    write(block, a, from, n, head, slot, s);
   }
 
  private:
-  template <class Block>
-  using Tiles = typename Block::template PerThread<Tile<Chunks>>;
-
   // y P^T + residual A^T to `rows`.
   template <class Block>
   MC_HD static void multiply(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int slot,
-                             const RestoreScratch& s, Tiles<Block>& tile) {
+                             const RestoreScratch& s) {
     const StreamShape& shape = a.shape;
     const int dim = shape.dim, stored = shape.stored, pitch = pitch_of(dim);
-    load_latent<T, Chunks>(block, from, slot, true, tile, nullptr, 0);
-    tile_to_shared<Chunks>(block, tile, s.latent, pitch_of(stored), 0, stored);
-    const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
-    const DenseMatrix map{a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored), stored, dim, true};
-    const DenseMatrix residual_map{a.maps.residual_map + place * dim, dim, dim, true};
-    if (shape.has_residual()) {
-      load_residual<Chunks>(block, from, slot, tile);
-      tile_to_shared<Chunks>(block, tile, s.residual, pitch, 0, dim);
+    const bool residual = shape.has_residual();
+    latent_to_shared<T>(block, from, slot, true, s.latent, pitch_of(stored));
+    if (residual) {
+      block.each([&](Thread thread) {
+        MC_NO_UNROLL
+        for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
+          float x[kChunk];
+          load_residual_chunk(x, from, slot, row_of(thread), component);
+          store_chunk(s.residual + row_of(thread) * pitch + component, x);
+        }
+      });
     }
-    typename Block::template PerThread<Accumulator> sum;
-    for (int first = 0; first < dim; first += kDenseColumns) {
-      clear(block, sum);
-      map.multiply_add(block, sum, s.latent, pitch_of(stored), first, s.staging);
-      if (shape.has_residual()) residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
-      block.sync();
-      visit_results(block, sum, first, dim,
-                    [&](int row, int column, const float(&x)[4]) { store_four(s.rows + row * pitch + column, x); });
+    const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
+    const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored);
+    const float* residual_map = residual ? a.maps.residual_map + place * dim : nullptr;
+    if constexpr (sizeof(T) == 2) {
+      SplitSums<Block> sum;
+      add_products(block, s, sum, SplitMatrix{map, stored, dim}, SplitMatrix{residual_map, dim, dim});
+    } else {
+      typename Block::template PerThread<Accumulator> sum;
+      add_products(block, s, sum, DenseMatrix{map, stored, dim, true}, DenseMatrix{residual_map, dim, dim, true});
     }
   }
 
+  template <class Block, class Sums, class Matrix>
+  MC_HD static void add_products(Block& block, const RestoreScratch& s, Sums& sum, const Matrix& map,
+                                 const Matrix& residual_map) {
+    const int dim = map.columns, pitch = pitch_of(dim);
+    MC_NO_UNROLL
+    for (int first = 0; first < dim; first += kDenseColumns) {
+      clear(block, sum);
+      map.multiply_add(block, sum, s.latent, pitch_of(map.depth), first, s.staging);
+      if (residual_map.numbers != nullptr)
+        residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
+      block.sync();
+      store_results(block, sum, first, dim, s.rows, pitch);
+    }
+  }
+
+  // Each thread to its own chunks of `rows`.
   template <class Block>
-  MC_HD static void add_residual(Block& block, const StreamBlock& from, int slot, Tiles<Block>& tile) {
-    typename Block::template PerThread<Tile<Chunks>> residual;
-    load_residual<Chunks>(block, from, slot, residual);
+  MC_HD static void add_residual(Block& block, const StreamBlock& from, int slot, const RestoreScratch& s) {
     block.each([&](Thread thread) {
-      MC_UNROLL
-      for (int j = 0; j < Chunks; ++j) {
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < from.shape.dim; component += kRowThreads * kChunk) {
+        float x[kChunk], residual[kChunk];
+        float* own = s.rows + row_of(thread) * pitch_of(from.shape.dim) + component;
+        load_chunk(x, own);
+        load_residual_chunk(residual, from, slot, row_of(thread), component);
         MC_UNROLL
-        for (int e = 0; e < kChunk; ++e) tile(thread).x[j][e] += residual(thread).x[j][e];
+        for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
+        store_chunk(own, x);
       }
     });
   }
+
+  // Norm and offset of a slot's vectors; null where there are none.
+  struct Affine {
+    const Half* norms;
+    const float* offset;
+
+    MC_HD void apply(float (&x)[kChunk], int row, int component) const {
+      const float norm = norms == nullptr ? 1.0f : to_float(norms[row]);
+      MC_UNROLL
+      for (int e = 0; e < kChunk; ++e) x[e] = x[e] * norm + (offset == nullptr ? 0.0f : offset[component + e]);
+    }
+  };
 
   // Norm, offset, rotation, retained vectors.
   template <class Block>
   MC_HD static void write(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int n, int head, int slot,
-                          const RestoreScratch& s, Tiles<Block>& tile) {
+                          const RestoreScratch& s) {
     const StreamShape& shape = a.shape;
-    const int dim = shape.dim, pitch = pitch_of(dim);
-    const bool rotated = turned(shape), in_shared = rotated || takes_products(shape);
-    const Rotation rotation{a.inverse_frequencies, dim, rotated ? a.block_index[n] * kBlockSize : 0, 1.0f};
-    const Half* norms = shape.has_norms() ? from.norms(shape.gaussian() ? 0 : shape.member, slot) : nullptr;
-    const float* offset = a.maps.offset == nullptr ? nullptr : a.maps.offset + slot * dim;
+    const int dim = shape.dim;
+    const bool shared = shares_rows(shape);
+    const Rotation rotation{turned(shape) ? a.inverse_frequencies : nullptr, dim,
+                            turned(shape) ? a.block_index[n] * kBlockSize : 0, 1.0f};
+    const Affine affine{shape.has_norms() ? from.norms(shape.gaussian() ? 0 : shape.member, slot) : nullptr,
+                        a.maps.offset == nullptr ? nullptr : a.maps.offset + slot * dim};
     T* out = a.out + (static_cast<std::int64_t>(n) * shape.heads + head) * kBlockSize * dim;
-    const auto finish = [&](float(&x)[kChunk], float norm, int component) {
-      MC_UNROLL
-      for (int e = 0; e < kChunk; ++e) x[e] = x[e] * norm + (offset == nullptr ? 0.0f : offset[component + e]);
-    };
     block.each([&](Thread thread) {
       const int row = row_of(thread), place = shape.retained > 0 ? s.places[row] : -1;
-      const float norm = norms == nullptr ? 1.0f : to_float(norms[row]);
-      const float* own = s.rows + row * pitch;
-      MC_UNROLL
-      for (int j = 0; j < Chunks; ++j) {
-        const int component = component_of(thread, j);
-        if (component >= dim) continue;
-        float(&x)[kChunk] = tile(thread).x[j];
+      const auto store = [&](const float(&x)[kChunk], int component) { store_chunk(out + row * dim + component, x); };
+      const auto load = [&](float(&x)[kChunk], int component) {
+        if (shared) {
+          load_chunk(x, s.rows + row * pitch_of(dim) + component);
+        } else {
+          load_numbers_of(x, from, slot, row, component);
+        }
+        affine.apply(x, row, component);
+      };
+      if (place < 0 && rotation.turns()) {
+        turn_row(thread, rotation, load, store);
+        return;
+      }
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
+        float x[kChunk];
         if (place >= 0) {
           load_exact_chunk<T>(x, from, slot, place, component);
         } else {
-          if (in_shared) load_chunk(x, own + component);
-          finish(x, norm, component);
-          if (rotated) {
-            float other[kChunk];
-            load_chunk(other, own + rotation.partner(component));
-            finish(other, norm, rotation.partner(component));
-            rotation.apply(x, other, row, component);
-          }
+          load(x, component);
         }
-        store_chunk(out + row * dim + component, x);
+        store(x, component);
       }
     });
+  }
+
+  // A chunk of a row that takes neither products nor transforms.
+  MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component) {
+    load_latent_chunk<T>(x, from, slot, false, row, component);
+    if (!from.shape.has_residual()) return;
+    float residual[kChunk];
+    load_residual_chunk(residual, from, slot, row, component);
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
   }
 };
 

@@ -60,41 +60,41 @@ MC_HD void choose_retained(Block& block, const StreamShape& shape, const Retenti
 }
 
 // Retained vectors of every member, from its rows in the full tier (`rows(member)`, [B, D] as they are); unused slots
-// are zero. The tile is scratch.
-template <class T, int Chunks, class Block, class Rows>
-MC_HD void store_exact(Block& block, const StreamBlock& to, int head, const std::int32_t* index, Rows rows,
-                       typename Block::template PerThread<Tile<Chunks>>& tile) {
+// are zero.
+template <class T, class Block, class Rows>
+MC_HD void store_exact(Block& block, const StreamBlock& to, int head, const std::int32_t* index, Rows rows) {
   const StreamShape& shape = to.shape;
-  const int count = shape.members * shape.retained;
+  const int count = shape.members * shape.retained, dim = shape.dim;
   for (int start = 0; start < count; start += kBlockSize) {
-    load_tile<Chunks>(block, tile, shape.dim, [&](float(&x)[kChunk], int row, int component) {
+    const auto load = [&](float(&x)[kChunk], int row, int component) {
       const int vector = start + row, token = vector < count ? index[vector % shape.retained] : -1;
       if (token >= 0) {
-        load_chunk(x, rows(vector / shape.retained) + token * shape.dim + component);
+        load_chunk(x, rows(vector / shape.retained) + token * dim + component);
       } else {
         MC_UNROLL
         for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
       }
-    });
-    if (shape.retained_format == Format::model) {
-      block.each([&](Thread thread) {
-        const int vector = start + row_of(thread);
-        if (vector >= count) return;
-        T* exact = to.exact<T>(vector / shape.retained, head) + vector % shape.retained * shape.dim;
-        MC_UNROLL
-        for (int j = 0; j < Chunks; ++j) {
-          const int component = component_of(thread, j);
-          if (component < shape.dim) store_chunk(exact + component, tile(thread).x[j]);
-        }
+    };
+    if (shape.retained_format != Format::model) {
+      quantize_rows(block, dim, shape.retained_format, load, [&](int row) {
+        const int vector = start + row, member = vector / shape.retained, slot = vector % shape.retained;
+        if (vector >= count) return RowTarget{nullptr, nullptr, nullptr};
+        Half* params = to.exact_params(member, head) + slot;
+        return RowTarget{to.exact_codes(member, head) + slot * shape.exact_bytes(), params,
+                         is_integer(shape.retained_format) ? params + shape.retained : nullptr};
       });
       continue;
     }
-    quantize_rows<Chunks>(block, tile, 0, shape.dim, shape.retained_format, [&](int row) {
-      const int vector = start + row, member = vector / shape.retained, slot = vector % shape.retained;
-      if (vector >= count) return RowTarget{nullptr, nullptr, nullptr};
-      Half* params = to.exact_params(member, head) + slot;
-      return RowTarget{to.exact_codes(member, head) + slot * shape.exact_bytes(), params,
-                       is_integer(shape.retained_format) ? params + shape.retained : nullptr};
+    block.each([&](Thread thread) {
+      const int vector = start + row_of(thread);
+      if (vector >= count) return;
+      T* exact = to.exact<T>(vector / shape.retained, head) + vector % shape.retained * dim;
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
+        float x[kChunk];
+        load(x, row_of(thread), component);
+        store_chunk(exact + component, x);
+      }
     });
   }
 }

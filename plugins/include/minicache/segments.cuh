@@ -27,6 +27,7 @@ MC_HD int first_component(const StreamShape& shape, const Segment& segment) {
 }
 
 MC_HD bool is_stored(const StreamShape& shape, int component) {
+  MC_NO_UNROLL
   for (int i = 0; i < shape.segments; ++i) {
     const Segment& segment = shape.segment[i];
     if (segment.format != Format::drop && inside(component, first_component(shape, segment), segment.length)) return true;
@@ -59,7 +60,7 @@ MC_HD void store_segment(Block& block, const StreamBlock& to, int head, const Se
     quantize_columns<Chunks>(block, tile, first, segment.length, segment.format, s.kept, s.columns, codes, row_bytes,
                              params + segment.scale, params + segment.minimum);
   } else {
-    quantize_rows<Chunks>(block, tile, first, segment.length, segment.format, [&](int row) {
+    quantize_tile<Chunks>(block, tile, first, segment.length, segment.format, [&](int row) {
       return RowTarget{codes + row * row_bytes, params + segment.scale + row,
                        is_integer(segment.format) ? params + segment.minimum + row : nullptr};
     });
@@ -75,6 +76,7 @@ MC_HD void store_segments(Block& block, const StreamBlock& to, int head,
     standardize<Chunks>(block, tile, shape.stored, to.norms(0, head), s.norms,
                         [&](int component) { return is_stored(shape, component); });
   }
+  MC_NO_UNROLL
   for (int i = 0; i < shape.segments; ++i) {
     if (shape.segment[i].format != Format::drop) store_segment<T, Chunks>(block, to, head, shape.segment[i], tile, s);
   }
