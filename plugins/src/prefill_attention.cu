@@ -70,8 +70,8 @@ std::int32_t check_counts(const AttentionArguments& a) {
       {"full_columns and compressed_columns: positions times query heads of a KV head", columns * kBlockSize * group,
        kEndOfContext},
       {"full_table: entries", std::int64_t{step.sequences} * step.full_columns, kEndOfContext},
-      {"compressed_table: blocks of all KV heads", std::int64_t{step.sequences} * step.compressed_columns * a.shape.heads,
-       kEndOfContext},
+      {"compressed_table: blocks of all KV heads",
+       std::int64_t{step.sequences} * step.compressed_columns * a.shape.heads, kEndOfContext},
       {"full_blocks: blocks of all KV heads", std::int64_t{a.full_blocks} * 2 * a.shape.heads, kEndOfContext},
   };
   for (const auto& counted : all) {
@@ -155,8 +155,8 @@ std::int32_t restore_history(const AttentionArguments& a, const PrefillWorkspace
 }
 
 template <class T, int D, int Rows>
-std::int32_t attend_piece(const AttentionArguments& a, const PrefillWorkspace& workspace, char* base, std::int32_t first,
-                          bool last, void* stream) {
+std::int32_t attend_piece(const AttentionArguments& a, const PrefillWorkspace& workspace, char* base,
+                          std::int32_t first, bool last, void* stream) {
   using Kernel = PrefillAttention<T, D, Rows>;
   const Step& step = a.step;
   const int longest = minimum(step.longest_chunk, step.tokens - step.decodes);

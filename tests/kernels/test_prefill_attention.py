@@ -180,6 +180,7 @@ def test_neighbours_change_nothing(host_library: KernelLibrary) -> None:
         compressed_len=batch.compressed_len[2:],
         full_table=np.ascontiguousarray(batch.full_table[2:, :3]),
         input_ids=batch.input_ids[74:],
+        slot_mapping=batch.slot_mapping[74:],
         decode_rows=batch.decode_rows[:0],
     )
     for longest_chunk in (None, WIDE_TILES):

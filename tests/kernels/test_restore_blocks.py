@@ -144,6 +144,15 @@ class Call:
         self.library.call("restore_blocks", *(self.arguments | spoiled).values())
 
 
+def test_negative_blocks_are_left_out(host_library: KernelLibrary) -> None:
+    call = Call(host_library, "keys before RoPE", 1)
+    call()
+    whole, some = call.out.clone(), torch.tensor([2, -1, 1], dtype=torch.int32)
+    call.out.fill_(7.0)
+    call(blocks=some.data_ptr())
+    assert torch.equal(call.out[::2], whole[::2]) and (call.out[1] == 7.0).all()
+
+
 def test_arguments_are_checked(host_library: KernelLibrary) -> None:
     call = Call(host_library, "keys before RoPE", 1)
     call()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,9 +14,10 @@ from minicache_trt.compression.methods import make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.functions.stream_maps import read_maps
-from minicache_trt.kernels.library import TYPES, KernelLibrary, StreamShape, address, device_maps, stream_view
+from minicache_trt.kernels.attention import StepTensors, attention_arguments
+from minicache_trt.kernels.library import KernelLibrary, StreamShape, device_maps, stream_view
 from minicache_trt.kernels.prefill import prefill_attention, prefill_workspace
-from minicache_trt.kernels.structs import AttentionArguments, AttentionShape, Step, StreamView
+from minicache_trt.kernels.structs import StreamView
 from minicache_trt.model.rope import inverse_frequencies
 from minicache_trt.model.torch_attention import Pools, paged_attention
 from minicache_trt.runtime.batch import Batch
@@ -118,44 +118,31 @@ class PrefillCall:
 
     def __init__(self, library: KernelLibrary, case: PrefillCase, out: Tensor) -> None:
         config, batch, plan = case.pools.config, case.batch, case.pools.plan
-        self._case, self._out = case, out
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
-        self._streams = [self._stream(library, part) for part in ("key", "value")] if plan.compresses else []
+        streams = [self._stream(library, case, part) for part in ("key", "value")] if plan.compresses else []
+        views = [view for *_, view in streams]
         chunks = (batch.query_start[1:] - batch.query_start[:-1])[len(batch.decode_rows) :]
-        tables = ["query_start", "context_len", "slot_mapping", "full_table"]
-        tables += ["compressed_len", "compressed_table"] if plan.compresses else []
-        views = {part: view for part, (_, _, view) in zip(("key", "value"), self._streams, strict=False)}
-        self.arguments = AttentionArguments(
-            type=TYPES[case.q.dtype],
-            shape=AttentionShape(
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                1 / math.sqrt(config.head_dim),
-                address(self._frequencies),
-            ),
-            step=Step(
-                tokens=batch.num_tokens,
-                sequences=len(batch.context_len),
-                decodes=len(batch.decode_rows),
-                full_columns=batch.full_table.shape[1],
-                compressed_columns=batch.compressed_table.shape[1],
-                longest_chunk=int(chunks.max(initial=0)) if case.longest_chunk is None else case.longest_chunk,
-                **{name: getattr(batch, name).ctypes.data for name in tables},
-            ),
-            kv=address(case.kv),
-            full_blocks=len(case.kv),
-            sliding_window=case.sliding_window,
-            q=address(case.q),
-            out=address(out),
-            q_stride=case.q.stride(0),
-            out_stride=out.stride(0),
-            **views,
+        step = StepTensors(
+            torch.from_numpy(batch.query_start),
+            torch.from_numpy(batch.context_len),
+            torch.from_numpy(batch.slot_mapping),
+            torch.from_numpy(batch.full_table),
+            torch.from_numpy(batch.compressed_len) if plan.compresses else None,
+            torch.from_numpy(batch.compressed_table) if plan.compresses else None,
+            len(batch.decode_rows),
+            int(chunks.max(initial=0)) if case.longest_chunk is None else case.longest_chunk,
         )
+        frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self.arguments = attention_arguments(
+            config, step, case.kv, case.q, out, *views or (None, None), frequencies, case.sliding_window
+        )
+        self._alive = (case, out, streams, step, frequencies)
 
-    def _stream(self, library: KernelLibrary, part: str) -> tuple[StreamShape, dict[str, Tensor], StreamView]:
-        pools = self._case.pools
-        index, member = pools.plan.find(part, self._case.layer)
+    @staticmethod
+    def _stream(
+        library: KernelLibrary, case: PrefillCase, part: str
+    ) -> tuple[StreamShape, dict[str, Tensor], StreamView]:
+        pools = case.pools
+        index, member = pools.plan.find(part, case.layer)
         layout = pools.layouts[index]
         maps = device_maps(read_maps(layout, stream_matrices(pools.plan.matrices, index), member), "cpu")
         shape = StreamShape(library, layout, member)

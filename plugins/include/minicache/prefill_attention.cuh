@@ -10,6 +10,7 @@
 
 #include "minicache/query_tile.cuh"
 #include "minicache/softmax.cuh"
+#include "minicache/tile.cuh"
 #include "minicache/tile_products.cuh"
 
 namespace minicache {
@@ -19,6 +20,10 @@ struct PrefillCarry {
   float* accumulators;  // [tokens, Hq, D]
   float* maxima;        // [tokens, Hq]
   float* sums;          // [tokens, Hq, 4]: parts of the four lanes that share a row
+};
+
+struct alignas(8) CarryPair {
+  float x[2];
 };
 
 template <class T>
@@ -40,6 +45,7 @@ struct PrefillArguments {
 template <class T, int D, int Rows>
 struct PrefillAttention {
   static constexpr int kThreads = 128;
+  static constexpr int kMinBlocks = Rows == 1 && D <= 128 ? 3 : 2;
   static constexpr int kTileRows = kThreads / kWarp * 16 * Rows;
   static constexpr int kSharedBytes = SharedRows<T, D>::bytes(kTileRows + 2 * kBlockSize);
 
@@ -177,7 +183,7 @@ struct PrefillAttention {
         MC_UNROLL
         for (int n = 0; n < D / 8; ++n) {
           const float* x = accumulators[m][n](thread).x + 2 * j;
-          *reinterpret_cast<Pair<T>*>(out + 8 * n) = round_pair<T>(x[0] * inverse, x[1] * inverse);
+          store_as(out + 8 * n, round_pair<T>(x[0] * inverse, x[1] * inverse));
         }
       }
     });
@@ -198,7 +204,7 @@ struct PrefillAttention {
         MC_UNROLL
         for (int n = 0; n < D / 8; ++n) {
           const float* x = accumulators[m][n](thread).x + 2 * j;
-          *reinterpret_cast<Pair<float>*>(numbers + 8 * n) = Pair<float>{{x[0], x[1]}};
+          store_as(numbers + 8 * n, CarryPair{{x[0], x[1]}});
         }
       }
     });
@@ -220,7 +226,7 @@ struct PrefillAttention {
         MC_UNROLL
         for (int n = 0; n < D / 8; ++n) {
           float* x = accumulators[m][n](thread).x + 2 * j;
-          const Pair<float> pair = real ? *reinterpret_cast<const Pair<float>*>(numbers + 8 * n) : Pair<float>{};
+          const CarryPair pair = real ? load_as<CarryPair>(numbers + 8 * n) : CarryPair{};
           x[0] = pair.x[0];
           x[1] = pair.x[1];
         }

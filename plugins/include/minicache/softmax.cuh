@@ -45,8 +45,8 @@ struct RowSums {
   }
 };
 
-// State of the rows of fragments D [Rows]. Weights are 2^(scale (logit - maximum)) with scale = log2(e) / sqrt(D); a row
-// that has seen no key has maximum -infinity and sum 0.
+// State of the rows of fragments D [Rows]. Weights are 2^(scale (logit - maximum)) with scale = log2(e) / sqrt(D); a
+// row that has seen no key has maximum -infinity and sum 0.
 template <class Block, int Rows, int Pitch>
 struct OnlineSoftmax {
   typename Block::template PerThread<float> maximum[Rows][2];

@@ -1,4 +1,4 @@
-// Tiles of 16-bit rows in shared memory and the tensor-core products over them.
+// Tiles of rows in shared memory and the tensor-core products over them.
 #pragma once
 
 #include "minicache/fragments.cuh"
@@ -17,8 +17,8 @@ struct SharedRows {
 
   MC_HD T* at(int row, int column) const { return base + row * kStride + column; }
 
-  // Where the lane's row begins, for `load_matrices` of the 16 x 16 numbers at the start: the four 8 x 8 matrices column
-  // by column (fragment A; pairs of fragments B, transposed), or row by row (pairs of fragments B).
+  // Where the lane's row begins, for `load_matrices` of the 16 x 16 numbers at the start: the four 8 x 8 matrices
+  // column by column (fragment A; pairs of fragments B, transposed), or row by row (pairs of fragments B).
   MC_HD T* by_column(Thread thread) const { return at(thread.lane() % 16, thread.lane() / 16 * 8); }
   MC_HD T* by_row(Thread thread) const {
     return at(thread.lane() / 16 * 8 + thread.lane() % 8, thread.lane() / 8 % 2 * 8);
@@ -115,7 +115,7 @@ MC_HD void multiply_values(Block& block, typename Block::template PerThread<Frag
       for (int i = 0; i < 4 * Rows; ++i) {
         const int m = i / 4, half = i / 2 % 2, row = i % 2;
         const float* x = weights[m][k / 8 + half](thread).x + 2 * row;
-        set_pair(rounded[m](thread), row, half, round_pair<T>(x[0], x[1]));
+        put_pair(rounded[m](thread), row + 2 * half, round_pair<T>(x[0], x[1]));
       }
     });
     MC_UNROLL
