@@ -62,7 +62,7 @@ def test_help_lists_every_option() -> None:
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc: install the CUDA toolkit (12.8 or later) and put it on PATH")
 def test_cuda_library_compiles_without_warnings_and_spills() -> None:
     """For one architecture, few instantiations; `make check-all` compiles the rest."""
-    result = build("--cuda", "--reduced", "--output", ROOT / "build" / "plugins-check")
+    result = build("--cuda", "--reduced", "--jobs", "2", "--output", ROOT / "build" / "plugins-check")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
