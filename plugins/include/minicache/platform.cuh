@@ -10,10 +10,12 @@
 #define MC_HD __host__ __device__ __forceinline__
 #define MC_UNROLL _Pragma("unroll")
 #define MC_UNROLL_TWICE _Pragma("unroll 2")
+#define MC_UNROLL_NONE _Pragma("unroll 1")
 #else
 #define MC_HD inline __attribute__((always_inline))
 #define MC_UNROLL
 #define MC_UNROLL_TWICE
+#define MC_UNROLL_NONE
 #endif
 
 #if defined(__CUDA_ARCH__)
