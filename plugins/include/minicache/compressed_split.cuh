@@ -28,12 +28,13 @@ struct CompressedSplit {
     const Scores scores{reinterpret_cast<float*>(block.shared + a.shared.scores)};
     // Tile u < blocks holds keys, later ones values; stage u % stages.
     auto stage_data = [&](int u) { return block.shared + u % a.shared.stages * a.shared.stage_bytes; };
+    auto fetch_value = [&](int u) {
+      if (u < 2 * blocks) fetch_stage<T>(block, a.value, stage_data(u), table[u - blocks], value_slot);
+      Block::commit_async();
+    };
     auto fetch = [&](int u) {
-      if (u < blocks) {
-        fetch_stage<T>(block, a.key, stage_data(u), table[u], key_slot);
-      } else if (u < 2 * blocks) {
-        fetch_stage<T>(block, a.value, stage_data(u), table[u - blocks], value_slot);
-      }
+      if (u >= blocks) return fetch_value(u);
+      fetch_stage<T>(block, a.key, stage_data(u), table[u], key_slot);
       Block::commit_async();
     };
     for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
@@ -75,7 +76,7 @@ struct CompressedSplit {
     clear(block, sums);
     for (int u = blocks; u < 2 * blocks; ++u) {
       wait_stage(block, a.shared.stages);
-      fetch(u + a.shared.stages - 1);
+      fetch_value(u + a.shared.stages - 1);
       const Stage stage{a.value, stage_data(u)};
       prepare_weights<T>(block, stage, scores, start + (u - blocks) * kBlockSize, weights);
       block.sync();

@@ -142,12 +142,13 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
     });
   }
   static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
-  if constexpr (Steps > 0) {
+  if constexpr (Steps > 0 && F == Format::int4 && N == 4) {  // others would take more registers than there are
     MC_UNROLL_TWICE
     for (int step = 0; step < Steps; ++step) {
       add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
     }
   } else {
+    MC_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
     }
