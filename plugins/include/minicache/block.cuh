@@ -22,8 +22,8 @@ constexpr int kWarp = 32;
 
 struct Thread {
   int index;
-  MC_HD int lane() const { return index & (kWarp - 1); }
-  MC_HD int warp() const { return index >> 5; }
+  MC_HD int lane() const { return index % kWarp; }
+  MC_HD int warp() const { return index / kWarp; }
 };
 
 struct Grid {
