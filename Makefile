@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # TORCH_ARGS chooses another build of PyTorch, for example an index of CPU-only wheels.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help demo test check setup clean
+.PHONY: help demo test check check-all plugins setup clean
 
 help:            ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,16 @@ check: setup     ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+plugins:         ## Build the kernel libraries: CUDA where nvcc is installed, and the host build
+	@if command -v nvcc > /dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then \
+		build_scripts/build_plugins.sh; \
+	else \
+		echo "nvcc is not installed: only the host library is built"; build_scripts/build_plugins.sh --host; \
+	fi
+
+check-all: setup check plugins   ## All checks and tests, the long ones too: every GPU architecture, every instantiation
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "long or not long"
 
 clean:           ## Remove the environment and everything built
 	rm -rf $(VENV) build

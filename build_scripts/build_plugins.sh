@@ -1,16 +1,95 @@
 #!/usr/bin/env bash
-# Builds the kernel libraries. Usage: build_plugins.sh [--host] [--output DIR]
+# Builds the kernel libraries of plugins/. Incremental; several may run at once, also on one folder.
 set -euo pipefail
-root="$(cd "$(dirname "$0")/.." && pwd)"
+
+usage() {
+  cat <<'TEXT'
+Usage: build_plugins.sh [options]
+
+Builds libminicache_cuda.so (nvcc) and libminicache_host.so (the same sources on the CPU).
+
+  --host         only the host library; needs no nvcc
+  --cuda         only the CUDA library
+  --arch LIST    GPU architectures, such as 90a or 80,90a; native: this machine's GPU
+                 (default: 80,86,89,90a,100,120, the last one also as PTX)
+  --reduced      a quick check: one architecture (90a) and few instantiations
+  --output DIR   build folder, where the libraries appear too (default: build/plugins)
+  --jobs N       compilations at a time (default: all cores)
+  --help         this text
+
+After a CUDA build, a table tells registers, spills and shared memory of every kernel. Warnings are errors, and so are
+spills of attention kernels.
+TEXT
+}
+
+fail() {  # cause, remedy
+  echo "error: $1" >&2
+  echo "hint: $2" >&2
+  exit 2
+}
+
+present_architecture() {
+  local capability
+  capability="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')" || true
+  [[ "$capability" =~ ^[0-9]+$ ]] || fail "--arch native: nvidia-smi finds no GPU" "name an architecture, such as 90a"
+  [[ "$capability" == 90 ]] && capability=90a
+  echo "$capability"
+}
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output="$root/build/plugins"
-cuda=ON
+host=ON cuda=ON reduced=OFF arch="" jobs="$(nproc 2>/dev/null || echo 2)"
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --host) cuda=OFF ;;
-    --output) output="$2"; shift ;;
-    *) echo "unknown option $1" >&2; exit 2 ;;
+    --cuda) host=OFF ;;
+    --reduced) reduced=ON ;;
+    --arch | --output | --jobs)
+      [[ $# -ge 2 ]] || fail "$1: expected a value" "see --help"
+      case "$1" in --arch) arch="$2" ;; --output) output="$2" ;; --jobs) jobs="$2" ;; esac
+      shift
+      ;;
+    -h | --help) usage; exit 0 ;;
+    *) fail "unknown option $1" "see --help" ;;
   esac
   shift
 done
-cmake -S "$root/plugins" -B "$output" -DMINICACHE_CUDA="$cuda" > "$output.log" 2>&1 || { cat "$output.log" >&2; exit 2; }
-cmake --build "$output" --parallel 2
+[[ "$jobs" =~ ^[1-9][0-9]*$ ]] || fail "--jobs: expected a positive number, got $jobs" "such as --jobs 2"
+[[ "$host" == ON || "$cuda" == ON ]] || fail "--host and --cuda exclude each other" "leave both out to build both"
+[[ "$arch" != native ]] || arch="$(present_architecture)"
+if [[ -z "$arch" ]]; then
+  [[ "$reduced" == ON ]] && arch=90a || arch="80,86,89,90a,100,120"
+fi
+[[ "$arch" =~ ^[0-9]+[a-z]?(,[0-9]+[a-z]?)*$ ]] || fail "--arch: expected numbers such as 80,90a, got $arch" "see --help"
+
+command -v cmake > /dev/null || fail "cmake is missing" "apt-get install cmake, or pip install cmake"
+compiler="${CXX:-g++}"
+command -v "$compiler" > /dev/null || fail "$compiler is missing" "apt-get install g++, or set CXX"
+options=()
+if [[ "$cuda" == ON ]]; then
+  nvcc="${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}"
+  [[ -x "$nvcc" ]] || fail "nvcc is missing" \
+    "install the CUDA toolkit (12.8 or later) and put nvcc on PATH, or use --host to build for the CPU only"
+  options+=("-DCMAKE_CUDA_COMPILER=$nvcc")
+fi
+generator="Unix Makefiles"
+if command -v ninja > /dev/null; then
+  generator="Ninja"
+else
+  command -v make > /dev/null || fail "neither ninja nor make is there" "apt-get install ninja-build"
+fi
+
+mkdir -p "$output"
+output="$(cd "$output" && pwd)"
+if command -v flock > /dev/null; then
+  exec 9> "$output/.building"
+  flock 9
+fi
+log="$output/configure.log"
+cmake -S "$root/plugins" -B "$output" -G "$generator" -DCMAKE_CXX_COMPILER="$(command -v "$compiler")" "${options[@]}" \
+  -DMINICACHE_CUDA="$cuda" -DMINICACHE_HOST="$host" -DMINICACHE_REDUCED="$reduced" -DMINICACHE_TARGETS="${arch//,/;}" \
+  > "$log" 2>&1 || { cat "$log" >&2; exit 1; }
+cmake --build "$output" --parallel "$jobs"
+if [[ "$cuda" == ON ]]; then
+  python3 "$root/build_scripts/ptxas_report.py" "$output"
+fi

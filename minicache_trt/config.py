@@ -155,15 +155,23 @@ class KvCacheConfig:
     ----------
     max_bytes : int, optional
         Bytes for both tiers together. Default: what ``max_batch_size`` sequences of ``max_seq_len`` tokens need.
+    free_gpu_memory_fraction : float
+        On a GPU, the cache takes at most this share of the memory that is free once the weights are loaded; the rest
+        is for activations.
     active_prefills : int
         Prompts that may hold a whole quantum in the full tier at the same time.
     """
 
     max_bytes: int | None = None
+    free_gpu_memory_fraction: float = 0.9
     active_prefills: int = 1
 
     def __post_init__(self) -> None:
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"max_bytes: expected a positive number, got {self.max_bytes}")
+        if not 0 < self.free_gpu_memory_fraction < 1:
+            raise ValueError(
+                f"free_gpu_memory_fraction: expected a number between 0 and 1, got {self.free_gpu_memory_fraction}"
+            )
         if self.active_prefills < 1:
             raise ValueError(f"active_prefills: expected a positive number, got {self.active_prefills}")

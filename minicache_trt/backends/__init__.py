@@ -13,9 +13,12 @@ from minicache_trt.errors import UserError
 
 BACKENDS = {
     "onnxruntime": "minicache_trt.backends.onnxruntime:OnnxRuntimeEngine",
-    "torch": "minicache_trt.backends.torch:TorchEngine",
+    "torch": "minicache_trt.backends.torch_reference:TorchEngine",
+    "cuda": "minicache_trt.backends.torch_kernels:CudaEngine",
+    "host-kernels": "minicache_trt.backends.torch_kernels:HostKernelEngine",
 }
-"""Backend name to the class that runs an engine directory."""
+"""Backend name to the class that runs an engine directory. All but ``onnxruntime`` read its checkpoint, not its graphs;
+``host-kernels`` is ``cuda`` on the CPU, kernels included, to test it where there is no GPU."""
 
 Opener = Callable[[Path, EngineInfo, int | None], Engine]
 """From an engine directory, its contents and a number of threads to a running engine."""

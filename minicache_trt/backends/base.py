@@ -15,13 +15,17 @@ from minicache_trt.runtime.batch import Batch, Int32
 class Engine(Protocol):
     """A model with its cache pools on one device.
 
-    ``element_bytes`` is the size of a compute-type number in the pools (4 for fp32).
+    ``element_bytes`` is the size of a compute-type number in the pools (4 for fp32, 2 for fp16 and bf16).
     """
 
     model: ModelConfig
     plan: CompressionPlan
     build: BuildConfig
     element_bytes: int
+
+    def free_memory(self) -> int | None:
+        """Bytes free on a device with memory of its own, a GPU; None where the cache shares the machine's."""
+        ...
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         """Create zeroed pools with that many blocks (block 0 included) and return the bytes allocated."""

@@ -98,6 +98,9 @@ class OnnxRuntimeEngine:
         _bind_steps(self._compressor_binding, steps)
         self._compressor.run_with_iobinding(self._compressor_binding)
 
+    def free_memory(self) -> int | None:
+        return None
+
     def pool(self, name: str) -> NDArray[np.generic]:
         """A pool by its contract name, for inspection."""
         return self._pools[name]

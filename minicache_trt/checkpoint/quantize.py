@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -123,8 +123,8 @@ def quantized_views(path: Path) -> dict[str, WeightView]:
     }
 
 
-def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArray[np.float32]]:
-    """float32 ``[out, in]`` of every linear layer in a file `write_quantized` wrote, by name.
+def iterate_dequantized(path: Path, weights: Mapping[str, Sized]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Name and float32 ``[out, in]`` of every linear layer in a file `write_quantized` wrote, one at a time.
 
     Parameters
     ----------
@@ -132,12 +132,15 @@ def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, N
     weights : mapping
         Anything with a ``shape`` by canonical name: the last blocks of a row may be padded.
     """
-    result = {}
     with safe_open(path, framework="numpy") as file:
         names = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 (not iterable itself)
         for name in sorted(names):
             codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
             original = weights.get(f"{name}.weight", weights["embed.weight"])
             bits = 8 * codes.shape[-1] // QUANTIZATION_BLOCK
-            result[name] = dequantize_weight(codes, scales, bits, original.shape[-1])
-    return result
+            yield name, dequantize_weight(codes, scales, bits, original.shape[-1])
+
+
+def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArray[np.float32]]:
+    """All of `iterate_dequantized`, by name."""
+    return dict(iterate_dequantized(path, weights))

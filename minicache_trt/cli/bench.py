@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minicache_trt.benchmark.measure import Cell, Contender, Grid
     from minicache_trt.benchmark.ours import Ours
     from minicache_trt.benchmark.peers import PeerCommand
+    from minicache_trt.config import KvCacheConfig
 
 GRID, PEER, OUTPUT = "What is measured", "Against another program", "Output"
 
@@ -47,6 +48,7 @@ def bench(
         ),
     ] = None,
     kv_cache_memory: options.CacheMemory = None,
+    gpu_fraction: options.GpuFraction = None,
     threads: options.Threads = None,
     backend: options.Backend = None,
     plot: Annotated[
@@ -73,12 +75,13 @@ def bench(
     info = read_engine(engine)
     grid = _grid(batch_sizes, contexts, new_tokens, rounds)
     grid.check(info.build)
+    cache = options.cache_config(kv_cache_memory, gpu_fraction)
     for flag, path in (("--csv", csv), ("--plot", plot)):
         _check_output(flag, path)
     about: dict[str, Any] = {}
     command = _peer_command(engine, info, grid, threads, against, peer_model, peer_python)
     with ExitStack() as stack, stderr.status(Text(f"loading {engine}")) as status:
-        contenders: list[Contender] = [_open(engine, threads, backend, kv_cache_memory)]
+        contenders: list[Contender] = [_open(engine, threads, backend, cache)]
         if command is not None:
             from minicache_trt.benchmark.peers import Peer
 
@@ -155,8 +158,7 @@ def _peer_command(
     return peers.onnxruntime_genai(chosen, model, info.model, grid.length, threads)
 
 
-def _open(engine: Path, threads: int | None, backend: str | None, memory: str | None) -> Ours:
-    config = options.cache_config(memory)
+def _open(engine: Path, threads: int | None, backend: str | None, config: KvCacheConfig) -> Ours:
     from minicache_trt.benchmark.ours import Ours
     from minicache_trt.build import load_engine
     from minicache_trt.runtime.llm import LLM

@@ -39,7 +39,9 @@ def build(
     sink_tokens: options.SinkTokens = None,
     calibration_text: options.CalibrationText = None,
     weights: Annotated[str, typer.Option(help=f"Weight format: {', '.join(WEIGHT_FORMATS)}.")] = "fp32",
-    backend: Annotated[str, typer.Option(help="onnxruntime, or torch (reference).")] = "onnxruntime",
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, cuda (PyTorch with our kernels), or torch (reference).")
+    ] = "onnxruntime",
     max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.", rich_help_panel=LIMITS)] = 8,
     max_seq_len: Annotated[
         int | None,

@@ -51,6 +51,7 @@ def compare(
         Path | None, typer.Option(help="Draw the errors into this .png, .svg or .pdf file.", rich_help_panel=LAYERS)
     ] = None,
     kv_cache_memory: options.CacheMemory = None,
+    gpu_fraction: options.GpuFraction = None,
     threads: options.Threads = None,
     backend: options.Backend = None,
     json: options.Json = False,
@@ -68,7 +69,8 @@ def compare(
       minicache-trt compare -e engine -p "def main():" --layers --against uncompressed --plot layers.png
     """
     if layers:
-        comparison = LayerOptions(against, tolerance, plot, max_tokens, threads, backend, kv_cache_memory, json)
+        config = options.cache_config(kv_cache_memory, gpu_fraction)
+        comparison = LayerOptions(against, tolerance, plot, max_tokens, threads, backend, config, json)
         compare_layers(engine, read_prompts(prompt, prompts), comparison)
         return
     needless = {"--against": against, "--tolerance": tolerance, "--plot": plot}
@@ -80,7 +82,7 @@ def compare(
 
     texts = read_prompts(prompt, prompts)
     info = read_engine(engine)
-    llm = open_llm(engine, threads, backend, kv_cache_memory)
+    llm = open_llm(engine, threads, backend, options.cache_config(kv_cache_memory, gpu_fraction))
     with progress_bars(not json) as report:
         result = compare_engine(llm, engine, info, texts, max_tokens, partial(report, "compare"))
     if json:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.text import Text
 
-from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, progress_bars, stderr, stdout, table
 from minicache_trt.cli.run import text_llm
 from minicache_trt.engine_directory import read_engine
 from minicache_trt.errors import UserError
 
 if TYPE_CHECKING:
+    from minicache_trt.config import KvCacheConfig
     from minicache_trt.tracing.divergence import Divergence
 
 
@@ -31,7 +31,7 @@ class LayerOptions:
     max_tokens: int
     threads: int | None
     backend: str | None
-    kv_cache_memory: str | None
+    cache: KvCacheConfig
     json: bool
 
 
@@ -49,7 +49,7 @@ def compare_layers(engine: Path, prompts: list[str], flags: LayerOptions) -> Non
         raise UserError(f"--tolerance: expected a finite number of at least 0, got {flags.tolerance}")
     if flags.plot is not None:
         check_file(flags.plot)
-    info, config = read_engine(engine), options.cache_config(flags.kv_cache_memory)
+    info = read_engine(engine)
     from minicache_trt.tracing import layers
 
     a = layers.Side(engine, info, flags.backend or info.build.backend)
@@ -57,7 +57,7 @@ def compare_layers(engine: Path, prompts: list[str], flags: LayerOptions) -> Non
     tolerance = layers.default_tolerance(a, b) if flags.tolerance is None else flags.tolerance
     with stderr.status(Text(f"loading {engine}")):
         recording = a.record(flags.threads)
-        llm = text_llm(recording, engine, config)
+        llm = text_llm(recording, engine, flags.cache)
     with progress_bars(not flags.json) as report:
         result = layers.compare_layers(
             llm, recording, b, prompts, flags.max_tokens, tolerance, flags.threads, partial(report, "trace")

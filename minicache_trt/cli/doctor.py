@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from rich.text import Text
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, stdout, table
 from minicache_trt.engine_directory import tool_versions
+from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
 
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "tensorrt_llm")
@@ -34,7 +37,7 @@ class Check:
 
 
 def doctor(json: options.Json = False) -> None:
-    """Check this machine: versions, cores, memory, disk, a small graph in ONNX Runtime, GPU and TensorRT.
+    """Check this machine: versions, cores, memory, disk, a small graph in ONNX Runtime, GPU, kernels and TensorRT.
 
     The exit code is 1 when something the default backend needs is missing.
 
@@ -67,6 +70,9 @@ def run_checks() -> list[Check]:
         _onnxruntime(),
         _cpu_kernels(),
         _gpu(),
+        _nvcc(),
+        _kernels("cuda"),
+        _kernels("host"),
     ]
     for name in OPTIONAL:
         found = importlib.util.find_spec(name) is not None
@@ -147,3 +153,24 @@ def _gpu() -> Check:
     properties = torch.cuda.get_device_properties(0)
     found = f"{properties.name}, SM {properties.major}.{properties.minor}, {format_bytes(properties.total_memory)}"
     return Check("GPU", True, found, needed=False)
+
+
+def _nvcc() -> Check:
+    """The compiler `build_scripts/build_plugins.sh` would use."""
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    if path is None:
+        return Check("nvcc", False, "not installed", needed=False, remedy="the CUDA kernels are built with it")
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release [\d.]+, V([\d.]+)", output)
+    return Check("nvcc", release is not None, release[1] if release else f"{path} gives no version", needed=False)
+
+
+def _kernels(kind: str) -> Check:
+    """The library of kernels the cuda backend, or its double on the CPU, would load."""
+    from minicache_trt.kernels.locate import open_library
+
+    try:
+        library = open_library(kind)
+    except UserError as error:
+        return Check(f"{kind} kernels", False, error.cause, needed=False, remedy=error.remedy)
+    return Check(f"{kind} kernels", True, f"{library.version}, {library.path}", needed=False)

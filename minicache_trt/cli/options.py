@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from minicache_trt.backends import BACKENDS
 from minicache_trt.compression.methods import CALIBRATED_METHODS, DEFAULT_METHOD, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
@@ -27,12 +28,25 @@ PromptFile = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
-Backend = Annotated[str | None, typer.Option(help="Run on another backend than the engine was built for.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Run on another backend: {', '.join(BACKENDS)}.", show_default="the one the engine was built for"
+    ),
+]
 CacheMemory = Annotated[
     str | None,
     typer.Option(
         help="Bytes for the cache, both tiers together: 512MiB, 2GB, 1000000.",
         show_default="enough for a full batch of the longest sequences",
+    ),
+]
+GpuFraction = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-cache-free-gpu-memory-fraction",
+        help="Share of the GPU's free memory the cache may take (backend cuda).",
+        show_default="0.9",
     ),
 ]
 MAX_CACHE_BYTES = 1 << 50
@@ -153,14 +167,21 @@ def check_calibration_text(text: Path | None, method: str | None, plan: Path | N
         )
 
 
-def cache_config(memory: str | None) -> KvCacheConfig:
-    """The cache's budget from ``--kv-cache-memory``."""
+def cache_config(memory: str | None, gpu_fraction: float | None = None) -> KvCacheConfig:
+    """The cache's budget from ``--kv-cache-memory`` and ``--kv-cache-free-gpu-memory-fraction``."""
+    config = KvCacheConfig()
+    if gpu_fraction is not None:
+        if not 0 < gpu_fraction < 1:
+            raise UserError(
+                f"--kv-cache-free-gpu-memory-fraction: expected a number between 0 and 1, got {gpu_fraction}"
+            )
+        config = replace(config, free_gpu_memory_fraction=gpu_fraction)
     if memory is None:
-        return KvCacheConfig()
+        return config
     try:
         size = parse_bytes(memory, "--kv-cache-memory")
     except OverflowError:
         size = sys.maxsize
     if not 1 <= size <= MAX_CACHE_BYTES:
         raise UserError(f"--kv-cache-memory: expected 1 byte to {format_bytes(MAX_CACHE_BYTES)}, got {memory}")
-    return KvCacheConfig(max_bytes=size)
+    return replace(config, max_bytes=size)

@@ -44,6 +44,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text.", rich_help_panel=SAMPLING)] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=SAMPLING)] = False,
     kv_cache_memory: options.CacheMemory = None,
+    gpu_fraction: options.GpuFraction = None,
     threads: options.Threads = None,
     backend: options.Backend = None,
     json: options.Json = False,
@@ -55,6 +56,8 @@ def run(
       minicache-trt run -e engine -p "def main():"
 
       minicache-trt run -e engine --prompts prompts.txt --temperature 0.8 --seed 1 --json
+
+      minicache-trt run -e engine -p "def main():" --backend cuda
     """
     texts = read_prompts(prompt, prompts)
     try:
@@ -71,7 +74,7 @@ def run(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    llm = open_llm(engine, threads, backend, kv_cache_memory)
+    llm = open_llm(engine, threads, backend, options.cache_config(kv_cache_memory, gpu_fraction))
     if len(texts) == 1 and not json:
         _stream(llm, texts[0], params)
     else:
@@ -85,9 +88,8 @@ def run(
         _print_usage(llm)
 
 
-def open_llm(engine: Path, threads: int | None, backend: str | None, memory: str | None) -> LLM:
+def open_llm(engine: Path, threads: int | None, backend: str | None, config: KvCacheConfig) -> LLM:
     """An engine directory, loaded, with its cache allocated and its tokenizer."""
-    config = options.cache_config(memory)
     with stderr.status(Text(f"loading {engine}")):
         from minicache_trt.build import load_engine
 

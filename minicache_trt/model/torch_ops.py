@@ -26,7 +26,8 @@ class TorchOps:
         return self._weights["embed.weight"][ids]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        tied = name == "lm_head" and self._config.tie_word_embeddings
+        # A tied output layer has a weight of its own only where it is quantized and the embedding is not.
+        tied = name == "lm_head" and f"{name}.weight" not in self._weights
         return F.linear(
             x, self._weights["embed.weight" if tied else f"{name}.weight"], self._weights.get(f"{name}.bias")
         )

@@ -49,8 +49,11 @@ class CacheSizes:
         compresses: bool,
         full_block_bytes: int,
         compressed_block_bytes: int,
+        free_memory: int | None = None,
     ) -> CacheSizes:
         """Split ``cache.max_bytes``, or size both tiers for ``max_batch_size`` sequences of ``max_seq_len``.
+
+        ``free_memory``: bytes free on a GPU, of which the cache may take its fraction; None elsewhere.
 
         Raises
         ------
@@ -68,20 +71,35 @@ class CacheSizes:
             compressed = 0
         prefills = min(cache.active_prefills, build.max_batch_size)
         full_blocks = 1 + build.max_batch_size * decode + prefills * (prefill - decode)
-        if cache.max_bytes is None:
-            blocks = full_blocks, 1 + build.max_batch_size * compressed
-            return cls(*blocks, full_block_bytes, compressed_block_bytes)
+        whole = cls(full_blocks, 1 + build.max_batch_size * compressed, full_block_bytes, compressed_block_bytes)
+        budget = whole.num_bytes if cache.max_bytes is None else cache.max_bytes
+        if free_memory is not None:
+            budget = min(budget, int(cache.free_gpu_memory_fraction * free_memory))
+        if cache.max_bytes is None and budget == whole.num_bytes:
+            return whole
 
         needed = (1 + prefill) * full_block_bytes + (1 + compressed) * compressed_block_bytes
-        if cache.max_bytes < needed:
-            raise UserError(
-                f"max_bytes: {cache.max_bytes} bytes ({format_bytes(cache.max_bytes)}) of KV cache cannot hold one "
-                f"sequence of max_seq_len {build.max_seq_len}, which needs {needed} bytes ({format_bytes(needed)})",
-                f"raise max_bytes (--kv-cache-memory) to at least {needed}, or lower max_seq_len",
-            )
+        if budget < needed:
+            raise _too_small(build, cache, budget, needed)
         if not compresses:
-            return cls(cache.max_bytes // full_block_bytes, 1, full_block_bytes, 0)
-        room = (cache.max_bytes - (1 + compressed) * compressed_block_bytes) // full_block_bytes
+            return cls(budget // full_block_bytes, 1, full_block_bytes, 0)
+        room = (budget - (1 + compressed) * compressed_block_bytes) // full_block_bytes
         full_blocks = min(full_blocks, room)
-        rest = cache.max_bytes - full_blocks * full_block_bytes
+        rest = budget - full_blocks * full_block_bytes
         return cls(full_blocks, rest // compressed_block_bytes, full_block_bytes, compressed_block_bytes)
+
+
+def _too_small(build: BuildConfig, cache: KvCacheConfig, budget: int, needed: int) -> UserError:
+    """The error for a budget that cannot hold one sequence."""
+    given = budget == cache.max_bytes
+    source = "max_bytes" if given else f"free_gpu_memory_fraction {cache.free_gpu_memory_fraction}"
+    remedy = (
+        f"raise max_bytes (--kv-cache-memory) to at least {needed}"
+        if given
+        else "raise the fraction (--kv-cache-free-gpu-memory-fraction), free the GPU's memory"
+    )
+    return UserError(
+        f"{source}: {budget} bytes ({format_bytes(budget)}) of KV cache cannot hold one "
+        f"sequence of max_seq_len {build.max_seq_len}, which needs {needed} bytes ({format_bytes(needed)})",
+        f"{remedy}, or lower max_seq_len",
+    )

@@ -45,6 +45,8 @@ class LLM:
         ``auto``, or ``dummy`` for the model's shape without its weights.
     num_threads : int, optional
         CPU threads of the backend.
+    backend : str, optional
+        A key of `minicache_trt.backends.BACKENDS`; default: the one the engine was built for.
 
     Raises
     ------
@@ -63,6 +65,7 @@ class LLM:
         build_config: BuildConfig | None = None,
         load_format: str = "auto",
         num_threads: int | None = None,
+        backend: str | None = None,
     ) -> None:
         from minicache_trt.build import load_engine
         from minicache_trt.engine_directory import CHECKPOINT
@@ -70,7 +73,7 @@ class LLM:
         # Lives as long as this object; an engine that was built here vanishes with it.
         self._work_dir = tempfile.TemporaryDirectory(prefix="minicache-trt-")
         directory = _engine_directory(model, Path(self._work_dir.name), method, plan, build_config, load_format)
-        engine = load_engine(directory, num_threads=num_threads)
+        engine = load_engine(directory, num_threads=num_threads, backend=backend)
         self._start(engine, directory / CHECKPOINT if tokenizer is None else tokenizer, kv_cache_config)
 
     @classmethod

@@ -68,6 +68,7 @@ class Runner:
             plan.compresses,
             full_block_bytes(engine.model, engine.element_bytes),
             compressed_block_bytes(plan, engine.model, engine.element_bytes),
+            engine.free_memory(),
         )
         allocated = engine.allocate(self.sizes.full_blocks, self.sizes.compressed_blocks)
         if allocated != self.sizes.num_bytes:

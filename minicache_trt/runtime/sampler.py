@@ -53,6 +53,8 @@ def sample(logits: Logits, params: SamplingParams, history: list[int], generator
         When the row holds NaN or infinity.
     """
     check_finite(logits)
+    if params.temperature == 0 and params.repetition_penalty == 1.0:
+        return int(np.argmax(logits))
     scores = logits.astype(np.float64)
     if params.repetition_penalty != 1.0:
         _penalise(scores, history, params.repetition_penalty)

@@ -15,7 +15,7 @@ from torch import Tensor
 from minicache_trt.backends import open_backend
 from minicache_trt.backends.base import Engine
 from minicache_trt.backends.onnxruntime import OnnxRuntimeEngine, bind_buffer, open_session
-from minicache_trt.backends.torch import TorchEngine
+from minicache_trt.backends.torch_reference import TorchEngine
 from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import DECODER, EngineInfo
 from minicache_trt.errors import UserError

@@ -43,6 +43,9 @@ class RecordingEngine:
         self._recorded: Trace | None = None
         self._length = 0
 
+    def free_memory(self) -> int | None:
+        return self._engine.free_memory()
+
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         return self._engine.allocate(full_blocks, compressed_blocks)
 

@@ -68,7 +68,8 @@ MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minica
 MC_API std::int64_t minicache_compress_workspace(minicache::Type type, const minicache::StreamShape* shape,
                                                  std::int32_t count);
 
-// Blocks blocks[n] of a stream as its layer's keys (after RoPE) or values: out [count, H, B, D] by KV head.
+// Blocks blocks[n] of a stream as its layer's keys (after RoPE) or values: out [count, H, B, D] by KV head. Where
+// blocks[n] is negative, out is left as it is.
 MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicache::StreamView* stream_view,
                                              const std::int32_t* blocks, const std::int32_t* block_index,
                                              std::int32_t count, const float* inverse_frequencies, void* out,
@@ -76,7 +77,8 @@ MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicac
 
 // Attention of the step's decodes (rows query_start[s], s < decodes) and of its prefill chunks (all other rows). The
 // append of the step's keys and values comes before either. Workspace sizes depend on shapes only, so that a captured
-// graph stays valid while contexts grow.
+// graph stays valid while contexts grow. Prefill also takes less workspace than it asks for, down to one restored block
+// per chunk and the state of all rows: more launches, the same bits. Its size is -1 for arguments it refuses.
 MC_API std::int64_t minicache_decode_workspace(const minicache::AttentionArguments* arguments);
 MC_API std::int32_t minicache_decode_attention(const minicache::AttentionArguments* arguments, void* workspace,
                                                std::int64_t workspace_bytes, void* stream);

@@ -15,7 +15,7 @@ Error& last_error() {
 MC_API const char* minicache_last_error() { return minicache::last_error().message; }
 
 #if defined(__CUDACC__)
-MC_API const char* minicache_version() { return "0.1.0 cuda"; }
+MC_API const char* minicache_version() { return "0.1.0 cuda" MINICACHE_TARGETS; }
 #else
 MC_API const char* minicache_version() { return "0.1.0 host"; }
 #endif

@@ -103,6 +103,9 @@ class FakeEngine:
         self.num_steps = 0
         self._logits = np.zeros((0, VOCAB), np.float32)
 
+    def free_memory(self):
+        return None
+
     def allocate(self, full_blocks, compressed_blocks):
         self.full = np.zeros((full_blocks, BLOCK_SIZE, 2), np.uint64)
         self.compressed = np.zeros((compressed_blocks, BLOCK_SIZE, 2), np.uint64)

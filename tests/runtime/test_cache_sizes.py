@@ -64,3 +64,30 @@ def test_a_budget_is_never_exceeded(batch, max_seq_len, window, quantum, budget)
         return
     assert budget - COMPRESSED < sizes.num_bytes <= budget
     assert sizes.compressed_blocks >= 1 and sizes.full_blocks >= 2
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+def test_a_gpu_gives_its_share_of_what_is_free(compresses):
+    compressed = COMPRESSED if compresses else 0
+
+    def plan(free, config=None):
+        return CacheSizes.plan(build(), config or KvCacheConfig(), compresses, FULL, compressed, free)
+
+    whole = plan(None)
+    assert plan(10**9) == whole
+    sizes = plan(90_000)
+    assert sizes.num_bytes <= 81_000 < sizes.num_bytes + FULL and sizes != whole
+    half = KvCacheConfig(free_gpu_memory_fraction=0.5)
+    assert plan(180_000, half).num_bytes <= 90_000
+    both = KvCacheConfig(max_bytes=84_000)
+    assert plan(10**9, both) == CacheSizes.plan(build(), both, compresses, FULL, compressed)
+    assert plan(90_000, both) == sizes
+    with pytest.raises(UserError, match=r"free_gpu_memory_fraction 0\.9: 9 bytes") as error:
+        plan(10)
+    assert "--kv-cache-free-gpu-memory-fraction" in error.value.remedy
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, float("nan")])
+def test_a_share_is_between_nothing_and_all(fraction):
+    with pytest.raises(ValueError, match="free_gpu_memory_fraction: expected a number between 0 and 1"):
+        KvCacheConfig(free_gpu_memory_fraction=fraction)

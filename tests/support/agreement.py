@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minicache_trt.compression.plan import CompressionPlan
@@ -18,11 +21,12 @@ def assert_blocks_agree(
     x: Tensor,
     block_index: Tensor,
     tie_share: float = 1e-3,
+    model_dtype: torch.dtype = torch.float32,
 ) -> list[EncodedBlocks]:
     """Check the fields ``[N, ...]`` an implementation stored for ``x [m, N, H, B, D]``.
 
     ``tie_share``: codes that may differ, each within the tolerance of its boundary; more than a thousandth only where
-    ``x`` is rounding noise beside the plan's mean.
+    ``x`` is rounding noise beside the plan's mean. ``model_dtype``: compute type of the implementation.
 
     Returns the reference's encoding of each block, with the implementation's side taken in ties.
     """
@@ -31,9 +35,13 @@ def assert_blocks_agree(
     ties, adopted = Ties(), []
     for n in range(x.shape[1]):
         block = x[:, n : n + 1]
-        expected = encode(block, block_index[n : n + 1], layout.stream, constants=constants)
-        stored = {kind: values[n].numpy() for kind, values in fields.items()}
+        expected = encode(block, block_index[n : n + 1], layout.stream, model_dtype, constants)
+        stored = {kind: _array(values[n]) for kind, values in fields.items()}
         adopted.append(adopt(layout, block, expected, stored, ties))
     assert ties.disagreements == 0, ties
     assert ties.differing_codes <= max(4, tie_share * ties.codes), ties
     return adopted
+
+
+def _array(values: Tensor) -> NDArray[np.generic]:
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()

@@ -17,21 +17,29 @@ from minicache_trt.runtime.batch import Batch, prefill_past, work_list
 
 
 def random_pools(
-    config: ModelConfig, plan: CompressionPlan, full_blocks: int = 48, compressed_blocks: int = 16
+    config: ModelConfig,
+    plan: CompressionPlan,
+    full_blocks: int = 48,
+    compressed_blocks: int = 16,
+    dtype: torch.dtype = torch.float32,
 ) -> Pools:
-    tensors = {pool.name: torch.randn(full_blocks, *pool.shape) for pool in full_pools(config)}
+    tensors = {pool.name: torch.randn(full_blocks, *pool.shape).to(dtype) for pool in full_pools(config)}
     for layout in plan_layout(plan, config):
         shape = (len(layout.stream.layers), compressed_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
         block_index = torch.arange(compressed_blocks) % 3
-        fields = compress_blocks(layout, torch.randn(shape), block_index, StreamConstants.of(plan, layout.index))
+        fields = compress_blocks(
+            layout, torch.randn(shape).to(dtype), block_index, StreamConstants.of(plan, layout.index)
+        )
         tensors |= {layout.pools[kind].name: values.contiguous() for kind, values in fields.items()}
     return Pools.of(config, plan, tensors)
 
 
-def step(sequences: Sequence[tuple[int, int, int]], seed: int = 0) -> Batch:
+def step(
+    sequences: Sequence[tuple[int, int, int]], seed: int = 0, full_blocks: int = 48, compressed_blocks: int = 16
+) -> Batch:
     """A batch for sequences given as (length after the step, compressed length, tokens in the step), decodes first."""
     rng = np.random.default_rng(seed)
-    full_ids, compressed_ids = iter(rng.permutation(47) + 1), iter(rng.permutation(15) + 1)
+    full_ids, compressed_ids = (iter(rng.permutation(n - 1) + 1) for n in (full_blocks, compressed_blocks))
     counts = [tokens for *_, tokens in sequences]
     starts = np.cumsum([0, *counts])
     total, decodes = int(starts[-1]), sum(tokens == 1 for tokens in counts)

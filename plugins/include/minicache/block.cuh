@@ -70,6 +70,13 @@ struct CudaBlock {
     f(Thread{static_cast<int>(threadIdx.x)});
   }
 
+  // A condition all threads of a warp agree on: the calling warp's answer; on the host, whether any warp says yes.
+  // Collectives of a warp may follow under it; threads of warps that said no then take part without an effect.
+  template <class F>
+  __device__ __forceinline__ bool any_warp(F condition) {
+    return condition(Thread{static_cast<int>(threadIdx.x)});
+  }
+
   __device__ __forceinline__ void sync() { __syncthreads(); }
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
@@ -151,9 +158,19 @@ struct CudaBlock {
   }
 };
 
+// Thread blocks a multiprocessor should have room for: `kMinBlocks` of a kernel that says so. Bounds its registers.
+template <class Kernel, class = void>
+struct MinBlocks {
+  static constexpr int value = 1;
+};
+template <class Kernel>
+struct MinBlocks<Kernel, decltype(static_cast<void>(Kernel::kMinBlocks))> {
+  static constexpr int value = Kernel::kMinBlocks;
+};
+
 // Entry point of a kernel.
 template <class Kernel, class Arguments>
-__global__ void __launch_bounds__(Kernel::kThreads) enter(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(Kernel::kThreads, MinBlocks<Kernel>::value) enter(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(128) char shared[];
   CudaBlock<Kernel::kThreads> block{shared};
   Kernel::run(block, arguments);
@@ -194,6 +211,13 @@ struct HostBlock {
   template <class F>
   void each(F f) {
     for (int i = 0; i < Threads; ++i) f(Thread{i});
+  }
+
+  template <class F>
+  bool any_warp(F condition) {
+    bool result = false;
+    for (int i = 0; i < Threads; i += kWarp) result = result || condition(Thread{i});
+    return result;
   }
 
   void sync() {}

@@ -77,7 +77,7 @@ MC_HD std::uint8_t float_to_fp8(float x) {
 }
 
 // Lloyd-Max level of a code of the standard normal distribution (minicache_trt/compression/constants.py).
-MC_HD float gaussian_level(int bits, int code) {
+MC_HD constexpr float gaussian_level(int bits, int code) {
   constexpr float kLevels[4][8] = {
       {0.7978846f, 0, 0, 0, 0, 0, 0, 0},
       {0.4527800f, 1.5104176f, 0, 0, 0, 0, 0, 0},
@@ -89,7 +89,7 @@ MC_HD float gaussian_level(int bits, int code) {
 }
 
 // Boundary number `index` (0 to 2^bits - 2): midpoint of two neighbouring levels, rounded from double as Python does.
-MC_HD float gaussian_boundary(int bits, int index) {
+MC_HD constexpr float gaussian_boundary(int bits, int index) {
   constexpr float kBoundaries[4][7] = {
       {0, 0, 0, 0, 0, 0, 0},
       {0.9815988f, 0, 0, 0, 0, 0, 0},

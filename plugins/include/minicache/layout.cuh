@@ -11,6 +11,7 @@ constexpr int kMaxSegments = 4;
 constexpr int kMaxGroup = 8;    // layers of a stream
 constexpr int kMaxRank = 256;   // components of a linear stream's latent vector
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxRetained = kBlockSize / 2;  // tokens a block keeps exactly
 
 // Numbers of minicache_trt/compression/constants.py.
 constexpr float kPi = 3.14159265358979f;

@@ -8,10 +8,19 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define MC_HD __host__ __device__ __forceinline__
-#define MC_UNROLL _Pragma("unroll")
 #else
 #define MC_HD inline __attribute__((always_inline))
+#endif
+
+// Only in device code: the host compiler does not know the pragma.
+#if defined(__CUDA_ARCH__)
+#define MC_UNROLL _Pragma("unroll")
+#define MC_UNROLL_TWICE _Pragma("unroll 2")
+#define MC_NO_UNROLL _Pragma("unroll 1")
+#else
 #define MC_UNROLL
+#define MC_UNROLL_TWICE
+#define MC_NO_UNROLL
 #endif
 
 #if defined(__CUDA_ARCH__)
@@ -133,6 +142,33 @@ MC_HD float round_even(float x) {
   return rintf(x);
 #else
   return __builtin_rintf(x);
+#endif
+}
+
+// 2^x; exactly 0 for -infinity.
+MC_HD float exp2_of(float x) {
+#if MC_ON_DEVICE
+  return exp2f(x);
+#else
+  return __builtin_exp2f(x);
+#endif
+}
+
+MC_HD void sine_cosine(float x, float& sine, float& cosine) {
+#if MC_ON_DEVICE
+  sincosf(x, &sine, &cosine);
+#else
+  sine = __builtin_sinf(x);
+  cosine = __builtin_cosf(x);
+#endif
+}
+
+// Bits of x without leading zeros; 0 for 0.
+MC_HD int bit_length(unsigned x) {
+#if MC_ON_DEVICE
+  return 32 - __clz(static_cast<int>(x));
+#else
+  return x == 0 ? 0 : 32 - __builtin_clz(x);
 #endif
 }
 

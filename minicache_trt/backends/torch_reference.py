@@ -9,12 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minicache_trt.checkpoint.quantize import dequantized_linears
-from minicache_trt.checkpoint.resolve import load_checkpoint
+from minicache_trt.backends.torch_weights import load_weights
 from minicache_trt.compression.codec import compress_blocks
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.contract import compressed_pools, full_pools
-from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
+from minicache_trt.engine_directory import EngineInfo
 from minicache_trt.errors import UserError
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.torch_attention import Pools, paged_attention
@@ -45,11 +44,7 @@ class TorchEngine:
             torch.set_num_threads(num_threads)
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
-        checkpoint = load_checkpoint(str(directory / CHECKPOINT))
-        self._weights = {name: view.torch().float() for name, view in checkpoint.weights.items()}
-        if (directory / QUANTIZED).exists():
-            for name, weight in dequantized_linears(directory / QUANTIZED, self._weights).items():
-                self._weights[f"{name}.weight"] = torch.from_numpy(weight)
+        self._weights = load_weights(directory, torch.device("cpu"), torch.float32)
         self._pools = Pools.of(self.model, self.plan, {})
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
@@ -87,6 +82,9 @@ class TorchEngine:
             x = torch.stack([self._pools.tensors[f"kv.{layer}"][source, place] for layer in layout.stream.layers])
             for kind, values in compress_blocks(layout, x, torch.from_numpy(block_index), constants).items():
                 self._pools.tensors[layout.pools[kind].name][target] = values
+
+    def free_memory(self) -> int | None:
+        return None
 
     def pool(self, name: str) -> NDArray[np.generic]:
         """A pool by its contract name, for inspection."""

@@ -1,0 +1,36 @@
+"""A checkpoint's weights as tensors of one type on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minicache_trt.checkpoint.quantize import iterate_dequantized
+from minicache_trt.checkpoint.resolve import load_checkpoint
+from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED
+
+
+def load_weights(directory: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of an engine directory by canonical name; weight-only formats are dequantized.
+
+    Each is moved on its own, straight from the mapped file: beside what is returned, memory holds one weight at a time.
+    Those of a CPU's float32 checkpoint stay where they are, in the file.
+
+    Raises
+    ------
+    UserError
+        The checkpoint cannot be read.
+    """
+    views = load_checkpoint(str(directory / CHECKPOINT)).weights
+    dequantized = set()
+    result: dict[str, Tensor] = {}
+    if (directory / QUANTIZED).exists():
+        for name, weight in iterate_dequantized(directory / QUANTIZED, views):
+            dequantized.add(f"{name}.weight")
+            result[f"{name}.weight"] = torch.from_numpy(weight).to(device).to(dtype)
+    for name, view in views.items():
+        if name not in dequantized:
+            result[name] = view.torch().to(device).to(dtype)
+    return result

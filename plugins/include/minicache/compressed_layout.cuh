@@ -1,0 +1,73 @@
+// What CompressedSplit is told, and where its results and shared memory lie.
+#pragma once
+
+#include "minicache/key_rebuild.cuh"
+#include "minicache/value_sums.cuh"
+
+namespace minicache {
+
+// Queries in the space of the keys' stream, float32 by query row; null: the query itself (offset: zero).
+struct MappedQueries {
+  const float* latent;    // [stored]
+  const float* residual;  // [D]
+  const float* offset;    // [1]
+};
+
+// Where things lie in a thread block's shared memory: byte offsets.
+struct CompressedShared {
+  std::int32_t stage_bytes, stages;
+  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map, bytes;
+  bool map_in_shared;
+};
+
+template <class T>
+CompressedShared compressed_shared(const StreamReader& key, const StreamReader& value, int stages, bool map_in_shared) {
+  const StreamShape &k = key.shape, &v = value.shape;
+  const bool rebuilt = k.basis == Basis::pre_rope;
+  CompressedShared shared{};
+  int bytes = 0;
+  auto field = [&](std::int64_t size) {
+    const int offset = bytes;
+    bytes += static_cast<int>((size + 127) / 128 * 128);
+    return offset;
+  };
+  constexpr int kStep = QueryFragments::step_bytes<T>();
+  const int mapped = rebuilt ? 2 * padded_half(k.dim) / 16 : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
+  shared.stage_bytes = maximum(maximum(key.stage.bytes, value.stage.bytes),
+                               v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
+  shared.stage_bytes = ceil_div(shared.stage_bytes, 128) * 128;
+  shared.stages = stages;
+  field(static_cast<std::int64_t>(stages) * shared.stage_bytes);
+  shared.scores = field(Scores::kBytes);
+  shared.fragments = field((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep);
+  // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
+  shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + kConstants * kDecodeThreads) * 4);
+  shared.weights = field((kResidualRun + 1) * (kBlockSize / 16) * kStep);
+  shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
+  shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
+  shared.rows = field(rebuilt ? kBlockSize * KeyRebuild::row_stride<T>(k) : 0);
+  shared.map_in_shared = rebuilt && map_in_shared;
+  shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
+  shared.bytes = bytes;
+  return shared;
+}
+
+template <class T>
+struct CompressedSplitArguments {
+  DecodeProblem<T> problem;
+  StreamReader key, value;
+  MappedQueries queries;
+  const void* map_fragments;  // of every slot, for keys that are rebuilt
+  CompressedShared shared;
+  Partials partials;  // vectors: latent sums [stored], residual ones [D], retained values [D]; as far as there are any
+};
+
+MC_HD int residual_vector(const StreamShape& value) { return kRecordHead + value.stored; }
+MC_HD int exact_vector(const StreamShape& value) {
+  return residual_vector(value) + (value.has_residual() ? value.dim : 0);
+}
+MC_HD int compressed_record(const StreamShape& value) {
+  return exact_vector(value) + (value.retained > 0 ? value.dim : 0);
+}
+
+}  // namespace minicache

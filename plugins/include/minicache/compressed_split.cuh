@@ -1,0 +1,339 @@
+// Decode attention over a split of the compressed tier.
+#pragma once
+
+#include "minicache/compressed_layout.cuh"
+
+namespace minicache {
+
+// Thread block: (split, KV head and tile of its query heads, decode). Rebuild: keys are in the pre_rope basis.
+template <class T, bool Rebuild>
+struct CompressedSplit {
+  static constexpr int kThreads = kDecodeThreads;
+  static constexpr int kMinBlocks = 4;
+  using Arguments = CompressedSplitArguments<T>;
+  static constexpr int kOwn = 2 * kOwnUnits;  // units of a warp: of latent components, then of residual ones
+
+  template <class Block>
+  using Sums = typename Block::template PerThread<FragmentD>[2];
+
+  template <class Block>
+  MC_HD static void run(Block& block, const Arguments& a) {
+    const SplitItem item = SplitItem::of(block, a.problem, true);
+    if (item.tokens.empty()) return;
+    const int key_slot = a.key.slot(item.head), value_slot = a.value.slot(item.head);
+    const int blocks = item.last_block - item.first_block;
+    const std::int32_t* table = a.problem.step.compressed_table +
+                                static_cast<std::int64_t>(item.sequence) * a.problem.step.compressed_columns +
+                                item.block(item.first_block);
+    const Scores scores{reinterpret_cast<float*>(block.shared + a.shared.scores)};
+    // Tile u < blocks holds keys, later ones values; stage u % stages.
+    auto stage_data = [&](int u) { return block.shared + u % a.shared.stages * a.shared.stage_bytes; };
+    auto fetch_value = [&](int u) {
+      if (u < 2 * blocks) fetch_stage<T>(block, a.value, stage_data(u), table[u - blocks], value_slot);
+      Block::commit_async();
+    };
+    auto fetch = [&](int u) {
+      if (u >= blocks) return fetch_value(u);
+      fetch_stage<T>(block, a.key, stage_data(u), table[u], key_slot);
+      Block::commit_async();
+    };
+    for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
+
+    const QueryFragments fragments = fragments_of(block, a);
+    const int exact_step = prepare_queries(block, a, item, fragments);
+    const KeyRebuild rebuild = prepare_rebuild(block, a, key_slot);
+    const float scale = a.problem.shape.scale * kLog2e;
+    const int start = item.first_block * kBlockSize;
+    for (int u = 0; u < blocks; ++u) {
+      wait_stage(block, a.shared.stages);
+      fetch(u + a.shared.stages - 1);
+      const Stage stage{a.key, stage_data(u)};
+      const int token = start + u * kBlockSize;
+      if constexpr (Rebuild) {
+        rebuild.template logits<T>(block, stage, fragments, scale, scores, token,
+                                   item.split * kSplitTokens + token);
+      } else {
+        key_logits<T>(block, stage, fragments, scale, scores, token);
+      }
+    }
+    const void** exact_rows = reinterpret_cast<const void**>(block.shared + a.shared.exact_rows);
+    if (a.key.shape.retained > 0) {
+      const ExactRows exact{a.key, table, exact_rows, key_slot, blocks * a.key.shape.retained};
+      exact.find_rows<T>(block);
+      block.sync();
+      exact_logits<T>(block, exact, fragments, exact_step, scale, scores, start);
+    }
+    softmax(block, a.problem, item, a.partials, scores);
+
+    const ExactRows exact{a.value, table, exact_rows, value_slot, blocks * a.value.shape.retained};
+    take_exact_weights(block, a, exact, scores, start);
+    const WeightFragments weights{block.shared + a.shared.weights, fragments.parts + kConstants * kQueryTile,
+                                  fragments.parts};
+    block.each([&](Thread thread) {
+      for (int n = 0; n < kConstants; ++n) weights.part(n, thread) = 0.0f;
+    });
+    Sums<Block> sums[kOwn];
+    clear(block, sums);
+    for (int u = blocks; u < 2 * blocks; ++u) {
+      wait_stage(block, a.shared.stages);
+      fetch_value(u + a.shared.stages - 1);
+      const Stage stage{a.value, stage_data(u)};
+      prepare_weights<T>(block, stage, scores, start + (u - blocks) * kBlockSize, weights);
+      block.sync();
+      add_stage(block, stage, weights, sums);
+    }
+    if (exact.count > 0) prepare_exact_weights(block, a, exact, weights);
+    finish_constants(block, weights);
+    store_latent(block, a, item, weights, sums);
+    if (exact.count > 0) store_exact(block, a, item, exact, weights, sums);
+  }
+
+ private:
+  template <class Block>
+  MC_HD static QueryFragments fragments_of(Block& block, const Arguments& a) {
+    float* sums = reinterpret_cast<float*>(block.shared + a.shared.sums);
+    float* offset = sums + kRuns * kQueryTile;
+    return {block.shared + a.shared.fragments, sums, offset + kQueryTile, offset};
+  }
+
+  // Queries as fragments; returns the first step of those for retained keys.
+  template <class Block>
+  MC_HD static int prepare_queries(Block& block, const Arguments& a, const SplitItem& item,
+                                   const QueryFragments& fragments) {
+    const StreamShape& shape = a.key.shape;
+    auto row = [&](int query) { return a.problem.query_row(item.sequence, item.query + query); };
+    auto plain = [&](int query, int c) {
+      return query < item.queries ? to_float(a.problem.query(item.sequence, item.query + query)[c]) : 0.0f;
+    };
+    int step = 0;
+    if constexpr (Rebuild) {
+      const int steps = 2 * padded_half(shape.dim) / 16;
+      block.each([&](Thread thread) {
+        const int query = thread.lane() / 4;
+        for (int n = thread.warp(); n < steps; n += kDecodeWarps) {
+          for (int j = 0; j < 2; ++j) {
+            float x[2];
+            for (int i = 0; i < 2; ++i) {
+              const int c = KeyRebuild::component(shape.dim, 16 * n + 2 * (thread.lane() % 4) + 8 * j + i);
+              x[i] = c < 0 ? 0.0f : plain(query, c);
+            }
+            put_pair(fragments.template at<Code<T>, T>(n, thread.lane()), j, make_pair<Code<T>>(x[0], x[1]));
+          }
+        }
+      });
+      step = steps;
+    } else {
+      for (int n = 0; n <= kResidualRun; ++n) {
+        if (!a.key.has_run(n)) continue;
+        const Segment& run = a.key.run(n);
+        const float* mapped = n == kResidualRun ? a.queries.residual : a.queries.latent;
+        const int width = n == kResidualRun ? shape.dim : shape.stored, start = n == kResidualRun ? 0 : run.stored;
+        fill_fragments<T>(block, fragments, n, run, step, [&](int query, int c) {
+          if (mapped == nullptr || query >= item.queries) return plain(query, start + c);
+          return mapped[row(query) * width + start + c];
+        });
+        step += run.length / 16;
+      }
+    }
+    if (shape.retained > 0) fill_fragments<T>(block, fragments, kExactRun, a.key.exact, step, plain);
+    block.each([&](Thread thread) {
+      if (thread.index >= kQueryTile) return;
+      const bool used = a.queries.offset != nullptr && thread.index < item.queries;
+      fragments.offset[thread.index] = used ? a.queries.offset[row(thread.index)] : 0.0f;
+    });
+    block.sync();
+    finish_fragments(block, fragments);
+    return step;
+  }
+
+  template <class Block>
+  MC_HD static KeyRebuild prepare_rebuild(Block& block, const Arguments& a, int slot) {
+    KeyRebuild rebuild{};
+    if constexpr (Rebuild) {
+      const StreamShape& shape = a.key.shape;
+      const int bytes = static_cast<int>(rebuild_fragments<T>(shape) * sizeof(FragmentB<Code<T>>));
+      const char* map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
+      rebuild.map = map;
+      rebuild.rows = block.shared + a.shared.rows;
+      rebuild.inverse_frequencies = a.problem.shape.inverse_frequencies;
+      rebuild.offset = a.key.maps.offset == nullptr ? nullptr : a.key.maps.offset + slot * shape.dim;
+      if (a.shared.map_in_shared) {
+        char* target = block.shared + a.shared.map;
+        block.each([&](Thread thread) {
+          for (int at = thread.index * 16; at < bytes; at += kThreads * 16) Block::copy_async(target + at, map + at);
+        });
+        Block::commit_async();
+        Block::template wait_async<0>();
+        rebuild.map = target;
+      }
+    }
+    return rebuild;
+  }
+
+  // Weights of retained values move from `scores`, where 0 is left, to a list of their own. Ends with a `sync`.
+  template <class Block>
+  MC_HD static void take_exact_weights(Block& block, const Arguments& a, const ExactRows& exact, Scores scores,
+                                       int start) {
+    if (exact.count == 0) return;
+    float* list = reinterpret_cast<float*>(block.shared + a.shared.exact_weights);
+    exact.find_rows<T>(block);
+    block.each([&](Thread thread) {
+      for (int n = thread.index; n < exact.count; n += kThreads) {
+        const int token = exact.token(n);
+        for (int query = 0; query < kQueryTile; ++query) {
+          list[query * exact.count + n] = token < 0 ? 0.0f : scores(query, start + token);
+          if (token >= 0) scores(query, start + token) = 0.0f;
+        }
+      }
+    });
+    block.sync();
+  }
+
+  template <class Block>
+  MC_HD static void clear(Block& block, Sums<Block> (&sums)[kOwn]) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < kOwn; ++n) sums[n][0](thread) = sums[n][1](thread) = FragmentD{};
+    });
+  }
+
+  // `sum` to number n of `sums`, which stay in registers: n is not known when this is compiled.
+  template <class Block>
+  MC_HD static void add_sum(Block& block, Sums<Block> (&sums)[kOwn], int n, const Sums<Block>& sum) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int k = 0; k < kOwn; ++k) {
+        if (k != n) continue;
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          sums[k][0](thread).x[i] += sum[0](thread).x[i];
+          sums[k][1](thread).x[i] += sum[1](thread).x[i];
+        }
+      }
+    });
+  }
+
+  template <class Block>
+  MC_HD static void add_stage(Block& block, const Stage& stage, const WeightFragments& weights,
+                              Sums<Block> (&sums)[kOwn]) {
+    const StreamShape& shape = stage.reader.shape;
+    for (int n = 0; n < kOwn; ++n) {
+      const bool residual = n >= kOwnUnits;
+      const int first = n % kOwnUnits * kDecodeWarps, components = residual ? shape.dim : shape.stored;
+      if (32 * first >= components || (residual && !shape.has_residual())) continue;
+      Sums<Block> sum;
+      block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
+      for (int r = 0; r <= kResidualRun; ++r) {
+        if (!stage.reader.has_run(r) || (r == kResidualRun) != residual) continue;
+        const char* base = stage.template rows<T>(r);
+        const int stride = stage.stride(r);
+        auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
+        auto unit = [&](Thread thread) { return first + thread.warp(); };
+        auto weight = [&](auto tag, int step, Thread thread) {
+          return weights.template at<Element<T, decltype(tag)::value>, T>(r, step, thread.lane());
+        };
+        const Segment& run = stage.reader.run(r);
+        add_values<T, kBlockSize / 16>(block, sum, kBlockSize / 16, run, residual ? 0 : run.stored, rows, unit, weight,
+                                       stage.words(r), stage.channel_params(r));
+      }
+      add_sum(block, sums, n, sum);
+    }
+  }
+
+  // Fragments of the weights of retained values, in the memory of the stages.
+  template <class Block>
+  MC_HD static void prepare_exact_weights(Block& block, const Arguments& a, const ExactRows& exact,
+                                          const WeightFragments& weights) {
+    const float* list = reinterpret_cast<const float*>(block.shared + a.shared.exact_weights);
+    const WeightFragments target{block.shared, nullptr, nullptr};
+    block.sync();
+    block.each([&](Thread thread) {
+      const int query = thread.lane() / 4;
+      for (int step = thread.warp(); step < ceil_div(exact.count, 16); step += kDecodeWarps) {
+        float scaled[4];
+        for (int i = 0; i < 4; ++i) {
+          const int n = 16 * step + 2 * (thread.lane() % 4) + i % 2 + 8 * (i / 2), row = exact.clamped(n);
+          const float weight = n < exact.count ? list[query * exact.count + n] : 0.0f;
+          scaled[i] = weight * exact.scale(row);
+          weights.part(kExactRun, thread) += weight * exact.minimum(row);
+        }
+        target.put<T>(exact.reader.exact.format, 0, step, thread.lane(), scaled);
+      }
+    });
+  }
+
+  template <class Block>
+  MC_HD static void finish_constants(Block& block, const WeightFragments& weights) {
+    block.sync();
+    block.each([&](Thread thread) {
+      if (thread.index >= kConstants * kQueryTile) return;
+      const int n = thread.index / kQueryTile, query = thread.index % kQueryTile;
+      float sum = 0.0f;
+      for (int i = 0; i < 4 * kDecodeWarps; ++i) sum += weights.part(n, Thread{i / 4 * kWarp + 4 * query + i % 4});
+      weights.totals[thread.index] = sum;
+    });
+    block.sync();
+  }
+
+  template <class Block>
+  MC_HD static void store_latent(Block& block, const Arguments& a, const SplitItem& item,
+                                 const WeightFragments& weights, const Sums<Block> (&sums)[kOwn]) {
+    const StreamShape& shape = a.value.shape;
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < kOwn; ++n) {
+        const bool residual = n >= kOwnUnits;
+        const int unit = n % kOwnUnits * kDecodeWarps + thread.warp(), components = residual ? shape.dim : shape.stored;
+        if (residual && !shape.has_residual()) continue;
+        const bool shared = residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
+        store_unit(thread, a, item, unit, shared, components, residual ? residual_vector(shape) : kRecordHead,
+                   sums[n][0](thread), sums[n][1](thread), [&](int c, int query) {
+                     return weights.constant(residual ? kResidualRun : run_of(shape, c), query);
+                   });
+      }
+      if (thread.index >= item.queries) return;
+      const std::int64_t row = a.problem.query_row(item.sequence, item.query + thread.index);
+      a.partials.at(row, item.split)[2] = weights.constant(kRuns, thread.index);
+    });
+  }
+
+  template <class Constant>
+  MC_HD static void store_unit(Thread thread, const Arguments& a, const SplitItem& item, int unit, bool shared,
+                               int components, int vector, const FragmentD& first, const FragmentD& second,
+                               Constant constant) {
+    MC_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int c = unit_component(unit, shared, m, thread.lane(), i / 2), query = 2 * (thread.lane() % 4) + i % 2;
+        if (c >= components || query >= item.queries) continue;
+        const std::int64_t row = a.problem.query_row(item.sequence, item.query + query);
+        a.partials.at(row, item.split)[vector + c] = (m == 0 ? first : second).x[i] + constant(c, query);
+      }
+    }
+  }
+
+  // Sums of retained values, after their weights are prepared.
+  template <class Block>
+  MC_HD static void store_exact(Block& block, const Arguments& a, const SplitItem& item, const ExactRows& exact,
+                                const WeightFragments& weights, Sums<Block> (&sums)[kOwn]) {
+    const StreamShape& shape = a.value.shape;
+    const WeightFragments own{block.shared, nullptr, nullptr};
+    for (int n = 0; n < kOwnUnits && 32 * kDecodeWarps * n < shape.dim; ++n) {
+      Sums<Block>& sum = sums[0];
+      block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
+      auto rows = [&](int step, int k) { return exact.rows[exact.clamped(16 * step + k)]; };
+      auto unit = [&](Thread thread) { return n * kDecodeWarps + thread.warp(); };
+      auto weight = [&](auto tag, int step, Thread thread) {
+        return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());
+      };
+      add_values<T, 0>(block, sum, ceil_div(exact.count, 16), a.value.exact, 0, rows, unit, weight, true, nullptr);
+      block.each([&](Thread thread) {
+        store_unit(thread, a, item, unit(thread), 32 * unit(thread) + 16 >= shape.dim, shape.dim, exact_vector(shape),
+                   sum[0](thread), sum[1](thread), [&](int, int query) { return weights.constant(kExactRun, query); });
+      });
+    }
+  }
+};
+
+}  // namespace minicache

@@ -1,0 +1,202 @@
+// Linear maps of decode attention, applied once to queries and once to sums of values: products of the rows of all
+// decodes' query heads of a KV head with that head's matrix, in float32.
+#pragma once
+
+#include "minicache/decode_split.cuh"
+#include "minicache/key_rebuild.cuh"
+
+namespace minicache {
+
+constexpr int kMapRows = 16;  // query rows of a thread block
+
+// One matrix per slot, [heads, D, columns] row-major; heads is H, or 1: the same for all. Null: none.
+struct HeadMatrix {
+  const float* data;
+  std::int32_t heads, columns;
+  MC_HD const float* of(int slot, int dim) const {
+    return data + static_cast<std::int64_t>(heads == 1 ? 0 : slot) * dim * columns;
+  }
+};
+
+// Row number `n` of a KV head: its sequence and query head.
+template <class T>
+MC_HD void map_row(const DecodeProblem<T>& problem, int head, int n, int& sequence, int& query) {
+  sequence = n / problem.group;
+  query = head * problem.group + n % problem.group;
+}
+
+constexpr int kQueryMaps = 3;  // P, A, c
+
+template <class T>
+struct QueryMapArguments {
+  DecodeProblem<T> problem;
+  const std::int64_t* slots;
+  HeadMatrix matrix[kQueryMaps];
+  float* out[kQueryMaps];  // [query rows, columns]
+};
+
+// q M for each matrix. Thread block: (128 columns of one matrix, kMapRows rows, KV head).
+template <class T>
+struct QueryMap {
+  static constexpr int kThreads = kDecodeThreads;
+  static constexpr int kShared = kMapRows * kMaxHeadDim * 4;
+
+  MC_HD static int tiles(const QueryMapArguments<T>& a, int n) {
+    return a.matrix[n].data == nullptr ? 0 : ceil_div(a.matrix[n].columns, kThreads);
+  }
+
+  template <class Block>
+  MC_HD static void run(Block& block, const QueryMapArguments<T>& a) {
+    int n = 0, tile = block.x();
+    for (; n < kQueryMaps - 1 && tile >= tiles(a, n); ++n) tile -= tiles(a, n);
+    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * kMapRows;
+    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, kMapRows);
+    float* query = reinterpret_cast<float*>(block.shared);  // [D][kMapRows]
+    block.each([&](Thread thread) {
+      for (int i = thread.index; i < kMapRows * dim; i += kThreads) {
+        const int row = i / dim, c = i % dim;
+        int sequence, number;
+        map_row(a.problem, head, first + minimum(row, rows - 1), sequence, number);
+        query[c * kMapRows + row] = to_float(a.problem.query(sequence, number)[c]);
+      }
+    });
+    block.sync();
+    const float* matrix = a.matrix[n].of(a.slots == nullptr ? head : static_cast<int>(a.slots[head]), dim);
+    const int columns = a.matrix[n].columns;
+    block.each([&](Thread thread) {
+      const int column = tile * kThreads + thread.index;
+      if (column >= columns) return;
+      float sum[kMapRows] = {};
+      for (int d = 0; d < dim; ++d) {
+        const float x = matrix[static_cast<std::int64_t>(d) * columns + column];
+        MC_UNROLL
+        for (int row = 0; row < kMapRows; ++row) sum[row] += x * query[d * kMapRows + row];
+      }
+      MC_UNROLL
+      for (int row = 0; row < kMapRows; ++row) {
+        if (row >= rows) continue;
+        int sequence, number;
+        map_row(a.problem, head, first + row, sequence, number);
+        a.out[n][a.problem.query_row(sequence, number) * columns + column] = sum[row];
+      }
+    });
+  }
+};
+
+template <class T>
+struct OutputMapArguments {
+  DecodeProblem<T> problem;
+  const std::int64_t* slots;
+  HeadMatrix latent, residual;                // P [D, stored] and A [D, D]
+  const float *sums, *residual_sums, *plain;  // by query row: [stored], [D] and [D], already divided
+  T* out;
+  std::int64_t out_stride;
+};
+
+// plain + sums P^T + residual_sums A^T. Thread block: (16 components, kMapRows rows, KV head).
+template <class T>
+struct OutputMap {
+  static constexpr int kThreads = kDecodeThreads;
+  static constexpr int kLanes = 8;  // of one component
+  static constexpr int kComponents = kThreads / kLanes;
+  static constexpr int kShared = kMapRows * kMaxRank * 4;
+
+  template <class Block>
+  MC_HD static void run(Block& block, const OutputMapArguments<T>& a) {
+    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * kMapRows;
+    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, kMapRows);
+    const int slot = a.slots == nullptr ? head : static_cast<int>(a.slots[head]);
+    typename Block::template PerThread<float> total[kMapRows];
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int row = 0; row < kMapRows; ++row) total[row](thread) = 0.0f;
+    });
+    auto add = [&](const HeadMatrix& matrix, const float* sums) {
+      if (sums == nullptr) return;
+      const int columns = matrix.columns;
+      float* x = reinterpret_cast<float*>(block.shared);  // [kMapRows][columns]
+      block.sync();
+      block.each([&](Thread thread) {
+        for (int i = thread.index; i < kMapRows * columns; i += kThreads) {
+          int sequence, number;
+          map_row(a.problem, head, first + minimum(i / columns, rows - 1), sequence, number);
+          x[i] = sums[a.problem.query_row(sequence, number) * columns + i % columns];
+        }
+      });
+      block.sync();
+      block.each([&](Thread thread) {
+        const int component = block.x() * kComponents + thread.index / kLanes;
+        const float* line = matrix.data == nullptr ? nullptr : matrix.of(slot, dim) + component * columns;
+        for (int c = thread.index % kLanes * 4; c < columns; c += kLanes * 4) {
+          MC_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const float factor = line == nullptr ? static_cast<float>(c + i == component) : line[c + i];
+            MC_UNROLL
+            for (int row = 0; row < kMapRows; ++row) total[row](thread) += factor * x[row * columns + c + i];
+          }
+        }
+      });
+    };
+    add(a.latent, a.sums);
+    add(a.residual, a.residual_sums);
+    MC_UNROLL
+    for (int row = 0; row < kMapRows; ++row) block.template reduce_add<kLanes>(total[row]);
+    block.each([&](Thread thread) {
+      const int component = block.x() * kComponents + thread.index / kLanes;
+      if (thread.index % kLanes != 0) return;
+      MC_UNROLL
+      for (int row = 0; row < kMapRows; ++row) {
+        if (row >= rows) continue;
+        int sequence, number;
+        map_row(a.problem, head, first + row, sequence, number);
+        const float plain = a.plain[a.problem.query_row(sequence, number) * dim + component];
+        T* out = a.out + a.problem.step.query_start[sequence] * a.out_stride + static_cast<std::int64_t>(number) * dim;
+        out[component] = from_float<T>(plain + total[row](thread));
+      }
+    });
+  }
+};
+
+template <class T>
+struct MapFragmentsArguments {
+  StreamShape shape;
+  ReadMaps maps;
+  void* out;  // [slots][rebuild_fragments]
+};
+
+// [P | A]^T of every slot as KeyRebuild takes it; null maps are the identity. Thread block: (128 fragments, slot).
+template <class T>
+struct MapFragments {
+  static constexpr int kThreads = kDecodeThreads;
+
+  template <class Block>
+  MC_HD static void run(Block& block, const MapFragmentsArguments<T>& a) {
+    using E = Code<T>;
+    const StreamShape& shape = a.shape;
+    const int steps = rebuild_steps(shape), slot = block.y();
+    const std::int64_t count = rebuild_fragments<T>(shape);
+    const HeadMatrix map{a.maps.map, a.maps.map_heads, shape.stored};
+    const HeadMatrix residual{a.maps.residual_map, shape.heads, shape.dim};
+    auto number = [&](int d, int c) {
+      const bool own = c < shape.stored;
+      const HeadMatrix matrix = own ? map : residual;
+      const int column = own ? c : c - shape.stored;
+      if (d < 0) return 0.0f;
+      if (matrix.data == nullptr) return static_cast<float>(column == d);
+      return matrix.of(slot, shape.dim)[static_cast<std::int64_t>(d) * matrix.columns + column];
+    };
+    block.each([&](Thread thread) {
+      const std::int64_t n = static_cast<std::int64_t>(block.x()) * kThreads + thread.index;
+      if (n >= count) return;
+      const int lane = static_cast<int>(n % kWarp), step = static_cast<int>(n / kWarp % steps);
+      const int d = KeyRebuild::component(shape.dim, static_cast<int>(n / kWarp / steps) * 8 + lane / 4);
+      FragmentB<E>& target = static_cast<FragmentB<E>*>(a.out)[slot * count + n];
+      for (int j = 0; j < 2; ++j) {
+        const int c = 16 * step + 2 * (lane % 4) + 8 * j;
+        put_pair(target, j, make_pair<E>(number(d, c), number(d, c + 1)));
+      }
+    });
+  }
+};
+
+}  // namespace minicache

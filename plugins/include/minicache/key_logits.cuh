@@ -1,0 +1,208 @@
+// Logits of compressed keys, straight from their codes: rows of tokens times mapped queries on the tensor cores.
+#pragma once
+
+#include "minicache/stream_stage.cuh"
+
+namespace minicache {
+
+// Mapped queries in shared memory, in the order the tensor cores take them together with runs of codes.
+//
+// Components of a run go in units of 32, the last one of 16 if there is a rest. A thread with t = lane % 4 reads N = 8
+// (4) neighbouring components of a unit, from N t on; step s (of 16 components) of the unit takes its pairs 2 s and
+// 2 s + 1.
+struct QueryFragments {
+  char* data;
+  float* sums;    // [kRuns][kQueryTile]: sum of a query's components of a run, as rounded
+  float* parts;   // [kRuns][kDecodeWarps][kQueryTile]
+  float* offset;  // [kQueryTile]
+
+  template <class T>
+  MC_HD static constexpr int step_bytes() {
+    return kWarp * static_cast<int>(sizeof(FragmentB<T>));
+  }
+  template <class E, class T>
+  MC_HD FragmentB<E>& at(int step, int lane) const {
+    return reinterpret_cast<FragmentB<E>*>(data + step * step_bytes<T>())[lane];
+  }
+  MC_HD static int component(int length, int step, int lane, int j, int i) {
+    const int whole = length / 32 * 2, t = lane % 4;
+    if (step < whole) return step / 2 * 32 + 8 * t + 2 * (step % 2) + j + 4 * i;
+    return whole * 16 + 4 * t + j + 2 * i;
+  }
+};
+
+// Fills the fragments of a run from step `first` on; `number(query, component)` is the query.
+template <class T, class Block, class F>
+MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, const Segment& run, int first,
+                          F number) {
+  typename Block::template PerThread<float> sum;
+  block.each([&](Thread thread) {
+    const int lane = thread.lane();
+    float total = 0.0f;
+    for (int step = thread.warp(); step < run.length / 16; step += kDecodeWarps) {
+      for (int j = 0; j < 2; ++j) {
+        float x[2];
+        for (int i = 0; i < 2; ++i) x[i] = number(lane / 4, QueryFragments::component(run.length, step, lane, j, i));
+        if (run.format == Format::model) {
+          const Pair<T> pair = make_pair<T>(x[0], x[1]);
+          put_pair(fragments.at<T, T>(first + step, lane), j, pair);
+        } else {
+          const Pair<Code<T>> pair = make_pair<Code<T>>(x[0], x[1]);
+          put_pair(fragments.at<Code<T>, T>(first + step, lane), j, pair);
+          total += first_of(pair) + second_of(pair);
+        }
+      }
+    }
+    sum(thread) = total;
+  });
+  block.template reduce_add<4>(sum);
+  block.each([&](Thread thread) {
+    if (thread.lane() % 4 != 0) return;
+    fragments.parts[(n * kDecodeWarps + thread.warp()) * kQueryTile + thread.lane() / 4] = sum(thread);
+  });
+}
+
+// After a `sync` that follows the filling; another one must follow.
+template <class Block>
+MC_HD void finish_fragments(Block& block, const QueryFragments& fragments) {
+  block.each([&](Thread thread) {
+    if (thread.index >= kRuns * kQueryTile) return;
+    const int n = thread.index / kQueryTile, query = thread.index % kQueryTile;
+    float sum = 0.0f;
+    for (int w = 0; w < kDecodeWarps; ++w) sum += fragments.parts[(n * kDecodeWarps + w) * kQueryTile + query];
+    fragments.sums[thread.index] = sum;
+  });
+}
+
+// One unit of N t-runs: rows lane / 4 and lane / 4 + 8 of the warp's tile, from component `at` of the run on.
+template <class T, Format F, int N, class Block, class Rows>
+MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
+                    int step, int at, Rows rows, bool words, const Half* scales, const Half* minima) {
+  using E = Element<T, F>;
+  typename Block::template PerThread<FragmentA<E>> keys[N / 4];
+  block.each([&](Thread thread) {
+    const int index = at + N * (thread.lane() % 4);
+    Pair<E> x[2][N / 2];
+    MC_UNROLL
+    for (int half = 0; half < 2; ++half) read_run<T, F, N>(rows(thread, half), index, words, x[half]);
+    if constexpr (has_ranges(F)) {
+      if (scales != nullptr) {
+        Pair<Half> scale[N / 2] = {}, lowest[N / 2] = {};
+        read_numbers<N>(scales + index, scale);
+        if constexpr (is_integer(F)) read_numbers<N>(minima + index, lowest);
+        MC_UNROLL
+        for (int p = 0; p < N / 2; ++p) {
+          const Pair<E> factor = convert<E>(scale[p]);
+          const Pair<E> constant = is_integer(F) ? convert<E>(lowest[p]) : make_pair<E>(-0.0f, -0.0f);
+          MC_UNROLL
+          for (int half = 0; half < 2; ++half) x[half][p] = fused(x[half][p], factor, constant);
+        }
+      }
+    }
+    MC_UNROLL
+    for (int s = 0; s < N / 4; ++s) {
+      MC_UNROLL
+      for (int j = 0; j < 4; ++j) put_pair(keys[s](thread), j, x[j % 2][2 * s + j / 2]);
+    }
+  });
+  MC_UNROLL
+  for (int s = 0; s < N / 4; ++s) {
+    typename Block::template PerThread<FragmentB<E>> query;
+    block.each([&](Thread thread) { query(thread) = fragments.at<E, T>(step + s, thread.lane()); });
+    block.multiply_add(sum, keys[s], query);
+  }
+}
+
+// Products of 16 rows per warp with the queries over one run. `rows(thread, half)` is row lane / 4 + 8 half of the
+// warp's tile; `params`: of the run, if its ranges are per channel, otherwise null. Retained: rows of retained vectors.
+template <class T, bool Retained, class Block, class Rows>
+MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
+                   int step, const Segment& run, Rows rows, bool words, const Half* params) {
+  const Half* scales = params == nullptr ? nullptr : params + run.scale;
+  const Half* minima = params == nullptr ? nullptr : params + run.minimum;
+  auto body = [&](auto tag) {
+    constexpr Format kFormat = decltype(tag)::value;
+    int at = 0;
+    MC_UNROLL_TWICE
+    for (; at + 32 <= run.length; at += 32) {
+      add_unit<T, kFormat, 8>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+    }
+    if (at == run.length) return;
+    add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+  };
+  if constexpr (Retained) {
+    with_retained_format(run.format, body);
+  } else {
+    with_format(run.format, body);
+  }
+}
+
+// Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on.
+template <class T, class Block>
+MC_HD void key_logits(Block& block, const Stage& stage, const QueryFragments& fragments, float scale, Scores scores,
+                      int token) {
+  typename Block::template PerThread<FragmentD> total;
+  block.each([&](Thread thread) { total(thread) = FragmentD{}; });
+  int step = 0;
+  for (int n = 0; n <= kResidualRun; ++n) {
+    if (!stage.reader.has_run(n)) continue;
+    const Segment& run = stage.reader.run(n);
+    const char* first = stage.template rows<T>(n);
+    const int stride = stage.stride(n);
+    typename Block::template PerThread<FragmentD> sum;
+    block.each([&](Thread thread) { sum(thread) = FragmentD{}; });
+    auto rows = [&](Thread thread, int half) {
+      return first + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
+    };
+    add_run<T, false>(block, sum, fragments, step, run, rows, stage.words(n), stage.channel_params(n));
+    step += run.length / 16;
+    block.each([&](Thread thread) {
+      const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+      MC_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float factor = stage.scale(n, row + 8 * half), lowest = stage.minimum(n, row + 8 * half);
+        MC_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const float constant = lowest * fragments.sums[n * kQueryTile + 2 * t + i];
+          total(thread).x[2 * half + i] += factor * sum(thread).x[2 * half + i] + constant;
+        }
+      }
+    });
+  }
+  block.each([&](Thread thread) {
+    const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+    MC_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float logit = stage.norm(row + 8 * (i / 2)) * total(thread).x[i] + fragments.offset[2 * t + i % 2];
+      scores(2 * t + i % 2, token + row + 8 * (i / 2)) = logit * scale;
+    }
+  });
+}
+
+// Logits of retained keys in place of those of their codes. Between two `sync`s.
+template <class T, class Block>
+MC_HD void exact_logits(Block& block, const ExactRows& exact, const QueryFragments& fragments, int step, float scale,
+                        Scores scores, int token) {
+  for (int first = 0; first < exact.count; first += kDecodeWarps * 16) {
+    typename Block::template PerThread<FragmentD> sum;
+    block.each([&](Thread thread) { sum(thread) = FragmentD{}; });
+    auto rows = [&](Thread thread, int half) {
+      return exact.rows[exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half)];
+    };
+    add_run<T, true>(block, sum, fragments, step, exact.reader.exact, rows, true, nullptr);
+    block.each([&](Thread thread) {
+      const int t = thread.lane() % 4;
+      for (int half = 0; half < 2; ++half) {
+        const int n = first + 16 * thread.warp() + thread.lane() / 4 + 8 * half;
+        if (n >= exact.count || exact.token(n) < 0) continue;
+        for (int i = 0; i < 2; ++i) {
+          const float constant = exact.minimum(n) * fragments.sums[kExactRun * kQueryTile + 2 * t + i];
+          const float logit = exact.scale(n) * sum(thread).x[2 * half + i] + constant;
+          scores(2 * t + i, token + exact.token(n)) = logit * scale;
+        }
+      }
+    });
+  }
+}
+
+}  // namespace minicache

@@ -1,0 +1,87 @@
+// Gaussian codes as the levels they stand for, rounded to binary16: tables of bytes in registers, four codes at a time.
+#pragma once
+
+#include "minicache/formats.cuh"
+#include "minicache/pairs.cuh"
+
+namespace minicache {
+namespace detail {
+
+// Binary16 of a normal number, rounded to nearest.
+MC_HD constexpr std::uint32_t half_bits(float x) {
+  std::uint32_t sign = 0;
+  if (x < 0.0f) {
+    sign = 0x8000u;
+    x = -x;
+  }
+  int exponent = 15;
+  for (; x >= 2.0f; x /= 2.0f) ++exponent;
+  for (; x < 1.0f; x *= 2.0f) --exponent;
+  const std::uint32_t fraction = static_cast<std::uint32_t>((x - 1.0f) * 1024.0f + 0.5f);
+  return sign | ((static_cast<std::uint32_t>(exponent) << 10) + fraction);
+}
+
+// Byte `byte` of levels `first` to first + 3; of 4-bit codes only the upper, positive eight are tabulated.
+MC_HD constexpr std::uint32_t level_bytes(int bits, int first, int byte) {
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int code = first + i + (bits == 4 ? 8 : 0);
+    if (code < 1 << bits) result |= ((half_bits(gaussian_level(bits, code)) >> (8 * byte)) & 0xffu) << (8 * i);
+  }
+  return result;
+}
+
+// Four codes of `Bits` bits, one every 4 bits.
+template <int Bits>
+MC_HD std::uint32_t spread_codes(std::uint32_t x) {
+  if constexpr (Bits == 4) return x & 0xffffu;
+  if constexpr (Bits == 3) return (x & 0x7u) | (x & 0x38u) << 1 | (x & 0x1c0u) << 2 | (x & 0xe00u) << 3;
+  if constexpr (Bits == 2) {
+    x = ((x & 0xffu) | x << 4) & 0x0f0fu;
+    return (x | x << 2) & 0x3333u;
+  }
+  x = ((x & 0xfu) | x << 6) & 0x0303u;
+  return (x | x << 3) & 0x1111u;
+}
+
+// Low and high bytes of the levels of four codes, by looking bytes up in registers.
+template <int Bits>
+MC_HD void look_up(std::uint32_t four, std::uint32_t& low, std::uint32_t& high) {
+  constexpr std::uint32_t kLow0 = level_bytes(Bits, 0, 0), kLow1 = level_bytes(Bits, 4, 0);
+  constexpr std::uint32_t kHigh0 = level_bytes(Bits, 0, 1), kHigh1 = level_bytes(Bits, 4, 1);
+  std::uint32_t index = spread_codes<Bits>(four), negative = 0;
+  if constexpr (Bits == 4) {  // levels of codes c and 15 - c differ in sign
+    negative = ~index & 0x8888u;
+    index = (index ^ (negative - (negative >> 3))) & 0x7777u;
+  }
+  low = permute_bytes(kLow0, kLow1, index);
+  high = permute_bytes(kHigh0, kHigh1, index);
+  if constexpr (Bits == 4) {
+    const std::uint32_t two = (negative | negative << 8) & 0x00880088u;
+    high ^= ((two & 0x00080008u) << 4) | ((two & 0x00800080u) << 8);
+  }
+}
+
+template <int Bits, int N>
+MC_HD void gaussian_pairs(const std::uint32_t (&codes)[2], Pair<Half> (&out)[N / 2]) {
+  std::uint32_t low, high;
+  look_up<Bits>(codes[0], low, high);
+  if constexpr (N == 2) out[0].bits = permute_bytes(low, high, 0x5140);
+  if constexpr (N == 4) {
+    out[0].bits = permute_bytes(low, high, 0x6240);
+    out[1].bits = permute_bytes(low, high, 0x7351);
+  }
+  if constexpr (N == 8) {
+    std::uint32_t low2, high2;
+    look_up<Bits>(codes[0] >> (4 * Bits), low2, high2);
+    const Pair<Half> a{permute_bytes(low, high, 0x5140)}, b{permute_bytes(low2, high2, 0x5140)};
+    const Pair<Half> c{permute_bytes(low, high, 0x7362)}, d{permute_bytes(low2, high2, 0x7362)};
+    out[0] = firsts(a, b);
+    out[1] = seconds(a, b);
+    out[2] = firsts(c, d);
+    out[3] = seconds(c, d);
+  }
+}
+
+}  // namespace detail
+}  // namespace minicache

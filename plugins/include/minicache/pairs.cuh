@@ -1,0 +1,122 @@
+// Pairs of numbers as fragments of a matrix product hold them: two 16-bit numbers in a word, or two floats.
+#pragma once
+
+#include "minicache/block.cuh"
+
+namespace minicache {
+
+// What codes become: binary16 holds every code, float8 number and level; float in float32 computations.
+template <class T>
+struct CodeOf {
+  using type = Half;
+};
+template <>
+struct CodeOf<float> {
+  using type = float;
+};
+template <class T>
+using Code = typename CodeOf<T>::type;
+
+template <class E>
+struct Pair {
+  std::uint32_t bits;  // the first number in the low half
+};
+template <>
+struct Pair<float> {
+  float x[2];
+};
+
+// Bytes `selector` (four digits of 4 bits, 0 to 7) of the eight bytes of a, then b.
+MC_HD std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+#if MC_ON_DEVICE
+  return __byte_perm(a, b, selector);
+#else
+  const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<std::uint32_t>(both >> (8 * ((selector >> (4 * i)) & 7u)) & 0xffu) << (8 * i);
+  }
+  return result;
+#endif
+}
+
+// (x & Mask) | Bits, in one instruction.
+template <std::uint32_t Mask, std::uint32_t Bits>
+MC_HD std::uint32_t select_bits(std::uint32_t x) {
+#if MC_ON_DEVICE
+  std::uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "n"(Mask), "r"(Bits));
+  return result;
+#else
+  return (x & Mask) | Bits;
+#endif
+}
+
+template <class E>
+MC_HD Pair<E> make_pair(float first, float second) {
+  const std::uint32_t low = from_float<E>(first).bits, high = from_float<E>(second).bits;
+  return Pair<E>{low | high << 16};
+}
+template <>
+MC_HD Pair<float> make_pair<float>(float first, float second) {
+  return Pair<float>{{first, second}};
+}
+
+template <class E>
+MC_HD float first_of(Pair<E> x) {
+  return to_float(E{static_cast<std::uint16_t>(x.bits & 0xffffu)});
+}
+template <class E>
+MC_HD float second_of(Pair<E> x) {
+  return to_float(E{static_cast<std::uint16_t>(x.bits >> 16)});
+}
+MC_HD float first_of(Pair<float> x) { return x.x[0]; }
+MC_HD float second_of(Pair<float> x) { return x.x[1]; }
+
+// The first (second) numbers of two pairs.
+template <class E>
+MC_HD Pair<E> firsts(Pair<E> a, Pair<E> b) {
+  return Pair<E>{permute_bytes(a.bits, b.bits, 0x5410)};
+}
+template <class E>
+MC_HD Pair<E> seconds(Pair<E> a, Pair<E> b) {
+  return Pair<E>{permute_bytes(a.bits, b.bits, 0x7632)};
+}
+MC_HD Pair<float> firsts(Pair<float> a, Pair<float> b) { return Pair<float>{{a.x[0], b.x[0]}}; }
+MC_HD Pair<float> seconds(Pair<float> a, Pair<float> b) { return Pair<float>{{a.x[1], b.x[1]}}; }
+
+// a b + c, each rounded once.
+MC_HD Pair<Half> fused(Pair<Half> a, Pair<Half> b, Pair<Half> c) {
+#if MC_ON_DEVICE
+  const __half2 x = bit_cast<__half2>(a.bits), y = bit_cast<__half2>(b.bits), z = bit_cast<__half2>(c.bits);
+  return Pair<Half>{bit_cast<std::uint32_t>(__hfma2(x, y, z))};
+#else
+  return make_pair<Half>(first_of(a) * first_of(b) + first_of(c), second_of(a) * second_of(b) + second_of(c));
+#endif
+}
+MC_HD Pair<float> fused(Pair<float> a, Pair<float> b, Pair<float> c) {
+  return Pair<float>{{a.x[0] * b.x[0] + c.x[0], a.x[1] * b.x[1] + c.x[1]}};
+}
+
+// The same numbers as codes are read as.
+template <class E>
+MC_HD Pair<E> convert(Pair<Half> x) {
+  if constexpr (sizeof(Pair<E>) == sizeof(x)) {
+    return bit_cast<Pair<E>>(x);
+  } else {
+    return Pair<E>{{first_of(x), second_of(x)}};
+  }
+}
+
+// Numbers 2 j and 2 j + 1 of a fragment.
+template <class Fragment, class E>
+MC_HD void put_pair(Fragment& fragment, int j, Pair<E> pair) {
+  static_assert(sizeof(pair) == 2 * sizeof(fragment.x[0]), "types differ");
+#if MC_ON_DEVICE
+  reinterpret_cast<Pair<E>*>(fragment.x)[j] = pair;
+#else
+  std::memcpy(&fragment.x[2 * j], &pair, sizeof(pair));
+#endif
+}
+
+}  // namespace minicache

@@ -1,0 +1,280 @@
+// Rows and columns of a tile to codes, scales and minima. What decides a code is not contracted: every device agrees.
+#pragma once
+
+#include "minicache/codes.cuh"
+#include "minicache/elementary.cuh"
+
+namespace minicache {
+
+// What one range codes by, as stored: number = scale * code + lowest (float8: lowest is 0).
+struct Range {
+  float scale, reciprocal, lowest;
+
+  // `high`, `low`: largest and smallest number; float8: largest magnitude and 0.
+  MC_HD static Range of(Format format, float high, float low) {
+    const float steps = format == Format::fp8 ? kFloat8Max : static_cast<float>((1 << bits_of(format)) - 1);
+    const float scale = to_float(saturate_half(divide(add(high, -low), steps)));
+    return Range{scale, scale > 0.0f ? divide(1.0f, scale) : 0.0f, to_float(saturate_half(low))};
+  }
+
+  // (y - lowest) / scale, rounded as IEEE division does: the remainder corrects the product with the reciprocal.
+  MC_HD float ratio(float y) const {
+    const float numerator = add(y, -lowest);
+#if MC_ON_DEVICE
+    const float quotient = __fmul_rn(numerator, reciprocal);
+    return __fmaf_rn(__fmaf_rn(-quotient, scale, numerator), reciprocal, quotient);
+#else
+    return divide(numerator, scale);
+#endif
+  }
+
+  template <int Width>
+  MC_HD std::uint32_t code(Format format, float y) const {
+    if (!(scale > 0.0f)) return 0;
+    if (Width == 8 && format == Format::fp8) return float_to_fp8(ratio(y));
+    const float levels = static_cast<float>((1 << Width) - 1);
+    return static_cast<std::uint32_t>(minimum(maximum(round_even(ratio(y)), 0.0f), levels));
+  }
+};
+
+// Where a row's codes and ranges go; null: nowhere.
+struct RowTarget {
+  std::int8_t* codes;
+  Half* scale;
+  Half* lowest;
+};
+
+// Largest and smallest number of a row so far; of float8, magnitudes and 0.
+struct Extent {
+  float most, least;
+
+  MC_HD static Extent none(Format format) {
+    return format == Format::fp8 ? Extent{0.0f, 0.0f} : Extent{-kInfinity, kInfinity};
+  }
+  MC_HD void take(Format format, float y) {
+    const bool magnitudes = format == Format::fp8;
+    most = maximum(most, magnitudes && y < 0.0f ? -y : y);
+    if (!magnitudes) least = minimum(least, y);
+  }
+  MC_HD void take(Format format, const float (&y)[kChunk]) {
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) take(format, y[e]);
+  }
+};
+
+template <class Block>
+MC_HD void extent_of_row(Block& block, typename Block::template PerThread<Extent>& extent) {
+  typename Block::template PerThread<float> most, least;
+  block.each([&](Thread thread) {
+    most(thread) = extent(thread).most;
+    least(thread) = -extent(thread).least;
+  });
+  block.template reduce_max<kRowThreads>(most);
+  block.template reduce_max<kRowThreads>(least);
+  block.each([&](Thread thread) { extent(thread) = Extent{most(thread), -least(thread)}; });
+}
+
+MC_HD void store_range(const RowTarget& to, const Range& range) {
+  *to.scale = from_float<Half>(range.scale);
+  if (to.lowest != nullptr) *to.lowest = from_float<Half>(range.lowest);
+}
+
+template <int Width>
+MC_HD void store_chunk_codes(std::int8_t* to, Format format, const Range& range, const float (&y)[kChunk]) {
+  PackedCodes codes;
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) codes.template put<Width>(e, range.template code<Width>(format, y[e]));
+  store_codes<Width>(to, codes);
+}
+
+// Components [first, first + length) of a tile with one range per row; `target(row)` is a RowTarget.
+template <int Chunks, class Block, class Target>
+MC_HD void quantize_tile(Block& block, const typename Block::template PerThread<Tile<Chunks>>& tile, int first,
+                         int length, Format format, Target target) {
+  typename Block::template PerThread<Extent> extent;
+  block.each([&](Thread thread) {
+    extent(thread) = Extent::none(format);
+    MC_UNROLL
+    for (int j = 0; j < Chunks; ++j) {
+      if (inside(component_of(thread, j), first, length)) extent(thread).take(format, tile(thread).x[j]);
+    }
+  });
+  extent_of_row(block, extent);
+  block.each([&](Thread thread) {
+    const RowTarget to = target(row_of(thread));
+    const Range range = Range::of(format, extent(thread).most, extent(thread).least);
+    if (leads_row(thread)) store_range(to, range);
+    with_range_bits(format, [&](auto bits) {
+      constexpr int kWidth = decltype(bits)::value;
+      MC_UNROLL
+      for (int j = 0; j < Chunks; ++j) {
+        const int place = component_of(thread, j) - first;
+        if (inside(place, 0, length))
+          store_chunk_codes<kWidth>(to.codes + place / kChunk * kWidth, format, range, tile(thread).x[j]);
+      }
+    });
+  });
+}
+
+// Rows of `length` components with one range each, read twice by `load(chunk, row, component)`: small code for what is
+// rare. Rows whose `target(row)` has no codes are skipped.
+template <class Block, class Load, class Target>
+MC_HD void quantize_rows(Block& block, int length, Format format, Load load, Target target) {
+  typename Block::template PerThread<Extent> extent;
+  block.each([&](Thread thread) {
+    Extent own = Extent::none(format);
+    MC_NO_UNROLL
+    for (int component = component_of(thread, 0); component < length; component += kRowThreads * kChunk) {
+      float y[kChunk];
+      load(y, row_of(thread), component);
+      own.take(format, y);
+    }
+    extent(thread) = own;
+  });
+  extent_of_row(block, extent);
+  block.each([&](Thread thread) {
+    const RowTarget to = target(row_of(thread));
+    if (to.codes == nullptr) return;
+    const Range range = Range::of(format, extent(thread).most, extent(thread).least);
+    if (leads_row(thread)) store_range(to, range);
+    MC_NO_UNROLL
+    for (int component = component_of(thread, 0); component < length; component += kRowThreads * kChunk) {
+      float y[kChunk];
+      load(y, row_of(thread), component);
+      with_range_bits(format, [&](auto bits) {
+        constexpr int kWidth = decltype(bits)::value;
+        store_chunk_codes<kWidth>(to.codes + component / kChunk * kWidth, format, range, y);
+      });
+    }
+  });
+}
+
+// Shared memory of `quantize_columns`: a tile [B, pitch], and scale, reciprocal and lowest number of every column.
+struct ColumnScratch {
+  float* tile;
+  int pitch;
+  float* ranges;  // [3][kMaxRank]
+};
+
+// Components [first, first + length) with one range per column. Rows with `skipped[row]` do not widen ranges; their
+// codes are 0. Codes of row r go to `codes + r * row_bytes`, ranges to `scales` and (integers) `lowest`.
+template <int Chunks, class Block>
+MC_HD void quantize_columns(Block& block, const typename Block::template PerThread<Tile<Chunks>>& tile, int first,
+                            int length, Format format, const std::int32_t* skipped, const ColumnScratch& scratch,
+                            std::int8_t* codes, int row_bytes, Half* scales, Half* lowest) {
+  float* ranges = scratch.ranges;
+  block.sync();
+  tile_to_shared<Chunks>(block, tile, scratch.tile, scratch.pitch, first, length);
+  block.sync();
+  block.each([&](Thread thread) {
+    for (int column = thread.index; column < length; column += kTileThreads) {
+      Extent extent = Extent::none(format);
+      for (int row = 0; row < kBlockSize; ++row) {
+        const float y = scratch.tile[row * scratch.pitch + column];
+        if (!skipped[row]) extent.take(format, y);
+      }
+      const Range range = Range::of(format, extent.most, extent.least);
+      ranges[column] = range.scale;
+      ranges[kMaxRank + column] = range.reciprocal;
+      ranges[2 * kMaxRank + column] = range.lowest;
+      scales[column] = from_float<Half>(range.scale);
+      if (is_integer(format)) lowest[column] = from_float<Half>(range.lowest);
+    }
+  });
+  block.sync();
+  block.each([&](Thread thread) {
+    const int row = row_of(thread);
+    with_range_bits(format, [&](auto bits) {
+      constexpr int kWidth = decltype(bits)::value;
+      MC_UNROLL
+      for (int j = 0; j < Chunks; ++j) {
+        const int column = component_of(thread, j) - first;
+        if (!inside(column, 0, length)) continue;
+        PackedCodes packed;
+        if (!skipped[row]) {
+          MC_UNROLL
+          for (int e = 0; e < kChunk; ++e) {
+            const int own = column + e;
+            const Range range{ranges[own], ranges[kMaxRank + own], ranges[2 * kMaxRank + own]};
+            packed.template put<kWidth>(e, range.template code<kWidth>(format, tile(thread).x[j][e]));
+          }
+        }
+        store_codes<kWidth>(codes + row * row_bytes + column / kChunk * kWidth, packed);
+      }
+    });
+  });
+}
+
+// Divides rows by the root mean square of their stored components, `count` of them (those that are `stored(component)`),
+// rounded to binary16: written to `norms` and, as floats, to `shared_norms` [B]. Rows whose norm is 0 become zero.
+template <int Chunks, class Block, class Stored>
+MC_HD void standardize(Block& block, typename Block::template PerThread<Tile<Chunks>>& tile, int count, Half* norms,
+                       float* shared_norms, Stored stored) {
+  typename Block::template PerThread<float> square;
+  block.each([&](Thread thread) {
+    float sum = 0.0f;
+    MC_UNROLL
+    for (int j = 0; j < Chunks; ++j) {
+      if (!stored(component_of(thread, j))) continue;
+      MC_UNROLL
+      for (int e = 0; e < kChunk; ++e) sum += tile(thread).x[j][e] * tile(thread).x[j][e];
+    }
+    square(thread) = sum;
+  });
+  block.template reduce_add<kRowThreads>(square);
+  block.each([&](Thread thread) {
+    const Half norm = saturate_half(square_root(divide(square(thread), static_cast<float>(count))));
+    const float divisor = to_float(norm);
+    if (leads_row(thread)) {
+      norms[row_of(thread)] = norm;
+      shared_norms[row_of(thread)] = divisor;
+    }
+    MC_UNROLL
+    for (int j = 0; j < Chunks; ++j) {
+      MC_UNROLL
+      for (int e = 0; e < kChunk; ++e) {
+        float& x = tile(thread).x[j][e];
+        x = divisor > 0.0f ? divide(x, divisor) : 0.0f;
+      }
+    }
+  });
+  block.sync();
+}
+
+// `gaussian_code` with its boundaries as constants of the program.
+template <int Width, int Index = 0>
+MC_HD std::uint32_t boundaries_below(float u) {
+  if constexpr (Index == (1 << Width) - 1) {
+    return 0;
+  } else {
+    constexpr float kBoundary = gaussian_boundary(Width, Index);
+    return (kBoundary < u ? 1u : 0u) + boundaries_below<Width, Index + 1>(u);
+  }
+}
+
+// Gaussian codes of components [first, first + length); rows whose norm (in shared memory) is 0 get code 0.
+template <int Chunks, class Block>
+MC_HD void quantize_gaussian(Block& block, const typename Block::template PerThread<Tile<Chunks>>& tile, int first,
+                             int length, Format format, const float* norms, std::int8_t* codes, int row_bytes) {
+  block.each([&](Thread thread) {
+    const int row = row_of(thread);
+    const bool empty = !(norms[row] > 0.0f);
+    with_gaussian_bits(format, [&](auto bits) {
+      constexpr int kWidth = decltype(bits)::value;
+      MC_UNROLL
+      for (int j = 0; j < Chunks; ++j) {
+        const int column = component_of(thread, j) - first;
+        if (!inside(column, 0, length)) continue;
+        PackedCodes packed;
+        MC_UNROLL
+        for (int e = 0; e < kChunk; ++e) {
+          const std::uint32_t code = boundaries_below<kWidth>(tile(thread).x[j][e]);
+          packed.template put<kWidth>(e, empty ? 0u : code);
+        }
+        store_codes<kWidth>(codes + row * row_bytes + column / kChunk * kWidth, packed);
+      }
+    });
+  });
+}
+
+}  // namespace minicache

@@ -1,0 +1,206 @@
+// A stream's blocks as its layer's keys (after RoPE) or values.
+#pragma once
+
+#include "minicache/rotation.cuh"
+#include "minicache/split_product.cuh"
+#include "minicache/stream_tile.cuh"
+
+namespace minicache {
+
+template <class T>
+struct RestoreArguments {
+  StreamShape shape;
+  StreamPools pools;
+  ReadMaps maps;
+  const std::int32_t* blocks;         // negative: nothing is written
+  const std::int32_t* block_index;    // of each block in its sequence; null unless keys are in the pre_rope basis
+  const float* inverse_frequencies;
+  T* out;  // [count, H, B, D], by KV head
+};
+
+// Whether restoring takes products with the layer's maps; a transform alone is undone by butterflies.
+MC_HD bool takes_products(const StreamShape& shape) { return shape.merge == Merge::linear || shape.align; }
+
+// Whether restored vectors pass through shared memory.
+MC_HD bool shares_rows(const StreamShape& shape) {
+  return takes_products(shape) || has_transforms(shape);
+}
+
+// Shared memory of `RestoreKernel`; `bytes` is its size.
+struct RestoreScratch {
+  std::int32_t* places;  // [B]
+  float* staging;
+  float* latent;         // [B, pitch_of(stored)], products only
+  float* residual;       // [B, pitch_of(D)], products with residuals only
+  float* rows;           // [B, pitch_of(D)]: vectors before norm, offset, rotation
+  int bytes;
+
+  MC_HD RestoreScratch(char* base, const StreamShape& shape) {
+    const bool products = takes_products(shape);
+    const int row_floats = kBlockSize * pitch_of(shape.dim);
+    const int latent_floats = products ? kBlockSize * pitch_of(shape.stored) : 0;
+    // Results of a product with at most 128 columns are all in registers before they are written.
+    const bool apart = products && shape.dim > kDenseColumns;
+    places = reinterpret_cast<std::int32_t*>(base);
+    staging = reinterpret_cast<float*>(places + kBlockSize);
+    residual = staging + (products ? maximum(kDenseFloats, kSplitFloats) : 0);
+    latent = residual + (products && shape.has_residual() ? row_floats : 0);
+    rows = apart ? latent + latent_floats : latent;
+    const int shared_floats = maximum(latent_floats, shares_rows(shape) ? row_floats : 0);
+    const float* end = apart ? rows + row_floats : latent + shared_floats;
+    bytes = static_cast<int>(reinterpret_cast<const char*>(end) - base);
+  }
+};
+
+// x = nu (y P^T + residual A^T) + c, rotated, with the retained vectors in their places. Grid: blocks, KV heads.
+template <class T, int Chunks>
+struct RestoreKernel {
+  static constexpr int kThreads = kTileThreads;
+
+  template <class Block>
+  MC_HD static void run(Block& block, const RestoreArguments<T>& a) {
+    if (a.blocks[block.x()] < 0) return;
+    const StreamShape& shape = a.shape;
+    const RestoreScratch s(block.shared, shape);
+    const int n = block.x(), head = block.y();
+    const int slot = a.maps.slots == nullptr ? head : static_cast<int>(a.maps.slots[head]);
+    const StreamBlock from{shape, a.pools, a.blocks[n]};
+    if (takes_products(shape)) {
+      multiply(block, a, from, slot, s);
+    } else if (shares_rows(shape)) {
+      latent_to_shared<T>(block, from, slot, false, s.rows, pitch_of(shape.dim));
+      if (has_transforms(shape)) undo_transforms<Chunks>(block, shape, s.rows, pitch_of(shape.dim));
+      if (shape.has_residual()) add_residual(block, from, slot, s);
+    }
+    if (shape.retained > 0) find_retained(block, from, slot, s.places);
+    block.sync();
+    write(block, a, from, n, head, slot, s);
+  }
+
+ private:
+  // y P^T + residual A^T to `rows`.
+  template <class Block>
+  MC_HD static void multiply(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int slot,
+                             const RestoreScratch& s) {
+    const StreamShape& shape = a.shape;
+    const int dim = shape.dim, stored = shape.stored, pitch = pitch_of(dim);
+    const bool residual = shape.has_residual();
+    latent_to_shared<T>(block, from, slot, true, s.latent, pitch_of(stored));
+    if (residual) {
+      block.each([&](Thread thread) {
+        MC_NO_UNROLL
+        for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
+          float x[kChunk];
+          load_residual_chunk(x, from, slot, row_of(thread), component);
+          store_chunk(s.residual + row_of(thread) * pitch + component, x);
+        }
+      });
+    }
+    const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
+    const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored);
+    const float* residual_map = residual ? a.maps.residual_map + place * dim : nullptr;
+    if constexpr (sizeof(T) == 2) {
+      SplitSums<Block> sum;
+      add_products(block, s, sum, SplitMatrix{map, stored, dim}, SplitMatrix{residual_map, dim, dim});
+    } else {
+      typename Block::template PerThread<Accumulator> sum;
+      add_products(block, s, sum, DenseMatrix{map, stored, dim, true}, DenseMatrix{residual_map, dim, dim, true});
+    }
+  }
+
+  template <class Block, class Sums, class Matrix>
+  MC_HD static void add_products(Block& block, const RestoreScratch& s, Sums& sum, const Matrix& map,
+                                 const Matrix& residual_map) {
+    const int dim = map.columns, pitch = pitch_of(dim);
+    MC_NO_UNROLL
+    for (int first = 0; first < dim; first += kDenseColumns) {
+      clear(block, sum);
+      map.multiply_add(block, sum, s.latent, pitch_of(map.depth), first, s.staging);
+      if (residual_map.numbers != nullptr)
+        residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
+      block.sync();
+      store_results(block, sum, first, dim, s.rows, pitch);
+    }
+  }
+
+  // Each thread to its own chunks of `rows`.
+  template <class Block>
+  MC_HD static void add_residual(Block& block, const StreamBlock& from, int slot, const RestoreScratch& s) {
+    block.each([&](Thread thread) {
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < from.shape.dim; component += kRowThreads * kChunk) {
+        float x[kChunk], residual[kChunk];
+        float* own = s.rows + row_of(thread) * pitch_of(from.shape.dim) + component;
+        load_chunk(x, own);
+        load_residual_chunk(residual, from, slot, row_of(thread), component);
+        MC_UNROLL
+        for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
+        store_chunk(own, x);
+      }
+    });
+  }
+
+  // Norm and offset of a slot's vectors; null where there are none.
+  struct Affine {
+    const Half* norms;
+    const float* offset;
+
+    MC_HD void apply(float (&x)[kChunk], int row, int component) const {
+      const float norm = norms == nullptr ? 1.0f : to_float(norms[row]);
+      MC_UNROLL
+      for (int e = 0; e < kChunk; ++e) x[e] = x[e] * norm + (offset == nullptr ? 0.0f : offset[component + e]);
+    }
+  };
+
+  // Norm, offset, rotation, retained vectors.
+  template <class Block>
+  MC_HD static void write(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int n, int head, int slot,
+                          const RestoreScratch& s) {
+    const StreamShape& shape = a.shape;
+    const int dim = shape.dim;
+    const bool shared = shares_rows(shape);
+    const Rotation rotation{turned(shape) ? a.inverse_frequencies : nullptr, dim,
+                            turned(shape) ? a.block_index[n] * kBlockSize : 0, 1.0f};
+    const Affine affine{shape.has_norms() ? from.norms(shape.gaussian() ? 0 : shape.member, slot) : nullptr,
+                        a.maps.offset == nullptr ? nullptr : a.maps.offset + slot * dim};
+    T* out = a.out + (static_cast<std::int64_t>(n) * shape.heads + head) * kBlockSize * dim;
+    block.each([&](Thread thread) {
+      const int row = row_of(thread), place = shape.retained > 0 ? s.places[row] : -1;
+      const auto store = [&](const float(&x)[kChunk], int component) { store_chunk(out + row * dim + component, x); };
+      const auto load = [&](float(&x)[kChunk], int component) {
+        if (shared) {
+          load_chunk(x, s.rows + row * pitch_of(dim) + component);
+        } else {
+          load_numbers_of(x, from, slot, row, component);
+        }
+        affine.apply(x, row, component);
+      };
+      if (place < 0 && rotation.turns()) {
+        turn_row(thread, rotation, load, store);
+        return;
+      }
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
+        float x[kChunk];
+        if (place >= 0) {
+          load_exact_chunk<T>(x, from, slot, place, component);
+        } else {
+          load(x, component);
+        }
+        store(x, component);
+      }
+    });
+  }
+
+  // A chunk of a row that takes neither products nor transforms.
+  MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component) {
+    load_latent_chunk<T>(x, from, slot, false, row, component);
+    if (!from.shape.has_residual()) return;
+    float residual[kChunk];
+    load_residual_chunk(residual, from, slot, row, component);
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
+  }
+};
+
+}  // namespace minicache

@@ -1,0 +1,184 @@
+// Numbers of one stored block and slot: codes, ranges, levels and transforms undone.
+#pragma once
+
+#include "minicache/codes.cuh"
+#include "minicache/hadamard.cuh"
+
+namespace minicache {
+
+// Eight codes of a format with ranges as numbers, before scale and minimum.
+MC_HD void load_numbers(float (&x)[kChunk], Format format, const std::int8_t* codes) {
+  with_range_bits(format, [&](auto bits) {
+    constexpr int kWidth = decltype(bits)::value;
+    const PackedCodes packed = load_codes<kWidth>(codes);
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) {
+      const std::uint32_t code = packed.template get<kWidth>(e);
+      x[e] = kWidth == 8 && format == Format::fp8 ? fp8_to_float(static_cast<std::uint8_t>(code))
+                                                  : static_cast<float>(code);
+    }
+  });
+}
+
+// A code's level by selection among constants: a table that threads index differently would live in memory.
+template <int Width>
+MC_HD float level_of(std::uint32_t code) {
+  constexpr int kHalf = 1 << (Width - 1);
+  const bool upper = code >= kHalf;
+  const int place = static_cast<int>(upper ? code - kHalf : kHalf - 1 - code);
+  float level = gaussian_level(Width, kHalf);
+  MC_UNROLL
+  for (int i = 1; i < kHalf; ++i) level = place == i ? gaussian_level(Width, kHalf + i) : level;
+  return upper ? level : -level;
+}
+
+// Eight gaussian codes as levels.
+MC_HD void load_levels(float (&x)[kChunk], Format format, const std::int8_t* codes) {
+  with_gaussian_bits(format, [&](auto bits) {
+    constexpr int kWidth = decltype(bits)::value;
+    const PackedCodes packed = load_codes<kWidth>(codes);
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) x[e] = level_of<kWidth>(packed.template get<kWidth>(e));
+  });
+}
+
+// Eight codes of a row with one range: scale * code + lowest (null: none).
+MC_HD void load_row_numbers(float (&x)[kChunk], Format format, const std::int8_t* codes, const Half* scale,
+                            const Half* lowest) {
+  load_numbers(x, format, codes);
+  const float step = to_float(*scale), low = lowest == nullptr ? 0.0f : to_float(*lowest);
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) x[e] = x[e] * step + low;
+}
+
+// Eight numbers, or one of them eight times.
+MC_HD void load_factors(float (&x)[kChunk], const Half* from, bool each) {
+  if (each) {
+    load_chunk(x, from);
+    return;
+  }
+  const float one = to_float(*from);
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) x[e] = one;
+}
+
+// A chunk of a segment: row `row`, components from `place` of the segment. Gaussian numbers are levels, without the norm.
+template <class T>
+MC_HD void load_segment_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, const Segment& segment, int row,
+                              int place) {
+  const StreamShape& shape = from.shape;
+  if (segment.format == Format::model) {
+    load_chunk(x, from.latent<T>(slot) + row * shape.latent + segment.storage + place);
+    return;
+  }
+  const std::int8_t* codes = from.codes(slot) + row * shape.code_bytes + segment.storage +
+                             place / kChunk * bits_of(segment.format);
+  if (is_gaussian(segment.format)) {
+    load_levels(x, segment.format, codes);
+    return;
+  }
+  // One scale and minimum for the chunk, or one for each component.
+  const Half* scale = from.params(slot) + segment.scale + (segment.channel ? place : row);
+  const Half* lowest = from.params(slot) + segment.minimum + (segment.channel ? place : row);
+  float factor[kChunk], low[kChunk] = {};
+  load_numbers(x, segment.format, codes);
+  load_factors(factor, scale, segment.channel);
+  if (is_integer(segment.format)) load_factors(low, lowest, segment.channel);
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) x[e] = x[e] * factor[e] + low[e];
+}
+
+// A chunk of a row's latent vector, without the norm. `compact`: `component` counts stored ones, as a reading map's
+// columns do; otherwise all, dropped ones are zero.
+template <class T>
+MC_HD void load_latent_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, bool compact, int row,
+                             int component) {
+  const StreamShape& shape = from.shape;
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
+  MC_NO_UNROLL
+  for (int i = 0; i < shape.segments; ++i) {
+    const Segment& segment = shape.segment[i];
+    const int first = compact ? segment.stored : segment.component;
+    if (segment.format == Format::drop || !inside(component, first, segment.length)) continue;
+    load_segment_chunk<T>(x, from, slot, segment, row, component - first);
+    return;
+  }
+}
+
+// The latent vectors of a slot to shared memory [B, pitch]; transforms are still to be undone.
+template <class T, class Block>
+MC_HD void latent_to_shared(Block& block, const StreamBlock& from, int slot, bool compact, float* shared, int pitch) {
+  const int width = compact ? from.shape.stored : from.shape.rank;
+  block.each([&](Thread thread) {
+    MC_NO_UNROLL
+    for (int component = component_of(thread, 0); component < width; component += kRowThreads * kChunk) {
+      float x[kChunk];
+      load_latent_chunk<T>(x, from, slot, compact, row_of(thread), component);
+      store_chunk(shared + row_of(thread) * pitch + component, x);
+    }
+  });
+}
+
+MC_HD bool has_transforms(const StreamShape& shape) {
+  for (int i = 0; i < shape.segments; ++i) {
+    if (shape.segment[i].hadamard && shape.segment[i].format != Format::drop) return true;
+  }
+  return false;
+}
+
+// Undoes the transforms of every component's rows in shared memory [B, pitch].
+template <int Chunks, class Block>
+MC_HD void undo_transforms(Block& block, const StreamShape& shape, float* shared, int pitch) {
+  typename Block::template PerThread<Tile<Chunks>> tile;
+  block.sync();
+  tile_from_shared<Chunks>(block, tile, shared, pitch, 0, shape.rank);
+  MC_NO_UNROLL
+  for (int i = 0; i < shape.segments; ++i) {
+    const Segment& segment = shape.segment[i];
+    if (segment.hadamard && segment.format != Format::drop)
+      hadamard<Chunks>(block, tile, segment.component, segment.length, shared, pitch);
+  }
+  block.sync();
+  tile_to_shared<Chunks>(block, tile, shared, pitch, 0, shape.rank);
+}
+
+// A chunk of a member's residual.
+MC_HD void load_residual_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component) {
+  const StreamShape& shape = from.shape;
+  const std::int8_t* codes = from.residual(shape.member, slot) + row * shape.residual_bytes();
+  const Half* params = from.residual_params(shape.member, slot) + row;
+  load_row_numbers(x, shape.residual, codes + component / kChunk * bits_of(shape.residual), params, params + kBlockSize);
+}
+
+// A chunk of a retained vector, number `place` of the block's.
+template <class T>
+MC_HD void load_exact_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, int place, int component) {
+  const StreamShape& shape = from.shape;
+  const Format format = shape.retained_format;
+  if (format == Format::model) {
+    load_chunk(x, from.exact<T>(shape.member, slot) + place * shape.dim + component);
+    return;
+  }
+  const Half* params = from.exact_params(shape.member, slot) + place;
+  load_row_numbers(x, format,
+                   from.exact_codes(shape.member, slot) + place * shape.exact_bytes() + component / kChunk * bits_of(format),
+                   params, is_integer(format) ? params + shape.retained : nullptr);
+}
+
+// places[row]: which retained vector row is, -1 for none. Synchronized.
+template <class Block>
+MC_HD void find_retained(Block& block, const StreamBlock& from, int slot, std::int32_t* places) {
+  block.each([&](Thread thread) {
+    if (thread.index < kBlockSize) places[thread.index] = -1;
+  });
+  block.sync();
+  block.each([&](Thread thread) {
+    if (thread.index >= from.shape.retained) return;
+    const int row = from.retained_index(slot)[thread.index];
+    if (row >= 0 && row < kBlockSize) places[row] = thread.index;
+  });
+  block.sync();
+}
+
+}  // namespace minicache

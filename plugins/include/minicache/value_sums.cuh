@@ -1,0 +1,218 @@
+// Weighted sums of compressed values, straight from their codes: components are the rows of a matrix product, tokens
+// what it sums over, query heads its columns.
+//
+// Components go in units of 32, dealt to the warps in turn. A thread with g = lane / 4 reads N = 4 neighbouring
+// components of a unit, from N g on: c = 0, 1 are rows g and g + 8 of the unit's first sum, c = 2, 3 of its second. In
+// a unit that more than one run shares, N = 2: its halves of 16 components are the first sum and the second.
+#pragma once
+
+#include "minicache/stream_stage.cuh"
+
+namespace minicache {
+
+constexpr int kConstants = kRuns + 1;
+
+// Fragments of weights in shared memory, kBlockSize / 16 steps of 16 tokens per run, and what belongs to whole runs.
+struct WeightFragments {
+  char* data;
+  float* parts;   // [kConstants][kDecodeThreads]: a thread's sums of weights times minima; last: of weights
+  float* totals;  // [kConstants][kQueryTile]
+
+  template <class E, class T>
+  MC_HD FragmentB<E>& at(int n, int step, int lane) const {
+    constexpr int kBytes = kWarp * static_cast<int>(sizeof(FragmentB<T>));
+    return reinterpret_cast<FragmentB<E>*>(data + (n * (kBlockSize / 16) + step) * kBytes)[lane];
+  }
+  // Weights of a thread's four tokens, in the type that the run's rows are read as.
+  template <class T>
+  MC_HD void put(Format format, int n, int step, int lane, const float (&x)[4]) const {
+    MC_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      if (format == Format::model) {
+        put_pair(at<T, T>(n, step, lane), j, make_pair<T>(x[2 * j], x[2 * j + 1]));
+      } else {
+        put_pair(at<Code<T>, T>(n, step, lane), j, make_pair<Code<T>>(x[2 * j], x[2 * j + 1]));
+      }
+    }
+  }
+  MC_HD float& part(int n, Thread thread) const { return parts[n * kDecodeThreads + thread.index]; }
+  MC_HD float constant(int n, int query) const { return totals[n * kQueryTile + query]; }
+};
+
+constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: of latent components; of residual ones
+
+// Weights of a stage's tokens, one step per warp; `token`: place of its first one in `scores`.
+template <class T, class Block>
+MC_HD void prepare_weights(Block& block, const Stage& stage, Scores scores, int token,
+                           const WeightFragments& fragments) {
+  block.each([&](Thread thread) {
+    const int query = thread.lane() / 4, first = 16 * thread.warp() + 2 * (thread.lane() % 4);
+    float weight[4], sum = 0.0f;
+    MC_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int t = first + i % 2 + 8 * (i / 2);
+      const float p = scores(query, token + t);
+      sum += p;
+      weight[i] = p * stage.norm(t);
+    }
+    fragments.part(kRuns, thread) += sum;
+    for (int n = 0; n <= kResidualRun; ++n) {
+      if (!stage.reader.has_run(n)) continue;
+      float scaled[4], constant = 0.0f;
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int t = first + i % 2 + 8 * (i / 2);
+        scaled[i] = weight[i] * stage.scale(n, t);
+        constant += weight[i] * stage.minimum(n, t);
+      }
+      fragments.part(n, thread) += constant;
+      fragments.put<T>(stage.reader.run(n).format, n, thread.warp(), thread.lane(), scaled);
+    }
+  });
+}
+
+// Ranges of N components, each twice in a pair.
+template <class E, int N>
+struct ColumnRanges {
+  Pair<E> scale[N], minimum[N];
+
+  MC_HD void load(const Half* scales, const Half* minima, int index) {
+    spread(scales + index, scale);
+    if (minima != nullptr) spread(minima + index, minimum);
+  }
+
+ private:
+  MC_HD static void spread(const Half* source, Pair<E> (&out)[N]) {
+    Pair<Half> x[N / 2];
+    read_numbers<N>(source, x);
+    MC_UNROLL
+    for (int p = 0; p < N / 2; ++p) {
+      out[p] = convert<E>(firsts(x[p], x[p]));
+      out[p + N / 2] = convert<E>(seconds(x[p], x[p]));
+    }
+  }
+};
+
+// Adds one step of 16 rows to N / 2 sums.
+template <class T, Format F, int N, class Block, class Rows, class At, class Active, class Weight, class Ranges>
+MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int step, Rows rows, At at,
+                    Active active, Weight weight, bool words, bool channel, const Ranges& ranges) {
+  using E = Element<T, F>;
+  typename Block::template PerThread<FragmentA<E>> values[N / 2];
+  typename Block::template PerThread<FragmentB<E>> weights;
+  block.each([&](Thread thread) {
+    if (!MC_ON_DEVICE && !active(thread)) {  // on a GPU other warps do not get here
+      for (int m = 0; m < N / 2; ++m) values[m](thread) = FragmentA<E>{};
+      weights(thread) = FragmentB<E>{};
+      return;
+    }
+    weights(thread) = weight(FormatTag<F>{}, step, thread);
+    const int index = at(thread), first = 2 * (thread.lane() % 4);
+    MC_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      Pair<E> two[N];
+      read_columns<T, F, N>(rows(step, first + 8 * k), rows(step, first + 8 * k + 1), index, words, two);
+      if constexpr (has_ranges(F)) {
+        if (channel) {
+          MC_UNROLL
+          for (int c = 0; c < N; ++c) two[c] = fused(two[c], ranges(thread).scale[c], ranges(thread).minimum[c]);
+        }
+      }
+      MC_UNROLL
+      for (int c = 0; c < N; ++c) put_pair(values[c / 2](thread), c % 2 + 2 * k, two[c]);
+    }
+  });
+  MC_UNROLL
+  for (int m = 0; m < N / 2; ++m) block.multiply_add(sums[m], values[m], weights);
+}
+
+// Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(step, k)` is row k of a step; `at(thread)` the thread's
+// first component within the run; warps for which `active(thread)` is false add nothing.
+template <class T, Format F, int N, int Steps, class Block, class Rows, class At, class Active, class Weight>
+MC_HD void add_components(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Rows rows,
+                          At at, Active active, Weight weight, bool words, const Half* scales, const Half* minima) {
+  using E = Element<T, F>;
+  typename Block::template PerThread<ColumnRanges<Code<T>, N>> ranges;
+  const bool channel = has_ranges(F) && scales != nullptr;
+  if (channel) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = make_pair<Code<T>>(-0.0f, -0.0f);
+      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(scales, is_integer(F) ? minima : nullptr, at(thread));
+    });
+  }
+  static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
+  if constexpr (Steps > 0 && F == Format::int4 && N == 4) {  // others would take more registers than there are
+    MC_UNROLL_TWICE
+    for (int step = 0; step < Steps; ++step) {
+      add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
+    }
+  } else {
+    MC_NO_UNROLL
+    for (int step = 0; step < steps; ++step) {
+      add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
+    }
+  }
+}
+
+// One unit per warp of a run whose first component is number `start`: `unit(thread)` is its number, from component
+// 32 unit on. Steps 0: `steps` of them, of retained vectors.
+template <class T, int Steps, class Block, class Rows, class Unit, class Weight>
+MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps,
+                      const Segment& run, int start, Rows rows, Unit unit, Weight weight, bool words,
+                      const Half* params) {
+  const Half* scales = params == nullptr ? nullptr : params + run.scale;
+  const Half* minima = params == nullptr ? nullptr : params + run.minimum;
+  // Components of the run in front of the unit's half m; a half belongs to the run if that is one of its components.
+  auto before = [&](Thread thread, int m) { return 32 * unit(thread) + 16 * m - start; };
+  auto has = [&](Thread thread, int m) { return before(thread, m) >= 0 && before(thread, m) < run.length; };
+  auto whole = [&](Thread thread) { return has(thread, 0) && has(thread, 1); };
+  auto body = [&](auto tag) {
+    constexpr Format kFormat = decltype(tag)::value;
+    if (block.any_warp(whole)) {
+      auto at = [&](Thread thread) { return before(thread, 0) + 4 * (thread.lane() / 4); };
+      add_components<T, kFormat, 4, Steps>(block, sums, steps, rows, at, whole, weight, words, scales, minima);
+    }
+    auto part = [&](Thread thread) { return has(thread, 0) != has(thread, 1); };
+    if (!block.any_warp(part)) return;
+    typename Block::template PerThread<FragmentD> sum[2];
+    block.each([&](Thread thread) { sum[0](thread) = FragmentD{}; });
+    auto at = [&](Thread thread) { return before(thread, has(thread, 1)) + 2 * (thread.lane() / 4); };
+    add_components<T, kFormat, 2, Steps>(block, sum, steps, rows, at, part, weight, words, scales, minima);
+    block.each([&](Thread thread) {
+      if (!part(thread)) return;
+      MC_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) sums[m](thread).x[i] += has(thread, m) ? sum[0](thread).x[i] : 0.0f;
+      }
+    });
+  };
+  if constexpr (Steps > 0) {
+    with_format(run.format, body);
+  } else {
+    with_retained_format(run.format, body);
+  }
+}
+
+// Component of row lane / 4 + 8 j of sum m of unit `unit`; `shared_unit`: more than one run has components in it.
+MC_HD int unit_component(int unit, bool shared_unit, int m, int lane, int j) {
+  return shared_unit ? 32 * unit + 16 * m + 2 * (lane / 4) + j : 32 * unit + 4 * (lane / 4) + 2 * m + j;
+}
+
+// Number of the run that stored component `component` belongs to.
+MC_HD int run_of(const StreamShape& shape, int component) {
+  int result = 0;
+  for (int n = 0; n < shape.segments; ++n) {
+    if (shape.segment[n].format != Format::drop && shape.segment[n].stored <= component) result = n;
+  }
+  return result;
+}
+
+// Whether unit `unit` of `components` is shared, or ends before its second half.
+MC_HD bool is_shared(const StreamShape& shape, int unit, int components) {
+  if (32 * unit + 16 >= components) return true;
+  return run_of(shape, 32 * unit) != run_of(shape, 32 * unit + 16);
+}
+
+}  // namespace minicache

@@ -1,0 +1,121 @@
+// Launcher of compression.
+#include <cmath>
+
+#include "launching.h"
+#include "minicache/compress.cuh"
+
+namespace minicache {
+namespace {
+
+constexpr const char* kName = "compress_blocks";
+
+// Floats of each part of the workspace.
+struct Workspace {
+  std::int64_t vectors, statistics;
+
+  Workspace(const StreamShape& shape, std::int64_t count) {
+    const std::int64_t rows = count * shape.heads * kBlockSize;
+    const bool linear = shape.merge == Merge::linear;
+    vectors = linear ? rows * shape.stored : shape.align ? rows * shape.members * shape.dim : 0;
+    statistics = rows * statistics_of(shape);
+  }
+  std::int64_t bytes() const { return static_cast<std::int64_t>(sizeof(float)) * (vectors + statistics); }
+};
+
+bool check_maps(const StreamShape& shape, const WriteMaps& maps) {
+  const auto required = [&](bool needed, const char* name, const void* pointer, std::size_t bytes = 16) {
+    return !needed || check_pointer(kName, Required{name, pointer, bytes});
+  };
+  const bool linear = shape.merge == Merge::linear;
+  if (!required(shape.match_heads, "maps.heads", maps.heads, 8)) return false;
+  if (!linear) return required(shape.align, "maps.align", maps.align);
+  if (!required(true, "maps.encode", maps.encode) || !required(true, "maps.bias", maps.bias)) return false;
+  for (int i = 0; i < shape.members && shape.retained > 0; ++i) {
+    if (!required(true, "maps.map", maps.map[i]) || !required(true, "maps.offset", maps.offset[i])) return false;
+  }
+  return true;
+}
+
+// Shares of the layers in a spherical mean: t^i (1 - t)^(m - 1 - i), adding up to 1.
+void layer_shares(const StreamShape& shape, float* shares) {
+  double total = 0.0, raw[kMaxGroup];
+  for (int i = 0; i < shape.members; ++i) {
+    raw[i] = std::pow(static_cast<double>(shape.t), i) * std::pow(1.0 - shape.t, shape.members - 1 - i);
+    total += raw[i];
+  }
+  for (int i = 0; i < shape.members; ++i) shares[i] = static_cast<float>(raw[i] / total);
+}
+
+template <int Chunks, class T>
+std::int32_t launch_products(Grid grid, const CompressArguments<T>& a, void* stream) {
+  using Kernel = ProductsKernel<T, Chunks>;
+  return launch_kernel<Kernel>(kName, grid, Kernel::shared_bytes(a.shape), a, stream);
+}
+
+template <class T>
+std::int32_t compress(CompressArguments<T> a, std::int32_t count, void* stream) {
+  const StreamShape& shape = a.shape;
+  layer_shares(shape, a.shares);
+  const Grid grid{count, shape.heads, 1}, members{count, shape.heads, shape.members};
+  std::int32_t status = ok;
+  if (shape.merge == Merge::linear) {
+    using Kernel = EncodeKernel<T>;
+    status = launch_kernel<Kernel>(kName, grid, Kernel::shared_bytes(shape), a, stream);
+  } else if (shape.align) {
+    using Kernel = AlignKernel<T>;
+    status = launch_kernel<Kernel>(kName, members, Kernel::shared_bytes(shape), a, stream);
+  }
+  if (status != ok) return status;
+  return with_chunks(maximum(shape.dim, shape.merge == Merge::linear ? shape.stored : 0), [&](auto chunks) {
+    constexpr int kChunks = decltype(chunks)::value;
+    if (shape.merge != Merge::linear && statistics_of(shape) > 0)
+      status = launch_products<kChunks>(grid, a, stream);
+    if (status != ok) return status;
+    return launch_kernel<CompressKernel<T, kChunks>>(kName, grid, CompressScratch(nullptr, shape).bytes, a, stream);
+  });
+}
+
+}  // namespace
+}  // namespace minicache
+
+MC_API std::int64_t minicache_compress_workspace(minicache::Type, const minicache::StreamShape* shape,
+                                                 std::int32_t count) {
+  return shape == nullptr || count < 1 ? 0 : minicache::Workspace(*shape, count).bytes();
+}
+
+MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minicache::StreamShape* shape,
+                                              const void* const* layers, const std::int32_t* source_blocks,
+                                              const std::int32_t* target_blocks, const std::int32_t* block_index,
+                                              std::int32_t count, const minicache::StreamPools* pools,
+                                              const minicache::WriteMaps* maps, const float* inverse_frequencies,
+                                              void* workspace, std::int64_t workspace_bytes, void* stream) {
+  using namespace minicache;
+  if (shape == nullptr) return fail(invalid_argument, "%s: shape is null", kName);
+  if (count < 0) return fail(invalid_argument, "%s: expected a count of at least 0, got %d", kName, count);
+  if (count == 0) return ok;
+  for (const Required& required :
+       {Required{"layers", layers, 8}, Required{"source_blocks", source_blocks, 4},
+        Required{"target_blocks", target_blocks, 4}, Required{"block_index", block_index, 4}, Required{"pools", pools, 8},
+        Required{"inverse_frequencies", turned(*shape) ? inverse_frequencies : &shape->t, 4}}) {
+    if (!check_pointer(kName, required)) return invalid_argument;
+  }
+  for (int i = 0; i < shape->members; ++i) {
+    if (!check_pointer(kName, Required{"layers[i]", layers[i], 16})) return invalid_argument;
+  }
+  const WriteMaps own_maps = maps == nullptr ? WriteMaps{} : *maps;
+  if (!check_pools(kName, *shape, *pools) || !check_maps(*shape, own_maps)) return invalid_argument;
+  const Workspace parts(*shape, count);
+  if (parts.bytes() > 0 && !check_pointer(kName, Required{"workspace", workspace, 16})) return invalid_argument;
+  if (workspace_bytes < parts.bytes())
+    return fail(invalid_argument, "%s: expected a workspace of at least %lld bytes, got %lld", kName,
+                static_cast<long long>(parts.bytes()), static_cast<long long>(workspace_bytes));
+  return with_type(kName, type, [&](auto number) {
+    using T = decltype(number);
+    float* vectors = static_cast<float*>(workspace);
+    CompressArguments<T> arguments{*shape, *pools, own_maps, {}, source_blocks,
+                                   target_blocks, block_index, inverse_frequencies, {}, vectors,
+                                   parts.statistics > 0 ? vectors + parts.vectors : nullptr};
+    for (int i = 0; i < shape->members; ++i) arguments.layers[i] = static_cast<const T*>(layers[i]);
+    return compress(arguments, count, stream);
+  });
+}

@@ -1,0 +1,348 @@
+// minicache_decode_attention: checks its arguments, lays out workspace, launches.
+#include "minicache/decode_attention.cuh"
+
+#include "errors.h"
+
+namespace minicache {
+namespace {
+
+constexpr const char kName[] = "decode_attention";
+
+#if defined(__CUDACC__)
+using Stream = cudaStream_t;
+#else
+using Stream = void*;
+#endif
+
+template <class Kernel, class Arguments>
+std::int32_t start(Grid grid, int shared, const Arguments& arguments, Stream stream) {
+#if defined(__CUDACC__)
+  return finish(kName, launch<Kernel>(grid, shared, arguments, stream));
+#else
+  static_cast<void>(stream);
+  launch<Kernel>(grid, shared, arguments);
+  return ok;
+#endif
+}
+
+// Shared memory a thread block may have.
+std::int32_t shared_limit(int& bytes) {
+#if defined(__CUDACC__)
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return finish(kName, error);
+#else
+  bytes = 1 << 30;
+  return ok;
+#endif
+}
+
+std::int32_t missing(const char* argument) { return fail(invalid_argument, "%s: %s is null", kName, argument); }
+
+std::int32_t check_pool(const char* part, const char* name, const void* pool, bool needed) {
+  if (!needed) return ok;
+  if (pool == nullptr) return fail(invalid_argument, "%s: %s.%s is null", kName, part, name);
+  if (!aligned(pool, 16)) return fail(invalid_argument, "%s: %s.%s is not aligned to 16 bytes", kName, part, name);
+  return ok;
+}
+
+std::int32_t check_maps(const char* part, const StreamShape& shape, const ReadMaps& maps) {
+  auto absent = [&](const char* name) { return fail(invalid_argument, "%s: %s.%s is null", kName, part, name); };
+  if (shape.has_map() && maps.map == nullptr) return absent("map");
+  if (maps.map != nullptr && maps.map_heads != 1 && maps.map_heads != shape.heads) {
+    return fail(invalid_argument, "%s: %s.map_heads: expected 1 or %d, got %d", kName, part, shape.heads,
+                maps.map_heads);
+  }
+  if (maps.map != nullptr && !aligned(maps.map, 16)) {
+    return fail(invalid_argument, "%s: %s.map is not aligned to 16 bytes", kName, part);
+  }
+  if (shape.has_residual() && shape.align && maps.residual_map == nullptr) return absent("residual_map");
+  if (shape.merge == Merge::linear && maps.offset == nullptr) return absent("offset");
+  if (shape.match_heads && maps.slots == nullptr) return absent("slots");
+  return ok;
+}
+
+std::int32_t check_stream(const char* name, Part part, const AttentionShape& attention, const StreamView& view) {
+  const StreamShape& shape = *view.shape;
+  if (shape.part != part) return fail(invalid_argument, "%s: %s.shape describes the other part", kName, name);
+  if (shape.heads != attention.heads || shape.dim != attention.dim) {
+    return fail(invalid_argument, "%s: %s.shape: expected %d heads of %d, got %d of %d", kName, name, attention.heads,
+                attention.dim, shape.heads, shape.dim);
+  }
+  const StreamPools& pools = view.pools;
+  const bool retained = shape.retained > 0;
+  const struct {
+    const char* name;
+    const void* pool;
+    bool needed;
+  } wanted[] = {
+      {"latent", pools.latent, shape.latent > 0},
+      {"codes", pools.codes, shape.code_bytes > 0},
+      {"params", pools.params, shape.params > 0},
+      {"norms", pools.norms, shape.has_norms()},
+      {"residual", pools.residual, shape.has_residual()},
+      {"residual_params", pools.residual_params, shape.has_residual()},
+      {"exact", pools.exact, retained},
+      {"exact_params", pools.exact_params, retained && shape.exact_params() > 0},
+      {"retained_index", pools.retained_index, retained},
+  };
+  for (const auto& field : wanted) {
+    if (const std::int32_t status = check_pool(name, field.name, field.pool, field.needed)) return status;
+  }
+  return check_maps(name, shape, view.maps);
+}
+
+std::int32_t check_shape(const AttentionArguments& a) {
+  const AttentionShape& shape = a.shape;
+  if (shape.heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.heads != 0) {
+    return fail(invalid_argument, "%s: query_heads: expected a multiple of heads (%d), got %d", kName, shape.heads,
+                shape.query_heads);
+  }
+  if (shape.dim != 64 && shape.dim != 80 && shape.dim != 96 && shape.dim != 128 && shape.dim != 256) {
+    return fail(unsupported, "%s: dim: expected 64, 80, 96, 128 or 256, got %d", kName, shape.dim);
+  }
+  if (!(shape.scale > 0.0f)) return fail(invalid_argument, "%s: scale: expected a positive number", kName);
+  const Step& step = a.step;
+  if (step.decodes < 0 || step.decodes > step.sequences || step.decodes > step.tokens) {
+    return fail(invalid_argument, "%s: decodes: expected 0 to %d, got %d", kName, minimum(step.sequences, step.tokens),
+                step.decodes);
+  }
+  if (step.decodes > 65535 || shape.heads * ceil_div(shape.query_heads / shape.heads, kQueryTile) > 65535) {
+    return fail(unsupported, "%s: more than 65535 decodes or tiles of query heads", kName);
+  }
+  if ((a.key.shape == nullptr) != (a.value.shape == nullptr)) {
+    return fail(invalid_argument, "%s: key.shape and value.shape: expected both or none", kName);
+  }
+  if (step.full_columns < 1) {
+    return fail(invalid_argument, "%s: full_columns: expected at least 1, got %d", kName, step.full_columns);
+  }
+  if (a.key.shape != nullptr && step.compressed_columns < 1) {
+    return fail(invalid_argument, "%s: compressed_columns: expected at least 1, got %d", kName,
+                step.compressed_columns);
+  }
+  if (a.sliding_window < 0) {
+    return fail(invalid_argument, "%s: sliding_window: expected 0 or more, got %d", kName, a.sliding_window);
+  }
+  return ok;
+}
+
+std::int32_t check_pointers(const AttentionArguments& a, std::size_t number) {
+  const Step& step = a.step;
+  if (a.kv == nullptr) return missing("kv");
+  if (!aligned(a.kv, 16)) return fail(invalid_argument, "%s: kv is not aligned to 16 bytes", kName);
+  if (a.full_blocks < 1) {
+    return fail(invalid_argument, "%s: full_blocks: expected at least 1, got %d", kName, a.full_blocks);
+  }
+  if (a.q == nullptr) return missing("q");
+  if (a.out == nullptr) return missing("out");
+  if (!aligned(a.q, number) || !aligned(a.out, number)) {
+    return fail(invalid_argument, "%s: q or out is not aligned to its numbers", kName);
+  }
+  const std::int64_t width = static_cast<std::int64_t>(a.shape.query_heads) * a.shape.dim;
+  if (a.q_stride < width || a.out_stride < width) {
+    return fail(invalid_argument, "%s: q_stride and out_stride: expected at least %lld, got %lld and %lld", kName,
+                static_cast<long long>(width), static_cast<long long>(a.q_stride),
+                static_cast<long long>(a.out_stride));
+  }
+  if (step.query_start == nullptr) return missing("query_start");
+  if (step.context_len == nullptr) return missing("context_len");
+  if (step.full_table == nullptr) return missing("full_table");
+  if (a.key.shape == nullptr) return ok;
+  if (step.compressed_len == nullptr) return missing("compressed_len");
+  if (step.compressed_table == nullptr) return missing("compressed_table");
+  if (a.key.shape->basis == Basis::pre_rope && a.shape.inverse_frequencies == nullptr) {
+    return missing("inverse_frequencies");
+  }
+  if (const std::int32_t status = check_stream("key", Part::key, a.shape, a.key)) return status;
+  return check_stream("value", Part::value, a.shape, a.value);
+}
+
+DecodeSizes sizes_of(const AttentionArguments& a) {
+  const bool compressed = a.key.shape != nullptr;
+  return {static_cast<std::int64_t>(a.step.decodes) * a.shape.query_heads,
+          a.shape.dim,
+          ceil_div(a.step.full_columns, kSplitBlocks),
+          compressed ? ceil_div(a.step.compressed_columns, kSplitBlocks) : 0,
+          a.key.shape,
+          a.value.shape,
+          &a.key.maps,
+          &a.value.maps};
+}
+
+// One call with its pointers typed.
+template <class T>
+struct DecodeAttention {
+  const AttentionArguments& a;
+  DecodeSizes sizes;
+  DecodeWorkspace layout;
+  DecodeProblem<T> problem;
+  StreamReader key, value;
+  char* workspace;
+  Stream stream;
+
+  DecodeAttention(const AttentionArguments& arguments, void* memory, Stream on)
+      : a(arguments), sizes(sizes_of(a)), layout(decode_workspace<T>(sizes)), key{}, value{},
+        workspace(static_cast<char*>(memory)), stream(on) {
+    const int group = a.shape.query_heads / a.shape.heads;
+    problem = {a.shape, a.step, a.sliding_window, group, ceil_div(group, kQueryTile), sizes.full_splits,
+               sizes.compressed_splits, static_cast<const T*>(a.q), a.q_stride};
+    if (!sizes.compressed()) return;
+    key = stream_reader<T>(*a.key.shape, a.key.pools, a.key.maps);
+    value = stream_reader<T>(*a.value.shape, a.value.pools, a.value.maps);
+  }
+
+  float* at(std::int64_t offset) const { return offset < 0 ? nullptr : reinterpret_cast<float*>(workspace + offset); }
+  Partials full() const { return {at(layout.full), sizes.full_splits, kRecordHead + a.shape.dim}; }
+  Partials compressed() const {
+    if (!sizes.compressed()) return {nullptr, 0, 0};
+    return {at(layout.compressed), sizes.compressed_splits, compressed_record(value.shape)};
+  }
+  Grid splits(int count) const { return {count, a.shape.heads * problem.tiles, a.step.decodes}; }
+  int map_tiles() const { return ceil_div(a.step.decodes * problem.group, kMapRows); }
+
+  std::int32_t run() const {
+    std::int32_t status = run_full();
+    if (status == ok && sizes.compressed()) status = run_compressed();
+    return status == ok ? combine() : status;
+  }
+
+ private:
+  template <int D>
+  std::int32_t run_full_of() const {
+    using Kernel = FullSplit<T, D>;
+    const FullSplitArguments<T> arguments{problem, {static_cast<T*>(a.kv), a.shape.heads, a.shape.dim}, full()};
+    return start<Kernel>(splits(sizes.full_splits), Kernel::kShared, arguments, stream);
+  }
+
+  std::int32_t run_full() const {
+    switch (a.shape.dim) {
+      case 64:
+        return run_full_of<64>();
+      case 80:
+        return run_full_of<80>();
+      case 96:
+        return run_full_of<96>();
+      case 128:
+        return run_full_of<128>();
+      default:
+        return run_full_of<256>();
+    }
+  }
+
+  std::int32_t map_queries() const {
+    const ReadMaps& maps = key.maps;
+    const StreamShape& shape = key.shape;
+    const QueryMapArguments<T> arguments{
+        problem,
+        maps.slots,
+        {{maps.map, maps.map_heads, shape.stored},
+         {maps.residual_map, shape.heads, shape.dim},
+         {maps.offset, shape.heads, 1}},
+        {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)}};
+    int tiles = 0;
+    for (int n = 0; n < kQueryMaps; ++n) tiles += QueryMap<T>::tiles(arguments, n);
+    return start<QueryMap<T>>({tiles, map_tiles(), shape.heads}, QueryMap<T>::kShared, arguments, stream);
+  }
+
+  std::int32_t run_compressed() const {
+    std::int32_t status = ok;
+    if (sizes.maps_query()) status = map_queries();
+    if (status == ok && sizes.rebuilt()) {
+      const MapFragmentsArguments<T> arguments{key.shape, key.maps, workspace + layout.map_fragments};
+      const int blocks = static_cast<int>((rebuild_fragments<T>(key.shape) + kDecodeThreads - 1) / kDecodeThreads);
+      status = start<MapFragments<T>>({blocks, key.shape.heads, 1}, 0, arguments, stream);
+    }
+    CompressedSplitArguments<T> arguments{
+        problem, key, value, {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)},
+        at(layout.map_fragments), {}, compressed()};
+    if (status == ok) status = choose_shared(arguments.shared);
+    if (status != ok) return status;
+    const Grid grid = splits(sizes.compressed_splits);
+    if (sizes.rebuilt()) return start<CompressedSplit<T, true>>(grid, arguments.shared.bytes, arguments, stream);
+    return start<CompressedSplit<T, false>>(grid, arguments.shared.bytes, arguments, stream);
+  }
+
+  // As many stages as leave room for two thread blocks or more, then what fits at all.
+  std::int32_t choose_shared(CompressedShared& shared) const {
+    int limit = 0;
+    if (const std::int32_t status = shared_limit(limit)) return status;
+    for (const bool resident : {true, false}) {
+      for (int stages = 4; stages >= 2; --stages) {
+        shared = compressed_shared<T>(key, value, stages, resident);
+        if (shared.bytes <= (stages == 2 ? limit : minimum(limit, 48 * 1024))) return ok;
+      }
+    }
+    return fail(unsupported, "%s: a block of these streams takes %d bytes of shared memory, the device has %d", kName,
+                shared.bytes, limit);
+  }
+
+  std::int32_t combine() const {
+    const bool mapped = sizes.maps_output();
+    T* out = static_cast<T*>(a.out);
+    const CombineArguments<T> arguments{problem, full(), compressed(), value, mapped, at(layout.sums),
+                                        at(layout.residual_sums), at(layout.plain), out, a.out_stride};
+    const int shared = (kDecodeWarps + sizes.full_splits + sizes.compressed_splits) * 4;
+    const std::int32_t status =
+        start<CombineSplits<T>>({a.shape.query_heads, a.step.decodes, 1}, shared, arguments, stream);
+    if (status != ok || !mapped) return status;
+    const StreamShape& shape = value.shape;
+    const OutputMapArguments<T> map{problem,
+                                    value.maps.slots,
+                                    {value.maps.map, value.maps.map_heads, shape.stored},
+                                    {value.maps.residual_map, shape.heads, shape.dim},
+                                    at(layout.sums),
+                                    at(layout.residual_sums),
+                                    at(layout.plain),
+                                    out,
+                                    a.out_stride};
+    return start<OutputMap<T>>({shape.dim / OutputMap<T>::kComponents, map_tiles(), shape.heads}, OutputMap<T>::kShared,
+                               map, stream);
+  }
+};
+
+template <class T>
+std::int32_t run(const AttentionArguments& a, void* workspace, Stream stream) {
+  return DecodeAttention<T>(a, workspace, stream).run();
+}
+
+}  // namespace
+}  // namespace minicache
+
+MC_API std::int64_t minicache_decode_workspace(const minicache::AttentionArguments* arguments) {
+  using namespace minicache;
+  if (arguments == nullptr || check_shape(*arguments) != ok) return 0;
+  const DecodeSizes sizes = sizes_of(*arguments);
+  return arguments->type == Type::float32 ? decode_workspace<float>(sizes).bytes : decode_workspace<Half>(sizes).bytes;
+}
+
+MC_API std::int32_t minicache_decode_attention(const minicache::AttentionArguments* arguments, void* workspace,
+                                               std::int64_t workspace_bytes, void* stream) {
+  using namespace minicache;
+  if (arguments == nullptr) return missing("arguments");
+  const AttentionArguments& a = *arguments;
+  if (const std::int32_t status = check_shape(a)) return status;
+  if (a.step.decodes == 0) return ok;
+  if (const std::int32_t status = check_pointers(a, a.type == Type::float32 ? 4 : 2)) return status;
+  const std::int64_t needed = minicache_decode_workspace(arguments);
+  if (workspace == nullptr) return missing("workspace");
+  if (!aligned(workspace, 16)) return fail(invalid_argument, "%s: workspace is not aligned to 16 bytes", kName);
+  if (workspace_bytes < needed) {
+    return fail(invalid_argument, "%s: workspace_bytes: expected at least %lld, got %lld", kName,
+                static_cast<long long>(needed), static_cast<long long>(workspace_bytes));
+  }
+  switch (a.type) {
+#if !defined(__CUDACC__)
+    case Type::float32:
+      return run<float>(a, workspace, stream);
+#endif
+    case Type::float16:
+      return run<Half>(a, workspace, static_cast<Stream>(stream));
+#if !defined(MINICACHE_REDUCED)
+    case Type::bfloat16:
+      return run<BFloat16>(a, workspace, static_cast<Stream>(stream));
+#endif
+    default:
+      return fail(unsupported, "%s: type: number %d is not supported here", kName, static_cast<int>(a.type));
+  }
+}

@@ -1,0 +1,80 @@
+"""Append, compress and restore against PyTorch and the independent reference codec."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minicache_trt.compression.codec import restore_blocks as twin_restore
+from minicache_trt.compression.matrices import stream_matrices
+from minicache_trt.compression.stream import PARTS
+from minicache_trt.compression.stream_constants import StreamConstants
+from minicache_trt.contract import plan_layout
+from minicache_trt.functions.stream_maps import read_maps
+from minicache_trt.kernels.cache import KernelCache
+from minicache_trt.kernels.codec import append_kv, restore_blocks
+from minicache_trt.kernels.library import StreamShape, device_maps
+from tests.gpu.cases import model
+from tests.gpu.conftest import Kernels
+from tests.support.agreement import assert_blocks_agree
+from tests.support.plans import all_plans
+
+POISON = 77
+SOURCE, TARGET, NUMBER = [3, 1, 5], [2, 4, 1], [0, 9, 60]
+TYPES = [torch.float16, torch.bfloat16]
+ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(1, 64), (2, 80), (3, 128), (8, 256)])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_append(kernels: Kernels, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    kv = torch.randn(6, 2, heads, 64, dim).to(dtype)
+    joint = torch.randn(tokens, 3 * heads * dim).to(dtype)
+    joint[0, ::5], joint[-1, 1::7] = torch.nan, torch.inf
+    slots = torch.randperm(6 * 64)[:tokens].to(torch.int32)
+    device = kernels.device
+    mine, rows = kv.to(device), joint.to(device)
+    k, v = rows[:, heads * dim : 2 * heads * dim], rows[:, 2 * heads * dim :]
+    append_kv(kernels.library, mine, k, v, slots.to(device))
+    new = joint[:, heads * dim :].reshape(tokens, 2, heads, dim)
+    kv[slots.long() // 64, :, :, slots.long() % 64] = torch.where(new.isfinite(), new, 0)
+    assert torch.equal(mine.cpu(), kv)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", all_plans(model()))
+def test_compress_and_restore(kernels: Kernels, name: str, dim: int) -> None:
+    """Codes differ from the reference's only at ties, other blocks keep their poison; then back, as the twin reads."""
+    config, dtype = model(dim, 3), torch.float16
+    plan = all_plans(config)[name]
+    cache = KernelCache(kernels.library, config, plan, kernels.device, dtype)
+    cache.allocate(7, 6)
+    torch.manual_seed(0)
+    common = torch.randn(cache.tensors["kv.0"].shape)
+    for pool_name, pool in cache.tensors.items():
+        if pool_name.startswith("kv."):
+            pool.copy_(common + 0.5 * torch.randn(common.shape))
+        else:
+            pool.fill_(POISON)
+    ids = [torch.tensor(x, dtype=torch.int32, device=kernels.device) for x in (SOURCE, TARGET, NUMBER)]
+    kernels.poison_free_memory()
+    cache.compress(*ids)
+    host = {pool_name: pool.cpu() for pool_name, pool in cache.tensors.items()}
+    for layout in plan_layout(plan, config):
+        place = PARTS.index(layout.stream.part)
+        x = torch.stack([host[f"kv.{layer}"][SOURCE, place] for layer in layout.stream.layers])
+        pools = {kind: host[pool.name] for kind, pool in layout.pools.items()}
+        assert all((pool[[0, 3, 5]] == POISON).all() for pool in pools.values()), layout.stream
+        fields = {kind: pool[TARGET] for kind, pool in pools.items()}
+        assert_blocks_agree(plan, layout, fields, x, torch.tensor(NUMBER), 1e-3, dtype)
+        constants = StreamConstants.of(plan, layout.index)
+        for member in range(len(layout.stream.layers)):
+            arrays = read_maps(layout, stream_matrices(plan.matrices, layout.index), member)
+            maps = device_maps(arrays, kernels.device)
+            shape = StreamShape(kernels.library, layout, member)
+            mine = restore_blocks(kernels.library, shape, layout, cache.tensors, maps, ids[1], ids[2], config, dtype)
+            theirs = twin_restore(layout, fields, member, torch.tensor(NUMBER), constants)
+            limit = ROUNDING[dtype] * theirs.abs().amax(-1, keepdim=True) + 1e-5
+            assert ((mine.cpu().float() - theirs).abs() <= limit).all(), (layout.stream, member)
