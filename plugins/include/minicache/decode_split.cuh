@@ -5,8 +5,7 @@
 // of its values. Logits carry a factor log2(e): weights are exp2(logit - maximum).
 #pragma once
 
-#include <limits>
-
+#include "minicache/elementary.cuh"
 #include "minicache/layout.cuh"
 #include "minicache/pairs.cuh"
 
@@ -17,8 +16,6 @@ constexpr int kSplitBlocks = kSplitTokens / kBlockSize;
 constexpr int kQueryTile = 8;  // query heads of a work item: the columns of a matrix product
 constexpr int kDecodeThreads = 128;
 constexpr int kDecodeWarps = kDecodeThreads / kWarp;
-constexpr float kLog2e = 1.44269504088896f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // What all kernels of decode attention are told. Rows of queries are numbered s * query_heads + head, s < decodes.
 template <class T>

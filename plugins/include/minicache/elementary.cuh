@@ -1,4 +1,4 @@
-// Elementary functions in full float precision on both sides, whatever the compiler's fast-math flags.
+// Elementary functions in float precision on both sides, whatever the compiler's fast-math flags.
 #pragma once
 
 #include "minicache/platform.cuh"
@@ -6,6 +6,7 @@
 namespace minicache {
 
 constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2e = 1.44269504088896f;
 
 MC_HD float square_root(float x) {
 #if MC_ON_DEVICE
@@ -37,6 +38,27 @@ MC_HD float sine_of(float angle) {
   return sinf(angle);
 #else
   return __builtin_sinf(angle);
+#endif
+}
+
+// 2^x; exactly 0 for -infinity.
+MC_HD float exp2_of(float x) {
+#if MC_ON_DEVICE
+  return exp2f(x);
+#else
+  return __builtin_exp2f(x);
+#endif
+}
+
+
+// 2^x within 2 ulp, subnormal results as zero; 2^-infinity is 0.
+MC_HD float exp2_approximate(float x) {
+#if MC_ON_DEVICE
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return __builtin_exp2f(x);
 #endif
 }
 

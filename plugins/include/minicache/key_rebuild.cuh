@@ -153,7 +153,7 @@ struct KeyRebuild {
           const float a = norm * sums[n].x[2 * j + i] + (offset == nullptr ? 0.0f : offset[c]);
           const float b = norm * sums[n + 2].x[2 * j + i] + (offset == nullptr ? 0.0f : offset[c + dim / 2]);
           float sine, cosine;
-          sine_cosine(multiply(place, inverse_frequencies[c]), sine, cosine);
+          sine_and_cosine(multiply(place, inverse_frequencies[c]), sine, cosine);
           x[i] = a * cosine - b * sine;
           y[i] = b * cosine + a * sine;
         }

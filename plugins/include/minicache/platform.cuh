@@ -145,24 +145,6 @@ MC_HD float round_even(float x) {
 #endif
 }
 
-// 2^x; exactly 0 for -infinity.
-MC_HD float exp2_of(float x) {
-#if MC_ON_DEVICE
-  return exp2f(x);
-#else
-  return __builtin_exp2f(x);
-#endif
-}
-
-MC_HD void sine_cosine(float x, float& sine, float& cosine) {
-#if MC_ON_DEVICE
-  sincosf(x, &sine, &cosine);
-#else
-  sine = __builtin_sinf(x);
-  cosine = __builtin_cosf(x);
-#endif
-}
-
 // Bits of x without leading zeros; 0 for 0.
 MC_HD int bit_length(unsigned x) {
 #if MC_ON_DEVICE

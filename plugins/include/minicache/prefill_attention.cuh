@@ -109,7 +109,7 @@ struct PrefillAttention {
     if (range.begin >= range.end) return;
     const SharedRows<T, D> queries = queries_of(block);
     const SharedRows<T, D> keys{queries.at(kTileRows, 0)}, values{keys.at(kBlockSize, 0)};
-    const float scale = arguments.shape.scale * kLog2E;
+    const float scale = arguments.shape.scale * kLog2e;
     const int context = tile.context();
     const int whole = (tile.position(0) + 1) / kBlockSize;  // blocks that all queries see to their end
     const KeyBlocks<T, D> blocks{tile, arguments.step, arguments.full, arguments.history};

@@ -6,19 +6,6 @@
 
 namespace minicache {
 
-constexpr float kLog2E = 1.44269504088896f;
-
-// 2^x within 2 ulp, subnormal results as zero; 2^-infinity is 0.
-MC_HD float exp2_approximate(float x) {
-#if MC_ON_DEVICE
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return __builtin_exp2f(x);
-#endif
-}
-
 // Neither is NaN.
 MC_HD float larger(float a, float b) {
 #if MC_ON_DEVICE
