@@ -51,7 +51,7 @@ class PeerCommand:
 def hugging_face(engine: Path, threads: int | None, context: int) -> PeerCommand:
     """transformers on the checkpoint inside an engine directory.
 
-    It completes a prompt of ``context`` tokens with either attention implementation first, and stays with the faster one.
+    It completes a prompt of ``context`` tokens with either attention implementation first, and stays with the faster.
     """
     worker = (sys.executable, "-m", "minicache_trt.benchmark.huggingface")
     return PeerCommand("hf", (*worker, str(engine / CHECKPOINT), str(threads or 0), str(context)))
