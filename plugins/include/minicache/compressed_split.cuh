@@ -9,7 +9,11 @@ namespace minicache {
 template <class T, bool Rebuild>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+  static constexpr int kMinBlocks = 3;  // for four, registers would spill here
+#else
   static constexpr int kMinBlocks = 4;
+#endif
   using Arguments = CompressedSplitArguments<T>;
   static constexpr int kOwn = 2 * kOwnUnits;  // units of a warp: of latent components, then of residual ones
 
