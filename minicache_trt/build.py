@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minicache_trt.backends import open_backend
@@ -98,6 +98,7 @@ def build_engine(
         plan.validate(checkpoint.config)
         open_backend(build.backend)
         _check_limits(checkpoint.config, build)
+        checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
         report("checkpoint", 1, 1)
         if calibrate is not None:
             plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)

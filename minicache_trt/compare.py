@@ -11,7 +11,7 @@ not make everything after it incomparable:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from minicache_trt.backends.base import Engine
-from minicache_trt.checkpoint.families import FAMILIES
+from minicache_trt.checkpoint.binding import stored_tensors
 from minicache_trt.checkpoint.quantize import dequantized_linears
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.contract import plan_layout
@@ -202,7 +202,7 @@ def compare_engine(
     recorder = BlockRecorder(llm.engine)
     scores = llm.score(sequences, lengths, start=[length - 1 for length in lengths], observe=recorder)
     reference = reference_for(directory, info)
-    original = Reference(directory / CHECKPOINT, info.plan) if (directory / QUANTIZED).exists() else reference
+    original = Reference(load_model(directory, info, {}), info.plan) if (directory / QUANTIZED).exists() else reference
     rows = []
     for done, (tokens, length, score) in enumerate(zip(sequences, lengths, scores, strict=True)):
         progress(done, len(sequences))
@@ -247,16 +247,37 @@ def greedy_continuations(
 
 def reference_for(directory: Path, info: EngineInfo) -> Reference:
     """Hugging Face's model with an engine's plan and its weights as the engine sees them."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory / CHECKPOINT, dtype=torch.float32)
+    linears: dict[str, NDArray[np.float32]] = {}
     if (directory / QUANTIZED).exists():
         checkpoint = load_checkpoint(str(directory / CHECKPOINT))
-        names = FAMILIES[info.model.family]
-        if info.model.tie_word_embeddings:
-            # The engine quantizes the output layer but not the embedding it shares its weight with.
-            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, weight in dequantized_linears(directory / QUANTIZED, checkpoint.weights).items():
-            parameters[names.hf_name(f"{name}.weight")].data.copy_(torch.from_numpy(weight))
-    return Reference(model, info.plan, info.build.window, info.build.quantum)
+        linears = dequantized_linears(directory / QUANTIZED, checkpoint.weights)
+    return Reference(load_model(directory, info, linears), info.plan, info.build.window, info.build.quantum)
+
+
+def load_model(directory: Path, info: EngineInfo, linears: Mapping[str, NDArray[np.float32]]) -> Any:
+    """Hugging Face's model of an engine's checkpoint, float32, at the engine's greatest length.
+
+    LongRoPE has the divisors the engine was built with at every length. ``linears``: weights by canonical name (without
+    ``.weight``) that take the place of the checkpoint's.
+    """
+    import transformers
+
+    path = directory / CHECKPOINT
+    config = transformers.AutoConfig.from_pretrained(path)
+    rope = config.rope_parameters
+    if info.model.rope.divisors:
+        rope["short_factor"] = rope["long_factor"] = list(info.model.rope.divisors)
+    models: Any = getattr(transformers, config.architectures[0])
+    if not linears:
+        return models.from_pretrained(path, config=config, dtype=torch.float32)
+    views = load_checkpoint(str(path)).weights
+    weights = {name: view.torch().float() for name, view in views.items()}
+    weights |= {f"{name}.weight": torch.from_numpy(weight) for name, weight in linears.items()}
+    head = weights.pop("lm_head.weight") if info.model.tie_word_embeddings else None
+    tensors = stored_tensors(info.model)
+    state = {name: torch.cat([weights[part] for part in parts]) for name, parts in tensors.items()}
+    model = models.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    if head is not None:
+        # The engine quantizes the output layer but not the embedding it shares its weight with.
+        model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+    return model

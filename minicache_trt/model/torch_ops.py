@@ -26,25 +26,30 @@ class TorchOps:
         return self._weights["embed.weight"][ids]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        tied = name == "lm_head" and self._config.tie_word_embeddings
-        return F.linear(
-            x, self._weights["embed.weight" if tied else f"{name}.weight"], self._weights.get(f"{name}.bias")
-        )
+        weight = self._weights.get(f"{name}.weight")
+        if weight is None and name == "lm_head" and self._config.tie_word_embeddings:
+            weight = self._weights["embed.weight"]  # unless a weight-only format has a copy of its own
+        assert weight is not None, name
+        return F.linear(x, weight, self._weights.get(f"{name}.bias"))
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
         return self._weights[f"{name}.weight"] * scaled.to(x.dtype)
 
+    def head_norm(self, x: Tensor, name: str, heads: int) -> Tensor:
+        return self.rms_norm(x.view(len(x), heads, -1), name).flatten(1)
+
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         frequency = inverse_frequencies(self._config.rope, self._config.head_dim).to(positions.device)
-        angle = positions.float()[:, None] * frequency
-        return angle.cos(), angle.sin()
+        angle, factor = positions.float()[:, None] * frequency, self._config.rope.attention_factor
+        return angle.cos() * factor, angle.sin() * factor
 
     def rotary(self, x: Tensor, rotation: tuple[Tensor, Tensor], heads: int) -> Tensor:
         cos, sin = (part[:, None].to(x.dtype) for part in rotation)
-        first, second = x.view(len(x), heads, -1).chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(1)
+        x, half = x.view(len(x), heads, -1), self._config.rotary_dim // 2
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).flatten(1)
 
     def paged_attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         return self._attention(q, k, v, layer)
