@@ -132,9 +132,15 @@ class BlockRecorder:
         ]
 
     def adopter(self, sequence: int, ties: Ties) -> Adopt:
-        """For `Reference.logits`: go on with the engine's blocks of one sequence, counting differences in ``ties``."""
+        """For `Reference.logits`: go on with the engine's blocks of one sequence, counting differences in ``ties``.
+
+        A block that is behind the sliding window when its turn comes is never compressed by an engine, nor read again.
+        """
+        windowed = self._engine.model.sliding_window is not None
 
         def adopted(stream: int, block: int, x: torch.Tensor, encoded: EncodedBlocks) -> EncodedBlocks:
+            if windowed and (sequence, block) not in self.blocks:
+                return encoded
             return adopt(self._layouts[stream], x, encoded, self.blocks[sequence, block][stream], ties)
 
         return adopted

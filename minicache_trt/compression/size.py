@@ -22,6 +22,11 @@ def baseline_bytes_per_token(config: ModelConfig) -> int:
     return full_block_bytes(config, BASELINE_BYTES) // BLOCK_SIZE
 
 
+def baseline_sequence_bytes(config: ModelConfig, context: int) -> int:
+    """Bytes of the 16-bit keys and values that a sequence of ``context`` tokens can still see."""
+    return baseline_bytes_per_token(config) * min(context, config.sliding_window or context)
+
+
 def compressed_blocks(plan: CompressionPlan, context: int, window: int) -> int:
     """Blocks of a sequence of ``context`` tokens that are in the compressed tier while it decodes."""
     return max(0, context - window) // BLOCK_SIZE if plan.compresses else 0
@@ -31,7 +36,7 @@ def sequence_bytes(
     plan: CompressionPlan, config: ModelConfig, context: int, window: int, element_bytes: int = BASELINE_BYTES
 ) -> int:
     """Bytes one decoding sequence of ``context`` tokens holds: codes, scales, norms, retained tokens, the exact window
-    and the unused rest of its last block.
+    and the unused rest of its last block. Blocks behind a sliding window are free.
 
     Parameters
     ----------
@@ -45,8 +50,11 @@ def sequence_bytes(
         Bytes of a compute-type number.
     """
     blocks = compressed_blocks(plan, context, window)
-    full = -(-(context - blocks * BLOCK_SIZE) // BLOCK_SIZE)
-    return blocks * compressed_block_bytes(plan, config, element_bytes) + full * full_block_bytes(config, element_bytes)
+    behind = 0 if config.sliding_window is None else max(0, context + 1 - config.sliding_window) // BLOCK_SIZE
+    full = -(-context // BLOCK_SIZE) - max(blocks, behind)
+    return max(0, blocks - behind) * compressed_block_bytes(plan, config, element_bytes) + full * full_block_bytes(
+        config, element_bytes
+    )
 
 
 def bytes_per_token(
@@ -58,7 +66,7 @@ def bytes_per_token(
 
 def ratio(plan: CompressionPlan, config: ModelConfig, context: int, window: int) -> float:
     """How many times smaller the cache is than in 16 bits, at this context."""
-    return baseline_bytes_per_token(config) / bytes_per_token(plan, config, context, window)
+    return baseline_sequence_bytes(config, context) / sequence_bytes(plan, config, context, window)
 
 
 def constant_bytes(plan: CompressionPlan) -> int:

@@ -11,12 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minicache_trt.build import load_engine
+from minicache_trt.engine_directory import read_engine
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.backends.test_engines import assert_equals_reference, build
 from tests.support.checkpoints import SHAPES, make_checkpoint
 
-FAMILY_SHAPES = [name for name in SHAPES if SHAPES[name].get("family", "llama") not in ("llama", "mistral")]
+FAMILY_SHAPES = [
+    name
+    for name, shape in SHAPES.items()
+    if shape.get("family", "llama") not in ("llama", "mistral") or shape.get("sliding_window")
+]
+WINDOWS = [name for name, shape in SHAPES.items() if shape.get("sliding_window")]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +65,51 @@ def test_compressed_without_compiled_kernels(
     checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPES[shape])
     directory = build(checkpoint, tmp_path / "engine", method, quantum=128)
     assert_equals_reference(directory, [300, 70], 70)
+
+
+@pytest.mark.parametrize("kernels", ["", "0"])
+@pytest.mark.parametrize("method", ["full", "kivi4", "minicache4"])
+def test_long_ragged_batch_with_a_window(
+    tmp_path: Path, method: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows longer and shorter than what stays exact, over quanta, chunks and many demotions."""
+    monkeypatch.setenv("MINICACHE_CPU_KERNELS", kernels)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", family="mistral", sliding_window=300)
+    directory = build(checkpoint, tmp_path / "engine", method, max_num_tokens=500, quantum=512, window=100)
+    assert_equals_reference(directory, [1700, 600, 64, 5], 200)
+    directory = build(checkpoint, tmp_path / "other", method, max_num_tokens=500, quantum=512, window=500)
+    assert_equals_reference(directory, [1300, 500], 100)
+
+
+@pytest.mark.parametrize("method", ["full", "minicache4"])
+@pytest.mark.parametrize("shape", WINDOWS)
+def test_torch_backend_with_a_window(tmp_path: Path, shape: str, method: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPES[shape])
+    directory = build(checkpoint, tmp_path / "engine", method, quantum=128)
+    assert_equals_reference(directory, [300, 70], 70, backend="torch")
+
+
+@pytest.mark.parametrize("method", ["full", "minicache4"])
+def test_blocks_behind_the_window_are_free(tmp_path: Path, method: str) -> None:
+    """A cache for a sequence of any length is that of the window, and it is enough."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", family="mistral", sliding_window=200)
+    sizes = []
+    for length in (1024, 3072):
+        directory = build(checkpoint, tmp_path / str(length), method, max_seq_len=length, quantum=128, max_batch_size=1)
+        llm = LLM.from_engine(load_engine(directory, 1))
+        sizes.append(llm.cache_sizes)
+        tokens = np.random.default_rng(0).integers(0, 101, length - 300).tolist()
+        llm.score([tokens], [length - 500])
+        llm.check_integrity()
+        assert llm.statistics.preemptions == 0
+    assert sizes[0] == sizes[1]
+    assert sizes[0].full_blocks + sizes[0].compressed_blocks <= 2 + 200 // 64 + 1 + 4
+
+
+def test_a_window_no_sequence_outgrows_is_dropped(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", family="mistral", sliding_window=500)
+    assert read_engine(build(checkpoint, tmp_path / "short", "full", max_seq_len=500)).model.sliding_window is None
+    assert read_engine(build(checkpoint, tmp_path / "long", "full", max_seq_len=501)).model.sliding_window == 500
 
 
 @pytest.mark.parametrize("shape", ["phi3", "qwen3, biases, tied"])
