@@ -23,13 +23,15 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "attention.k": (kv, hidden, config.qkv_bias),
         "attention.v": (kv, hidden, config.qkv_bias),
         "attention.o": (hidden, query, config.output_bias),
-        "mlp.gate": (intermediate, hidden, config.mlp_bias),
-        "mlp.up": (intermediate, hidden, config.mlp_bias),
-        "mlp.down": (hidden, intermediate, config.mlp_bias),
     }
+    if config.num_experts:
+        linears["moe.router"] = config.num_experts, hidden, False
+    for mlp in [f"moe.experts.{expert}" for expert in range(config.num_experts)] or ["mlp"]:
+        linears[f"{mlp}.gate"] = linears[f"{mlp}.up"] = intermediate, hidden, config.mlp_bias
+        linears[f"{mlp}.down"] = hidden, intermediate, config.mlp_bias
     layer: dict[str, tuple[int, ...]] = {"input_norm.weight": (hidden,)}
     for name, (rows, columns, has_bias) in linears.items():
-        if name == "mlp.gate":
+        if name in ("mlp.gate", "moe.router"):
             layer["post_attention_norm.weight"] = (hidden,)
         if name == "attention.o" and config.qk_norm:
             layer |= {f"attention.{part}_norm.weight": (config.head_dim,) for part in "qk"}

@@ -26,6 +26,12 @@ _PHI3_MODULES = _LLAMA_MODULES | {
     **{f"layers.{{i}}.attention.{part}": "model.layers.{i}.self_attn.qkv_proj" for part in "qkv"},
     **{f"layers.{{i}}.mlp.{part}": "model.layers.{i}.mlp.gate_up_proj" for part in ("gate", "up")},
 }
+_MIXTRAL_MODULES = _LLAMA_MODULES | {
+    "layers.{i}.moe.router": "model.layers.{i}.block_sparse_moe.gate",
+    "layers.{i}.moe.experts.{e}.gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "layers.{i}.moe.experts.{e}.up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    "layers.{i}.moe.experts.{e}.down": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+}
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None, **_QWEN_WINDOW}
 
@@ -43,8 +49,8 @@ class Family:
     model_type : str
         config.json's ``model_type``, which decides where ``architectures`` is absent.
     modules : mapping of str to str
-        Canonical module to the checkpoint's module; ``{i}`` is the layer. Modules with the same name are stacked in one
-        tensor of the checkpoint, row under row, in the order of `weight_shapes`.
+        Canonical module to the checkpoint's module; ``{i}`` is the layer, ``{e}`` the expert. Modules with the same
+        name are stacked in one tensor of the checkpoint, row under row, in the order of `weight_shapes`.
     fields : mapping of str to str
         ``ModelConfig`` fields that only some families have, to their config.json keys. A field that is not listed keeps
         ``ModelConfig``'s default whatever config.json says.
@@ -69,11 +75,16 @@ class Family:
     def hf_name(self, canonical: str) -> str:
         """The checkpoint's name of a canonical weight: ``layers.3.attention.q.weight`` to ``...q_proj.weight``."""
         module, _, leaf = canonical.rpartition(".")
-        layer = ""
-        if module.startswith("layers."):
-            _, layer, rest = module.split(".", 2)
-            module = f"layers.{{i}}.{rest}"
-        return f"{self.modules[module].replace('{i}', layer)}.{leaf}"
+        numbers = {}
+        for place, before in (("{i}", "layers."), ("{e}", "experts.")):
+            head, found, tail = module.partition(before)
+            if found:
+                numbers[place], _, rest = tail.partition(".")
+                module = f"{head}{before}{place}.{rest}"
+        name = self.modules[module]
+        for place, number in numbers.items():
+            name = name.replace(place, number)
+        return f"{name}.{leaf}"
 
 
 FAMILIES: dict[str, Family] = {
@@ -93,6 +104,24 @@ FAMILIES: dict[str, Family] = {
             modules=_LLAMA_MODULES,
             fields={"sliding_window": "sliding_window"},
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        ),
+        Family(
+            name="mixtral",
+            architectures=("MixtralForCausalLM",),
+            model_type="mixtral",
+            modules=_MIXTRAL_MODULES,
+            fields={
+                "sliding_window": "sliding_window",
+                "num_experts": "num_local_experts",
+                "experts_per_token": "num_experts_per_tok",
+            },
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "rope_theta": 1e6,
+            },
         ),
         Family(
             name="qwen2",

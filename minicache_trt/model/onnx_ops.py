@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 from minicache_trt.config import ModelConfig
 from minicache_trt.functions.tape import Emitter
+from minicache_trt.model.decoder import gated_mlp
+from minicache_trt.model.onnx_moe import mixture
 from minicache_trt.model.rope import inverse_frequencies
 
 Linear = Callable[[ir.Value, str], ir.Value]
@@ -82,6 +84,12 @@ class OnnxOps:
     def gated(self, gate: ir.Value, up: ir.Value) -> ir.Value:
         g = self._g
         return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+
+    def moe(self, x: ir.Value, name: str) -> ir.Value:
+        def expert(rows: ir.Value, index: int) -> ir.Value:
+            return gated_mlp(self, rows, f"{name}.experts.{index}")
+
+        return mixture(self._g, self._config, x, self.linear(x, f"{name}.router"), expert, name)
 
     def take(self, x: ir.Value, rows: ir.Value) -> ir.Value:
         return self._g.op("Gather", x, rows, attrs={"axis": 0})

@@ -45,6 +45,14 @@ class Ops(Protocol[T]):
         """``silu(gate) * up``."""
         ...
 
+    def moe(self, x: T, name: str) -> T:
+        """Mixture of experts: each token's most likely experts, their gated MLPs weighed by the router's softmax.
+
+        The weights of the ``experts_per_token`` chosen ones are made to add up to one (arXiv 2401.04088). Experts no
+        token is sent to are not computed.
+        """
+        ...
+
     def take(self, x: T, rows: T) -> T:
         """Rows of ``x``."""
         ...

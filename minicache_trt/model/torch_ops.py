@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minicache_trt.config import ModelConfig
+from minicache_trt.model.decoder import gated_mlp
 from minicache_trt.model.rope import inverse_frequencies
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -59,6 +60,17 @@ class TorchOps:
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
+
+    def moe(self, x: Tensor, name: str) -> Tensor:
+        shares = self.linear(x, f"{name}.router").float().softmax(-1)
+        shares, chosen = shares.topk(self._config.experts_per_token, -1)
+        shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros_like(x)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, place = torch.where(chosen == expert)
+            result = gated_mlp(self, x[rows], f"{name}.experts.{expert}")
+            out.index_add_(0, rows, result * shares[rows, place][:, None])
+        return out
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]

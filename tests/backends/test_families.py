@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minicache_trt.build import load_engine
-from minicache_trt.engine_directory import read_engine
+from minicache_trt.compare import reference_for
+from minicache_trt.engine_directory import QUANTIZED, read_engine
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.backends.test_engines import assert_equals_reference, build
@@ -112,13 +115,46 @@ def test_a_window_no_sequence_outgrows_is_dropped(tmp_path: Path) -> None:
     assert read_engine(build(checkpoint, tmp_path / "long", "full", max_seq_len=501)).model.sliding_window == 500
 
 
-@pytest.mark.parametrize("shape", ["phi3", "qwen3, biases, tied"])
+@pytest.mark.parametrize("shape", ["phi3", "qwen3, biases, tied", "mixtral"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_weight_only_formats(tmp_path: Path, shape: str, weights: str) -> None:
     """Exactly in the torch backend: stacked tensors are quantized part by part."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPES[shape] | {"initializer_range": 0.06})
     directory = build(checkpoint, tmp_path / "engine", "kivi4", weights=weights, quantum=128)
     assert_equals_reference(directory, [200], 70, backend="torch")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weight_only_experts_in_onnx_runtime(tmp_path: Path, weights: str) -> None:
+    """Up to its 8-bit activations, which may send a token elsewhere; the router itself is not quantized."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPES["mixtral"] | {"initializer_range": 0.06})
+    directory = build(checkpoint, tmp_path / "engine", "full", weights=weights)
+    tokens = np.random.default_rng(1).integers(0, 131, 300).tolist()
+    (mine,) = LLM.from_engine(load_engine(directory, 1)).score([tokens])
+    reference = reference_for(directory, read_engine(directory)).logits(tokens, len(tokens)).numpy()
+    assert np.median(np.abs(mine - reference)) < 0.1 * np.abs(reference).mean()
+    with safe_open(directory / QUANTIZED, framework="numpy") as file:
+        names = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118 (not iterable itself)
+    assert "layers.3.moe.experts.7.down" in names and not any("router" in name for name in names)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_experts_no_token_is_sent_to_are_not_computed(tmp_path: Path, backend: str) -> None:
+    """Of one token, those that are not chosen may hold weights that are not numbers."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPES["mixtral"] | {"num_hidden_layers": 2})
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        first = model(torch.tensor([[7]]), output_router_logits=True, use_cache=False)
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    chosen = [set(logits.topk(2, -1).indices.flatten().tolist()) for logits in first.router_logits]
+    for layer, used in enumerate(chosen):
+        for expert in set(range(8)) - used:
+            tensors[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"].fill_(float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    directory = build(checkpoint, tmp_path / "engine", "full", backend=backend)
+    (mine,) = LLM.from_engine(load_engine(directory, 1)).score([[7]])
+    assert np.abs(mine - first.logits[0].numpy()).max() <= 1e-3
 
 
 @pytest.mark.parametrize(("max_seq_len", "length"), [(128, 100), (600, 300)])

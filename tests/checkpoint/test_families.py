@@ -63,6 +63,23 @@ def test_stacked_parameters_are_views_of_their_rows(save_model, family, config):
         assert torch.equal(checkpoint.weights[f"layers.1.{name}.weight"].torch(), weight)
 
 
+def test_experts(save_model):
+    """Of one tensor each, as on the hub; transformers stacks them when it loads them."""
+    directory, model = save_model("mixtral", num_local_experts=5, num_experts_per_tok=3)
+    checkpoint = load_checkpoint(str(directory))
+    assert (checkpoint.config.num_experts, checkpoint.config.experts_per_token) == (5, 3)
+    assert {view.name for view in checkpoint.weights.values()} == load_file(directory / "model.safetensors").keys()
+    mlp = model.model.layers[1].mlp
+    assert torch.equal(checkpoint.weights["layers.1.moe.router.weight"].torch(), mlp.gate.weight)
+    for expert in range(5):
+        gate, up, down = (
+            checkpoint.weights[f"layers.1.moe.experts.{expert}.{part}.weight"].torch()
+            for part in ("gate", "up", "down")
+        )
+        assert torch.equal(torch.cat([gate, up]), mlp.experts.gate_up_proj[expert])
+        assert torch.equal(down, mlp.experts.down_proj[expert])
+
+
 def test_canonical_names(save_model):
     directory, model = save_model(attention_bias=True, mlp_bias=True)
     weights, layer = load_checkpoint(str(directory)).weights, model.model.layers[1]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Phi3Config, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minicache_trt.checkpoint import parse_config, resolve_config
@@ -15,11 +15,13 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0 + i for i in range(8)], "lo
 CLASSES = {
     "llama": (LlamaConfig, "LlamaForCausalLM"),
     "mistral": (MistralConfig, "MistralForCausalLM"),
+    "mixtral": (MixtralConfig, "MixtralForCausalLM"),
     "qwen2": (Qwen2Config, "Qwen2ForCausalLM"),
     "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
     "phi3": (Phi3Config, "Phi3ForCausalLM"),
 }
 
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 VARIANTS = [
@@ -42,6 +44,8 @@ VARIANTS = [
     ("mistral", {}),
     ("mistral", {"sliding_window": None, "attention_bias": True}),
     ("mistral", {"sliding_window": 4096, "num_key_value_heads": 4}),
+    ("mixtral", {}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 64, "head_dim": 32}),
     ("qwen2", {}),
     ("qwen2", {"eos_token_id": 7, "tie_word_embeddings": True, "sliding_window": None}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}),
@@ -65,7 +69,8 @@ def assert_parity(config: ModelConfig, reference) -> None:
     assert config.intermediate_size == reference.intermediate_size
     assert config.num_heads == reference.num_attention_heads
     assert config.num_kv_heads == reference.num_key_value_heads
-    assert config.head_dim == getattr(reference, "head_dim", reference.hidden_size // reference.num_attention_heads)
+    head_dim = getattr(reference, "head_dim", None)
+    assert config.head_dim == (head_dim or reference.hidden_size // reference.num_attention_heads)
     assert config.vocab_size == reference.vocab_size
     assert config.max_position_embeddings == reference.max_position_embeddings
     assert config.rms_norm_eps == reference.rms_norm_eps
@@ -78,6 +83,8 @@ def assert_parity(config: ModelConfig, reference) -> None:
     assert config.qkv_bias == bias and config.output_bias == (bias and kind is not Qwen2Config)
     assert config.mlp_bias == (kind is LlamaConfig and reference.mlp_bias)
     assert config.qk_norm == (kind is Qwen3Config)
+    assert config.num_experts == getattr(reference, "num_local_experts", 0)
+    assert config.experts_per_token == getattr(reference, "num_experts_per_tok", 0)
     windows = {
         getattr(reference, "sliding_window", None) if layer == "sliding_attention" else None
         for layer in getattr(reference, "layer_types", None) or ["sliding_attention"]
@@ -106,7 +113,7 @@ def assert_parity(config: ModelConfig, reference) -> None:
 def test_parity_with_transformers(tmp_path, raw_config, family, changes, written_by):
     config_class, architecture = CLASSES[family]
     raw = {**raw_config, "architectures": [architecture], "model_type": family, **changes}
-    if family == "mistral" and "num_key_value_heads" not in changes:
+    if family in ("mistral", "mixtral") and "num_key_value_heads" not in changes:
         raw["num_attention_heads"] = 8
         raw.pop("num_key_value_heads")
         raw["hidden_size"] = 128
@@ -197,6 +204,8 @@ def test_architectures_absent(write_config):
             {"rope_scaling": {**LONGROPE, "long_factor": [1.0, 0.0]}},
             "long_factor: expected a list of positive numbers, got",
         ),
+        ({**MIXTRAL, "num_experts_per_tok": 9}, "experts_per_token: expected 1 to 8, got 9"),
+        ({**MIXTRAL, "num_local_experts": "8"}, "num_local_experts: expected int, got '8'"),
         ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 7}}, "rope.divisors: expected 8 numbers, got 7"),
         (
             {**QWEN, "use_sliding_window": True, "max_window_layers": 1},

@@ -76,6 +76,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dtype": "float16",
     },
     "phi3, window 70": {"family": "phi3", "head_dim": None, "hidden_size": 256, "sliding_window": 70},
+    "mixtral": {"family": "mixtral", "num_local_experts": 8, "head_dim": 48, "vocab_size": 131},
+    "mixtral, 5 experts, 3 chosen, window, float16": {
+        "family": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "num_attention_heads": 6,
+        "sliding_window": 100,
+        "tie_word_embeddings": True,
+        "dtype": "float16",
+    },
     "phi3, LongRoPE": {
         "family": "phi3",
         "head_dim": None,
