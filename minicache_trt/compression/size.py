@@ -64,6 +64,30 @@ def bytes_per_token(
     return sequence_bytes(plan, config, context, window, element_bytes) / context
 
 
+def context_that_fits(plan: CompressionPlan, config: ModelConfig, memory: int, window: int) -> int | None:
+    """Most tokens, a multiple of the block size, of one sequence whose cache takes at most ``memory`` bytes.
+
+    None where a sliding window bounds the cache and all of it fits, whatever the sequence's length. The model's own
+    positions are no limit here.
+    """
+    full = full_block_bytes(config, BASELINE_BYTES)
+    if not plan.compresses:
+        blocks = memory // full
+    else:
+        compressed = compressed_block_bytes(plan, config, BASELINE_BYTES)
+        exact = -(-window // BLOCK_SIZE)
+        blocks = memory // full
+        if blocks >= exact:
+            blocks = exact + (memory - exact * full) // compressed
+    shown = config.sliding_window
+    if shown is not None and blocks * BLOCK_SIZE >= shown:
+        # From here on every block of tokens frees one: the cache is as large as it gets within the next two blocks.
+        lengths = range(shown, shown + 2 * BLOCK_SIZE)
+        if max(sequence_bytes(plan, config, length, window) for length in lengths) <= memory:
+            return None
+    return blocks * BLOCK_SIZE
+
+
 def ratio(plan: CompressionPlan, config: ModelConfig, context: int, window: int) -> float:
     """How many times smaller the cache is than in 16 bits, at this context."""
     return baseline_sequence_bytes(config, context) / sequence_bytes(plan, config, context, window)

@@ -17,6 +17,7 @@ from minicache_trt.compression.size import (
     baseline_bytes_per_token,
     bytes_per_token,
     constant_bytes,
+    context_that_fits,
     layer_costs,
     ratio,
     sequence_bytes,
@@ -151,3 +152,23 @@ def test_a_sequence_holds_what_its_sliding_window_shows(method: str, context: in
     assert sequence_bytes(plan, config, context, window) == held
     seen = min(context, 4096) * baseline_bytes_per_token(config)
     assert ratio(plan, config, context, window) == pytest.approx(seen / held)
+
+
+@pytest.mark.parametrize("method", ["full", "kivi4", "minicache4"])
+@pytest.mark.parametrize("window", [1, 64, 100])
+@pytest.mark.parametrize("sliding_window", [None, 300])
+def test_context_that_fits(method: str, window: int, sliding_window: int | None) -> None:
+    """The greatest whole number of blocks within every budget, or any length once the window's cache fits."""
+    config = replace(TINY, sliding_window=sliding_window)
+    plan = make_plan(config, method)
+    most = max(sequence_bytes(plan, config, n, window) for n in range(290, 500))
+    for memory in range(0, 12 * full_block_bytes(config, 2), 19_997):
+        fits = context_that_fits(plan, config, memory, window)
+        if fits is None:
+            assert sliding_window is not None and most <= memory
+            continue
+        assert fits == 0 or sequence_bytes(plan, config, fits, window) <= memory
+        if sliding_window is None:
+            assert sequence_bytes(plan, config, fits + BLOCK_SIZE, window) > memory
+        else:
+            assert most > memory
