@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich import box
+from rich.table import Table
 
 from minicache_trt.checkpoint import Preset, list_presets, weight_shapes
 from minicache_trt.checkpoint.weights import ITEM_SIZES
@@ -69,24 +70,28 @@ def models(
     if json:
         print_json({"memory": size, "models": [asdict(cost) for cost in costs]})
         return
-    labels = ["16 bit", *METHODS[1:]]
+    stdout.print(_table(costs, size))
+
+
+def _table(costs: list[ModelCost], memory: int) -> Table:
+    """At most 80 columns wide."""
+    labels = [method.replace("full", "16 bit").replace("minicache", "mini-\ncache") for method in METHODS]
     rows = table(
-        f"Presets, and the tokens of one sequence that fit {format_bytes(size)} beside the weights",
+        f"KiB of cache per token, and tokens that fit {format_bytes(memory)} beside the weights",
         "model",
-        "parameters",
-        *(f"KiB per token, {label}" for label in labels),
-        *(f"tokens, {label}" for label in labels),
+        "size",
+        *(f"KiB\n{label}" for label in labels),
+        *(f"fits\n{label}" for label in labels),
     )
-    rows.box = box.SIMPLE
-    rows.caption, rows.caption_justify = (
-        "any: a sliding window bounds the cache; -: the weights alone do not fit",
-        "left",
-    )
+    rows.box, rows.show_edge, rows.pad_edge = box.SIMPLE, False, False
+    rows.columns[0].no_wrap = True
+    rows.caption_justify = "left"
+    rows.caption = "any: a sliding window bounds the cache, which fits; -: the weights do not fit"
     for cost in costs:
         per_token = [f"{method.kv_bytes_per_token / 1024:.1f}" for method in cost.methods]
         fits = ["any" if m.context is None else _count(m.context) if m.context else "-" for m in cost.methods]
         rows.add_row(cost.name, _count(cost.parameters), *per_token, *fits)
-    stdout.print(rows)
+    return rows
 
 
 def model_cost(preset: Preset, memory: int) -> ModelCost:
@@ -118,5 +123,6 @@ def _count(number: int) -> str:
     """``6738415616`` as ``6.7B``."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
-            return f"{number / unit:.1f}{letter}"
+            scaled = number / unit
+            return f"{scaled:.1f}{letter}" if scaled < 100 else f"{scaled:.0f}{letter}"
     return str(number)
