@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from minicache_trt.build import load_engine
 from minicache_trt.compare import reference_for
+from minicache_trt.config import KvCacheConfig
 from minicache_trt.engine_directory import QUANTIZED, read_engine
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
@@ -107,6 +108,30 @@ def test_blocks_behind_the_window_are_free(tmp_path: Path, method: str) -> None:
         assert llm.statistics.preemptions == 0
     assert sizes[0] == sizes[1]
     assert sizes[0].full_blocks + sizes[0].compressed_blocks <= 2 + 200 // 64 + 1 + 4
+
+
+@pytest.mark.parametrize("method", ["full", "minicache4"])
+def test_a_window_changes_nothing_about_independence(tmp_path: Path, method: str) -> None:
+    """The same tokens alone, in company, in small chunks, and preempted for want of blocks."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", family="mistral", sliding_window=150)
+    limits = {"max_seq_len": 512, "quantum": 128}
+    engines = [
+        load_engine(build(checkpoint, tmp_path / str(tokens), method, max_num_tokens=tokens, **limits), 1)
+        for tokens in (2048, 33)
+    ]
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 101, length).tolist() for length in (300, 130, 64, 7)]
+    params = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
+    alone = LLM.from_engine(engines[0])
+    expected = [alone.generate([prompt], params)[0].outputs[0].token_ids for prompt in prompts]
+    sizes = alone.cache_sizes
+    full, compressed = (8, 0) if method == "full" else (sizes.full_blocks, 5)
+    budget = sizes.full_block_bytes * full + sizes.compressed_block_bytes * compressed
+    tight = LLM.from_engine(engines[1], kv_cache_config=KvCacheConfig(max_bytes=budget))
+    for llm in (LLM.from_engine(engines[0]), tight):
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+        llm.check_integrity()
+    assert tight.statistics.preemptions > 0
 
 
 def test_a_window_no_sequence_outgrows_is_dropped(tmp_path: Path) -> None:
