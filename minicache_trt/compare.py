@@ -11,7 +11,7 @@ not make everything after it incomparable:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from minicache_trt.backends.base import Engine
-from minicache_trt.checkpoint.binding import stored_tensors
-from minicache_trt.checkpoint.quantize import dequantized_linears
-from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.contract import plan_layout
-from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
+from minicache_trt.engine_directory import QUANTIZED, EngineInfo
 from minicache_trt.errors import UserError
+from minicache_trt.hf_reference import load_model, reference_for
 from minicache_trt.reference import EncodedBlocks, Reference
 from minicache_trt.reference.history import Adopt
 from minicache_trt.reference.ties import Stored, Ties, adopt
@@ -249,41 +247,3 @@ def greedy_continuations(
             )
     sequences = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
     return sequences, [len(o.prompt_token_ids) for o in outputs]
-
-
-def reference_for(directory: Path, info: EngineInfo) -> Reference:
-    """Hugging Face's model with an engine's plan and its weights as the engine sees them."""
-    linears: dict[str, NDArray[np.float32]] = {}
-    if (directory / QUANTIZED).exists():
-        checkpoint = load_checkpoint(str(directory / CHECKPOINT))
-        linears = dequantized_linears(directory / QUANTIZED, checkpoint.weights)
-    return Reference(load_model(directory, info, linears), info.plan, info.build.window, info.build.quantum)
-
-
-def load_model(directory: Path, info: EngineInfo, linears: Mapping[str, NDArray[np.float32]]) -> Any:
-    """Hugging Face's model of an engine's checkpoint, float32, at the engine's greatest length.
-
-    LongRoPE has the divisors the engine was built with at every length. ``linears``: weights by canonical name (without
-    ``.weight``) that take the place of the checkpoint's.
-    """
-    import transformers
-
-    path = directory / CHECKPOINT
-    config = transformers.AutoConfig.from_pretrained(path)
-    rope = config.rope_parameters
-    if info.model.rope.divisors:
-        rope["short_factor"] = rope["long_factor"] = list(info.model.rope.divisors)
-    models: Any = getattr(transformers, config.architectures[0])
-    if not linears:
-        return models.from_pretrained(path, config=config, dtype=torch.float32)
-    views = load_checkpoint(str(path)).weights
-    weights = {name: view.torch().float() for name, view in views.items()}
-    weights |= {f"{name}.weight": torch.from_numpy(weight) for name, weight in linears.items()}
-    head = weights.pop("lm_head.weight") if info.model.tie_word_embeddings else None
-    tensors = stored_tensors(info.model)
-    state = {name: torch.cat([weights[part] for part in parts]) for name, parts in tensors.items()}
-    model = models.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    if head is not None:
-        # The engine quantizes the output layer but not the embedding it shares its weight with.
-        model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
-    return model

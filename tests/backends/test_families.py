@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minicache_trt.build import load_engine
-from minicache_trt.compare import reference_for
 from minicache_trt.config import KvCacheConfig
 from minicache_trt.engine_directory import QUANTIZED, read_engine
+from minicache_trt.hf_reference import reference_for
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.backends.test_engines import assert_equals_reference, build
