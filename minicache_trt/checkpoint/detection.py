@@ -68,7 +68,7 @@ def differences(raw: Mapping[str, Any]) -> list[str]:
     found = [
         f"{key} {raw[key]!r} ({meaning})"
         for key, meaning in _DIFFERENCES.items()
-        if raw.get(key) not in (None, False, 0) and not isinstance(raw[key], dict)
+        if raw.get(key) not in (None, False, 0, 1) and not isinstance(raw[key], dict)
     ]
     found += [f"{key} ({meaning})" for key, meaning in _DIFFERENCES.items() if isinstance(raw.get(key), dict)]
     for key in ("hidden_act", "hidden_activation", "activation_function"):
