@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minicache_trt.backends import open_backend
@@ -49,7 +49,7 @@ DEFAULT_MAX_SEQ_LEN = 4096
 
 def default_max_seq_len(config: ModelConfig) -> int:
     """The context an engine is built for unless told otherwise: the model's own, at most 4,096 tokens."""
-    return min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings, config.sliding_window or DEFAULT_MAX_SEQ_LEN)
+    return min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
 
 
 def build_engine(
@@ -98,6 +98,7 @@ def build_engine(
         plan.validate(checkpoint.config)
         open_backend(build.backend)
         _check_limits(checkpoint.config, build)
+        checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
         report("checkpoint", 1, 1)
         if calibrate is not None:
             plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)
@@ -143,9 +144,4 @@ def _check_limits(config: ModelConfig, build: BuildConfig) -> None:
         raise UserError(
             f"max_seq_len {build.max_seq_len} is beyond the model's {config.max_position_embeddings} positions",
             f"use --max-seq-len {config.max_position_embeddings} or less",
-        )
-    if config.sliding_window is not None and build.max_seq_len > config.sliding_window:
-        raise UserError(
-            f"max_seq_len {build.max_seq_len} is beyond the model's sliding window of {config.sliding_window} tokens",
-            f"use --max-seq-len {config.sliding_window} or less: within it the window changes nothing",
         )

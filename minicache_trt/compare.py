@@ -21,12 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from minicache_trt.backends.base import Engine
-from minicache_trt.checkpoint.families import FAMILIES
-from minicache_trt.checkpoint.quantize import dequantized_linears
-from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.contract import plan_layout
-from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
+from minicache_trt.engine_directory import QUANTIZED, EngineInfo
 from minicache_trt.errors import UserError
+from minicache_trt.hf_reference import load_model, reference_for
 from minicache_trt.reference import EncodedBlocks, Reference
 from minicache_trt.reference.history import Adopt
 from minicache_trt.reference.ties import Stored, Ties, adopt
@@ -132,9 +130,15 @@ class BlockRecorder:
         ]
 
     def adopter(self, sequence: int, ties: Ties) -> Adopt:
-        """For `Reference.logits`: go on with the engine's blocks of one sequence, counting differences in ``ties``."""
+        """For `Reference.logits`: go on with the engine's blocks of one sequence, counting differences in ``ties``.
+
+        A block that is behind the sliding window when its turn comes is never compressed by an engine, nor read again.
+        """
+        windowed = self._engine.model.sliding_window is not None
 
         def adopted(stream: int, block: int, x: torch.Tensor, encoded: EncodedBlocks) -> EncodedBlocks:
+            if windowed and (sequence, block) not in self.blocks:
+                return encoded
             return adopt(self._layouts[stream], x, encoded, self.blocks[sequence, block][stream], ties)
 
         return adopted
@@ -202,7 +206,7 @@ def compare_engine(
     recorder = BlockRecorder(llm.engine)
     scores = llm.score(sequences, lengths, start=[length - 1 for length in lengths], observe=recorder)
     reference = reference_for(directory, info)
-    original = Reference(directory / CHECKPOINT, info.plan) if (directory / QUANTIZED).exists() else reference
+    original = Reference(load_model(directory, info, {}), info.plan) if (directory / QUANTIZED).exists() else reference
     rows = []
     for done, (tokens, length, score) in enumerate(zip(sequences, lengths, scores, strict=True)):
         progress(done, len(sequences))
@@ -243,20 +247,3 @@ def greedy_continuations(
             )
     sequences = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
     return sequences, [len(o.prompt_token_ids) for o in outputs]
-
-
-def reference_for(directory: Path, info: EngineInfo) -> Reference:
-    """Hugging Face's model with an engine's plan and its weights as the engine sees them."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory / CHECKPOINT, dtype=torch.float32)
-    if (directory / QUANTIZED).exists():
-        checkpoint = load_checkpoint(str(directory / CHECKPOINT))
-        names = FAMILIES[info.model.family]
-        if info.model.tie_word_embeddings:
-            # The engine quantizes the output layer but not the embedding it shares its weight with.
-            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, weight in dequantized_linears(directory / QUANTIZED, checkpoint.weights).items():
-            parameters[names.hf_name(f"{name}.weight")].data.copy_(torch.from_numpy(weight))
-    return Reference(model, info.plan, info.build.window, info.build.quantum)

@@ -22,11 +22,20 @@ class RopeConfig:
     theta : float
         Base of the frequencies.
     scaling : str
-        ``none``, ``linear`` (positions divided by ``factor``) or ``llama3`` (Llama 3.1 and later).
+        ``none``, ``linear`` (positions divided by ``factor``), ``llama3`` (Llama 3.1 and later) or ``longrope``
+        (arXiv 2402.13753; Phi-3).
     factor, low_freq_factor, high_freq_factor : float
         Scaling parameters, as in the checkpoint's ``rope_scaling``.
     original_max_position : int
-        Context length the frequencies were trained for (``llama3`` only).
+        Context length the frequencies were trained for (``llama3`` and ``longrope``).
+    rotary_fraction : float
+        Share of each head's components, from the first on, that is rotated.
+    divisors : tuple of float
+        What each frequency is divided by (``longrope`` only), one per pair of rotated components.
+    long_divisors : tuple of float
+        The same for contexts longer than ``original_max_position``, until a build has chosen between the two.
+    attention_factor : float
+        Factor of cosines and sines (``longrope`` only).
     """
 
     theta: float = 10000.0
@@ -35,6 +44,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    rotary_fraction: float = 1.0
+    divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,9 @@ class ModelConfig:
     """Shape of a decoder-only transformer, independent of the checkpoint's own vocabulary of names.
 
     Sizes count elements. ``qkv_bias``, ``output_bias`` and ``mlp_bias`` say whether those linear layers add a bias.
-    ``sliding_window`` is the checkpoint's attention window in tokens, or None.
+    ``qk_norm``: each head's query and key is normalized before RoPE, with weights ``[head_dim]``. ``num_experts``: the
+    MLP is a mixture of so many, of which each token is sent to ``experts_per_token``; 0 for one dense MLP.
+    ``sliding_window``: tokens a query sees, itself included, in every layer, or None for all.
     """
 
     family: str
@@ -60,6 +75,9 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
     activation: str = "silu"
     sliding_window: int | None = None
     dtype: str = "float16"
@@ -85,11 +103,35 @@ class ModelConfig:
             )
         if self.head_dim % 16:
             raise ValueError(f"head_dim: expected a multiple of 16, got {self.head_dim}")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(f"experts_per_token: expected 1 to {self.num_experts}, got {self.experts_per_token}")
+        for name in ("divisors", "long_divisors"):
+            given = len(getattr(self.rope, name))
+            if given not in (0, self.rotary_dim // 2):
+                raise ValueError(f"rope.{name}: expected {self.rotary_dim // 2} numbers, got {given}")
 
     @property
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Components of each head that RoPE rotates."""
+        return int(self.head_dim * self.rope.rotary_fraction)
+
+    def for_context(self, max_seq_len: int) -> ModelConfig:
+        """The model as an engine for sequences up to ``max_seq_len`` computes it, at every length.
+
+        LongRoPE keeps one of its two sets of divisors, so that a key means the same however long its sequence grows
+        (Hugging Face changes over while the cache holds the other kind). A window that no sequence outgrows is dropped.
+        """
+        rope = self.rope
+        if rope.long_divisors:
+            divisors = rope.long_divisors if max_seq_len > rope.original_max_position else rope.divisors
+            rope = dataclasses.replace(rope, divisors=divisors, long_divisors=())
+        window = None if self.sliding_window is None or self.sliding_window >= max_seq_len else self.sliding_window
+        return dataclasses.replace(self, rope=rope, sliding_window=window)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -97,7 +139,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         values = dict(data)
-        values["rope"] = RopeConfig(**values["rope"])
+        lists = {key: tuple(value) for key, value in values["rope"].items() if isinstance(value, list)}
+        values["rope"] = RopeConfig(**{**values["rope"], **lists})
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
         return cls(**values)
 

@@ -10,7 +10,8 @@ Positions of a sequence at one step::
     [0, c)    compressed tier, compressed_table[0 : c/B]           changed by demotion only, between steps
     [c, n)    full tier, full_table[0 : ceil((n - c) / B)]         appended to by the decoder
 
-Block 0 of each pool is never allocated; padding of tables and slots points to it. Pools start at zero and hold only
+Block 0 of each pool is never allocated; padding of tables and slots points to it, and so do the first entries of tables
+for blocks that are behind a sliding window: they are free and masked. Pools start at zero and hold only
 finite numbers: the append writes zero in place of a non-finite one, so that nothing a block held before can leak into
 another request through 0 * NaN.
 """

@@ -85,11 +85,14 @@ def _write_graphs(
 
 
 def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:
-    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included."""
+    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included.
+
+    Routers are not among them: they are small, and a rounded one sends tokens to other experts.
+    """
     linears = {
         name.removesuffix(".weight"): view
         for name, view in views.items()
-        if len(view.shape) == 2 and name != "embed.weight"
+        if len(view.shape) == 2 and name != "embed.weight" and not name.endswith(".router.weight")
     }
     if config.tie_word_embeddings:
         linears["lm_head"] = views["embed.weight"]

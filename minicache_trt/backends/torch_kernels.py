@@ -167,7 +167,9 @@ class CudaEngine(KernelEngine):
         library = cuda_library()
         dtype = torch.bfloat16 if info.model.dtype == "bfloat16" else torch.float16
         device = torch.device("cuda", torch.cuda.current_device())
-        super().__init__(directory, info, library, device, dtype, CudaRecorder())
+        # Which experts run is read back from the GPU, which no captured step can do.
+        record = run_again if info.model.num_experts else CudaRecorder()
+        super().__init__(directory, info, library, device, dtype, record)
 
 
 class HostKernelEngine(KernelEngine):

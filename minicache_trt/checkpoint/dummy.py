@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from minicache_trt.checkpoint.families import FAMILIES, weight_shapes
+from minicache_trt.checkpoint.binding import stored_shape, stored_tensors, weight_shapes
 from minicache_trt.checkpoint.weights import ITEM_SIZES, SAFETENSORS_DTYPES, WEIGHTS_FILE, numpy_dtype, read_json_object
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
@@ -72,14 +72,15 @@ def _refuse_real_checkpoint(directory: Path) -> None:
 
 
 def _write_weights(file: IO[bytes], config: ModelConfig) -> None:
-    family, shapes = FAMILIES[config.family], weight_shapes(config)
+    shapes = weight_shapes(config)
     code = next(code for code, name in SAFETENSORS_DTYPES.items() if name == config.dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin, places = 0, []
-    for canonical, shape in shapes.items():
+    for name, parts in stored_tensors(config).items():
+        shape = stored_shape(shapes, parts)
         nbytes = math.prod(shape) * ITEM_SIZES[config.dtype]
-        header[family.hf_name(canonical)] = {"dtype": code, "shape": shape, "data_offsets": [begin, begin + nbytes]}
-        places.append((canonical, begin, nbytes))
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, begin + nbytes]}
+        places.append((parts[0], begin, nbytes))
         begin += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     # The data starts on a page boundary, so that a page of numbers is one block of the disk and not two.

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from minicache_trt.checkpoint.weights import ITEM_SIZES, WeightView
-from minicache_trt.config import ModelConfig
-from minicache_trt.errors import UserError
 
 _LLAMA_MODULES = {
     "embed": "model.embed_tokens",
@@ -17,6 +12,8 @@ _LLAMA_MODULES = {
     "layers.{i}.attention.q": "model.layers.{i}.self_attn.q_proj",
     "layers.{i}.attention.k": "model.layers.{i}.self_attn.k_proj",
     "layers.{i}.attention.v": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_norm",
     "layers.{i}.attention.o": "model.layers.{i}.self_attn.o_proj",
     "layers.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
     "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
@@ -25,6 +22,18 @@ _LLAMA_MODULES = {
     "norm": "model.norm",
     "lm_head": "lm_head",
 }
+_PHI3_MODULES = _LLAMA_MODULES | {
+    **{f"layers.{{i}}.attention.{part}": "model.layers.{i}.self_attn.qkv_proj" for part in "qkv"},
+    **{f"layers.{{i}}.mlp.{part}": "model.layers.{i}.mlp.gate_up_proj" for part in ("gate", "up")},
+}
+_MIXTRAL_MODULES = _LLAMA_MODULES | {
+    "layers.{i}.moe.router": "model.layers.{i}.block_sparse_moe.gate",
+    "layers.{i}.moe.experts.{e}.gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "layers.{i}.moe.experts.{e}.up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    "layers.{i}.moe.experts.{e}.down": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+}
+_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None, **_QWEN_WINDOW}
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,18 @@ class Family:
     model_type : str
         config.json's ``model_type``, which decides where ``architectures`` is absent.
     modules : mapping of str to str
-        Canonical module to the checkpoint's module; ``{i}`` is the layer.
+        Canonical module to the checkpoint's module; ``{i}`` is the layer, ``{e}`` the expert. Modules with the same
+        name are stacked in one tensor of the checkpoint, row under row, in the order of `weight_shapes`.
     fields : mapping of str to str
         ``ModelConfig`` fields that only some families have, to their config.json keys. A field that is not listed keeps
         ``ModelConfig``'s default whatever config.json says.
     defaults : mapping
-        What an absent config.json key means, as in the family's transformers configuration.
+        What an absent config.json key means, as in the family's transformers configuration. A family with
+        ``use_sliding_window`` here has windows only where that is set, from layer ``max_window_layers`` on.
+    constants : mapping
+        ``ModelConfig`` fields that are the same in all of the family's models.
+    partial_rotary : bool
+        Whether config.json's ``partial_rotary_factor`` is read.
     """
 
     name: str
@@ -54,15 +69,22 @@ class Family:
     modules: Mapping[str, str]
     fields: Mapping[str, str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    partial_rotary: bool = False
 
     def hf_name(self, canonical: str) -> str:
         """The checkpoint's name of a canonical weight: ``layers.3.attention.q.weight`` to ``...q_proj.weight``."""
         module, _, leaf = canonical.rpartition(".")
-        layer = ""
-        if module.startswith("layers."):
-            _, layer, rest = module.split(".", 2)
-            module = f"layers.{{i}}.{rest}"
-        return f"{self.modules[module].replace('{i}', layer)}.{leaf}"
+        numbers = {}
+        for place, before in (("{i}", "layers."), ("{e}", "experts.")):
+            head, found, tail = module.partition(before)
+            if found:
+                numbers[place], _, rest = tail.partition(".")
+                module = f"{head}{before}{place}.{rest}"
+        name = self.modules[module]
+        for place, number in numbers.items():
+            name = name.replace(place, number)
+        return f"{name}.{leaf}"
 
 
 FAMILIES: dict[str, Family] = {
@@ -83,70 +105,54 @@ FAMILIES: dict[str, Family] = {
             fields={"sliding_window": "sliding_window"},
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         ),
+        Family(
+            name="mixtral",
+            architectures=("MixtralForCausalLM",),
+            model_type="mixtral",
+            modules=_MIXTRAL_MODULES,
+            fields={
+                "sliding_window": "sliding_window",
+                "num_experts": "num_local_experts",
+                "experts_per_token": "num_experts_per_tok",
+            },
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "rope_theta": 1e6,
+            },
+        ),
+        Family(
+            name="qwen2",
+            architectures=("Qwen2ForCausalLM",),
+            model_type="qwen2",
+            modules=_LLAMA_MODULES,
+            fields={"sliding_window": "sliding_window"},
+            defaults=_QWEN_DEFAULTS,
+            constants={"qkv_bias": True},
+        ),
+        Family(
+            name="qwen3",
+            architectures=("Qwen3ForCausalLM",),
+            model_type="qwen3",
+            modules=_LLAMA_MODULES,
+            fields={
+                "qkv_bias": "attention_bias",
+                "output_bias": "attention_bias",
+                "sliding_window": "sliding_window",
+            },
+            defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+            constants={"qk_norm": True},
+        ),
+        Family(
+            name="phi3",
+            architectures=("Phi3ForCausalLM",),
+            model_type="phi3",
+            modules=_PHI3_MODULES,
+            fields={"sliding_window": "sliding_window"},
+            defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "eos_token_id": 32000},
+            partial_rotary=True,
+        ),
     )
 }
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names of all weights of a model, in the order the decoder uses them, with their shapes.
-
-    A linear weight is ``[out, in]``. Biases are present where the config says so, ``lm_head`` unless it is tied.
-    """
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "attention.q": (query, hidden, config.qkv_bias),
-        "attention.k": (kv, hidden, config.qkv_bias),
-        "attention.v": (kv, hidden, config.qkv_bias),
-        "attention.o": (hidden, query, config.output_bias),
-        "mlp.gate": (intermediate, hidden, config.mlp_bias),
-        "mlp.up": (intermediate, hidden, config.mlp_bias),
-        "mlp.down": (hidden, intermediate, config.mlp_bias),
-    }
-    layer: dict[str, tuple[int, ...]] = {"input_norm.weight": (hidden,)}
-    for name, (rows, columns, has_bias) in linears.items():
-        if name == "mlp.gate":
-            layer["post_attention_norm.weight"] = (hidden,)
-        layer[f"{name}.weight"] = (rows, columns)
-        if has_bias:
-            layer[f"{name}.bias"] = (rows,)
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, hidden)}
-    for i in range(config.num_layers):
-        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    shapes["norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
-def bind_weights(config: ModelConfig, views: Mapping[str, WeightView], directory: Path) -> dict[str, WeightView]:
-    """Weights under their canonical names, checked against the config. Tensors the model has no use for are left out.
-
-    Raises
-    ------
-    UserError
-        A weight is missing, or has another shape or an unsupported dtype.
-    """
-    family, shapes = FAMILIES[config.family], weight_shapes(config)
-    names = {canonical: family.hf_name(canonical) for canonical in shapes}
-    missing = [name for name in names.values() if name not in views]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"{directory}: {len(missing)} of {len(names)} weights are missing: {', '.join(missing[:3])}{more}",
-            "check that config.json belongs to these weights and that the download is complete",
-        )
-    bound = {canonical: views[name] for canonical, name in names.items()}
-    for canonical, view in bound.items():
-        if view.shape != shapes[canonical]:
-            raise UserError(
-                f"{view.file}: {view.name}: expected shape {list(shapes[canonical])} from config.json, "
-                f"got {list(view.shape)}",
-                "check that config.json belongs to these weights",
-            )
-        if view.dtype not in ITEM_SIZES:
-            raise UserError(
-                f"{view.file}: {view.name}: expected dtype {', '.join(ITEM_SIZES)}, got {view.dtype}",
-                "use the checkpoint's unquantized version",
-            )
-    return bound

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from minicache_trt.checkpoint.families import FAMILIES, Family
+from minicache_trt.checkpoint.detection import find_family
+from minicache_trt.checkpoint.families import Family
+from minicache_trt.checkpoint.hf_rope import parse_rope
+from minicache_trt.checkpoint.json_fields import JsonFields
 from minicache_trt.checkpoint.weights import ITEM_SIZES
-from minicache_trt.config import ModelConfig, RopeConfig
+from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
 
 _REQUIRED = (
@@ -24,32 +26,8 @@ _DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "bos_token_id": 1,
+    "eos_token_id": 2,
 }
-_DEFAULT_EOS = 2
-
-_ROPE_TYPES = {"default": "none", "none": "none", "linear": "linear", "llama3": "llama3"}
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """Typed reading of a JSON object; ``path`` names the file in errors."""
-
-    values: Mapping[str, Any]
-    path: str
-
-    def get(self, key: str, kind: type, *, optional: bool = False) -> Any:
-        value = self.values.get(key)
-        if value is None and optional:
-            return None
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise self.error(key, kind.__name__, value)
-        return value
-
-    def error(self, key: str, expected: str, value: Any, remedy: str = "correct the file") -> UserError:
-        got = "nothing" if key not in self.values else repr(value)
-        return UserError(f"{self.path}: {key}: expected {expected}, got {got}", remedy)
 
 
 def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None, path: str) -> ModelConfig:
@@ -75,7 +53,7 @@ def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise UserError(f"{path}: missing {', '.join(missing)}", "restore the file from the original checkpoint")
-    fields = _Fields({**_DEFAULTS, **family.defaults, **raw}, path)
+    fields = JsonFields({**_DEFAULTS, **family.defaults, **raw}, path)
     _check_supported(fields)
     heads, hidden = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
     head_dim = fields.get("head_dim", int, optional=True)
@@ -100,36 +78,18 @@ def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None
             vocab_size=fields.get("vocab_size", int),
             max_position_embeddings=fields.get("max_position_embeddings", int),
             rms_norm_eps=fields.get("rms_norm_eps", float),
-            rope=_parse_rope(fields),
+            rope=parse_rope(fields, family.partial_rotary),
             tie_word_embeddings=bool(fields.get("tie_word_embeddings", bool, optional=True)),
             dtype=_parse_dtype(fields) or "float16",
             bos_token_id=fields.get("bos_token_id", int, optional=True),
-            eos_token_ids=_parse_eos(fields, generation),
+            eos_token_ids=_parse_eos(fields, generation, raw),
             **_family_fields(family, fields),
         )
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: {error}", "this shape is not supported; use another checkpoint") from error
 
 
-def find_family(raw: Mapping[str, Any], path: str) -> Family:
-    """The row of ``FAMILIES`` that covers config.json's ``architectures``, or where absent its ``model_type``."""
-    architectures, model_type = raw.get("architectures"), raw.get("model_type")
-    for family in FAMILIES.values():
-        if isinstance(architectures, list) and architectures:
-            if any(architecture in family.architectures for architecture in architectures):
-                return family
-        elif model_type == family.model_type:
-            return family
-    supported = "; ".join(
-        f"{f.name} ({', '.join(f.architectures)}, model_type {f.model_type})" for f in FAMILIES.values()
-    )
-    raise UserError(
-        f"{path}: architectures {architectures!r} with model_type {model_type!r} is not supported",
-        f"supported families: {supported}",
-    )
-
-
-def _check_supported(fields: _Fields) -> None:
+def _check_supported(fields: JsonFields) -> None:
     if fields.values["hidden_act"] != "silu":
         raise fields.error("hidden_act", "'silu'", fields.values["hidden_act"], "use a checkpoint with this activation")
     quantization = fields.values.get("quantization_config")
@@ -139,63 +99,45 @@ def _check_supported(fields: _Fields) -> None:
             f"{fields.path}: quantization_config: quantized checkpoints ({method}) are not supported",
             "use the unquantized checkpoint; weights are quantized when the engine is built",
         )
-    layer_types = fields.values.get("layer_types")
-    if isinstance(layer_types, list) and len(set(map(str, layer_types))) > 1:
-        raise fields.error("layer_types", "equal layers", sorted(set(map(str, layer_types))), "use another checkpoint")
 
 
-def _family_fields(family: Family, fields: _Fields) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _family_fields(family: Family, fields: JsonFields) -> dict[str, Any]:
+    values: dict[str, Any] = dict(family.constants)
+    window = _sliding_window(family, fields)
     for name, key in family.fields.items():
         if name == "sliding_window":
-            values[name] = fields.get(key, int, optional=True)
-            if values[name] is not None and values[name] < 1:
-                raise fields.error(key, "a positive number or null", values[name])
+            values[name] = window
+        elif name in ("num_experts", "experts_per_token"):
+            values[name] = fields.get(key, int)
         else:
             values[name] = bool(fields.get(key, bool, optional=True))
     return values
 
 
-def _parse_rope(fields: _Fields) -> RopeConfig:
-    """RoPE from ``rope_parameters`` (transformers 5) or from ``rope_theta`` and ``rope_scaling`` (before)."""
-    key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
-    scaling = fields.get(key, dict, optional=True) or {}
-    top = {name: fields.values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    given = {name: value for name, value in (top | scaling).items() if value is not None}
-    rope = _Fields({"rope_theta": 10000.0, **given}, f"{fields.path}: {key}")
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise UserError(f"{rope.path}: RoPE that differs between layers is not supported", "use another checkpoint")
-    kind = scaling.get("rope_type", scaling.get("type")) or "default"
-    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
-        supported = ", ".join(name for name in _ROPE_TYPES if name != "none")
-        raise UserError(f"{rope.path}: RoPE type {kind!r} is not supported", f"supported types: {supported}")
-    partial = rope.values.get("partial_rotary_factor")
-    if partial not in (None, 1, 1.0):
-        raise rope.error("partial_rotary_factor", "1.0", partial, "use a checkpoint that rotates whole heads")
-    theta = rope.get("rope_theta", float)
-    if theta <= 0:
-        raise rope.error("rope_theta", "a positive number", theta)
-    if _ROPE_TYPES[kind] == "none":
-        return RopeConfig(theta=theta)
-    factor = rope.get("factor", float)
-    if factor <= 0:
-        raise rope.error("factor", "a positive number", factor)
-    if kind == "linear":
-        return RopeConfig(theta=theta, scaling="linear", factor=factor)
-    original = fields.get("original_max_position_embeddings", int, optional=True)
-    if original is None:
-        original = rope.get("original_max_position_embeddings", int, optional=True)
-    return RopeConfig(
-        theta=theta,
-        scaling="llama3",
-        factor=factor,
-        low_freq_factor=rope.get("low_freq_factor", float),
-        high_freq_factor=rope.get("high_freq_factor", float),
-        original_max_position=original or fields.get("max_position_embeddings", int),
-    )
+def _sliding_window(family: Family, fields: JsonFields) -> int | None:
+    """Tokens every layer's queries see, or None for all; refuses layers that differ."""
+    layers = fields.get("num_hidden_layers", int)
+    given = fields.get("layer_types", list, optional=True)
+    if given is not None and len(set(map(str, given))) > 1:
+        raise fields.error("layer_types", "equal layers", sorted(set(map(str, given))), "use another checkpoint")
+    key = family.fields.get("sliding_window")
+    if key is None:
+        return None
+    window: int | None = fields.get(key, int, optional=True)
+    if "use_sliding_window" in family.defaults:
+        first = fields.get("max_window_layers", int)
+        if not fields.get("use_sliding_window", bool) or (given is None and first >= layers):
+            return None
+        if given is None and first > 0:
+            raise fields.error("max_window_layers", "equal layers (0 with a window)", first, "use another checkpoint")
+        if given is not None and given[:1] == ["full_attention"]:
+            return None
+    if window is not None and window < 1:
+        raise fields.error(key, "a positive number or null", window)
+    return window
 
 
-def _parse_dtype(fields: _Fields) -> str | None:
+def _parse_dtype(fields: JsonFields) -> str | None:
     key = "dtype" if fields.values.get("dtype") is not None else "torch_dtype"
     value = fields.get(key, str, optional=True)
     if value is None:
@@ -206,12 +148,12 @@ def _parse_dtype(fields: _Fields) -> str | None:
     return name
 
 
-def _parse_eos(fields: _Fields, generation: Mapping[str, Any] | None) -> tuple[int, ...]:
+def _parse_eos(fields: JsonFields, generation: Mapping[str, Any] | None, raw: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids of generation_config.json, then those of config.json, each once."""
     first = (generation or {}).get("eos_token_id")
-    default = None if first is not None else _DEFAULT_EOS
+    second = raw.get("eos_token_id") if first is not None else fields.values["eos_token_id"]
     ids: dict[int, None] = {}
-    for value in (first, fields.values.get("eos_token_id", default)):
+    for value in (first, second):
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if type(token) is not int or token < 0:
                 raise fields.error("eos_token_id", "an id, a list of ids or null", value)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minicache_trt.checkpoint.binding import bind_weights
 from minicache_trt.checkpoint.dummy import DUMMY_MARK, write_dummy
-from minicache_trt.checkpoint.families import bind_weights
 from minicache_trt.checkpoint.hf_config import parse_config
 from minicache_trt.checkpoint.hub import CONFIG_PATTERNS, SIDECAR_PATTERNS, WEIGHT_PATTERNS, download, is_hub_id
 from minicache_trt.checkpoint.presets import PRESETS, Preset

@@ -7,7 +7,7 @@ import math
 import mmap
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,11 @@ class WeightView:
     nbytes: int
     shape: tuple[int, ...]
     dtype: str
+
+    def rows(self, first: int, count: int) -> WeightView:
+        """The bytes of some rows of the tensor (entries of its first axis); the whole tensor is itself."""
+        row = self.nbytes // self.shape[0]
+        return replace(self, offset=self.offset + first * row, nbytes=count * row, shape=(count, *self.shape[1:]))
 
     def numpy(self) -> np.ndarray:
         """Memory-mapped, read-only array of ``shape``; bfloat16 as ``ml_dtypes.bfloat16``."""

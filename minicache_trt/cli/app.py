@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.cli import bench, build, compare, doctor, inspect, plan, run
+from minicache_trt.cli import bench, build, compare, doctor, inspect, models, plan, run
 from minicache_trt.cli.console import stdout
 
 app = typer.Typer(
@@ -40,5 +40,10 @@ def root(
     """Build, run and prove LLM engines with a cross-layer compressed, paged KV cache."""
 
 
-for verb in (build.build, run.run, compare.compare, bench.bench, plan.plan, inspect.inspect, doctor.doctor):
-    app.command(no_args_is_help=verb is not doctor.doctor)(verb)
+NEED_NOTHING = (models.models, doctor.doctor)
+"""Verbs that do something without any option."""
+
+VERBS = (build.build, run.run, compare.compare, bench.bench, models.models, plan.plan, inspect.inspect, doctor.doctor)
+
+for verb in VERBS:
+    app.command(no_args_is_help=verb not in NEED_NOTHING)(verb)

@@ -18,10 +18,11 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import save_plan
 from minicache_trt.compression.size import (
     StreamCost,
-    baseline_bytes_per_token,
+    baseline_sequence_bytes,
     bytes_per_token,
     constant_bytes,
     layer_costs,
+    ratio,
 )
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
@@ -80,12 +81,13 @@ def plan(
 
 
 def plan_summary(plan: CompressionPlan, config: ModelConfig, context: int, window: int) -> dict[str, Any]:
-    """Figures of a plan at one context length."""
-    size, baseline = bytes_per_token(plan, config, context, window), baseline_bytes_per_token(config)
+    """Figures of a plan at one context length, of which a sliding window keeps only a part."""
+    size = bytes_per_token(plan, config, context, window)
+    baseline = baseline_sequence_bytes(config, context) // context
     return {
         "method": plan.method,
         "context": context,
-        "ratio": baseline / size,
+        "ratio": ratio(plan, config, context, window),
         "bytes_per_token": size,
         "baseline_bytes_per_token": baseline,
         "tokens_per_gib": int(2**30 / size),

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, quiet_transformers, stderr, stdout, table
-from minicache_trt.compression.size import baseline_bytes_per_token, bytes_per_token
+from minicache_trt.compression.size import ratio
 from minicache_trt.engine_directory import CHECKPOINT
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.request import RequestOutput, SamplingParams
@@ -181,15 +181,13 @@ def _output(output: RequestOutput) -> dict[str, Any]:
 def usage(llm: LLM) -> dict[str, Any]:
     """Statistics of the last run and what the cache costs."""
     stats, engine = llm.statistics, llm.engine
-    window = engine.build.window
     context = engine.build.max_seq_len
     return {
         **asdict(stats),
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
         "method": engine.plan.method,
-        "cache_ratio_to_16_bit": baseline_bytes_per_token(engine.model)
-        / bytes_per_token(engine.plan, engine.model, context, window),
+        "cache_ratio_to_16_bit": ratio(engine.plan, engine.model, context, engine.build.window),
         "cache_ratio_context": context,
     }
 

@@ -57,6 +57,12 @@ class CompressionPlan:
         owner: dict[tuple[str, int], int] = {}
         for index, stream in enumerate(self.streams):
             _check_rank(index, stream, config)
+            if stream.basis == "pre_rope" and config.rotary_dim != config.head_dim:
+                raise UserError(
+                    f"plan: streams[{index}].basis: 'pre_rope' needs a model that rotates whole heads, this one "
+                    f"rotates {config.rotary_dim} of {config.head_dim} components",
+                    "use basis 'post_rope'",
+                )
             for layer in stream.layers:
                 if not 0 <= layer < config.num_layers:
                     raise UserError(

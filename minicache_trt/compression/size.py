@@ -22,6 +22,11 @@ def baseline_bytes_per_token(config: ModelConfig) -> int:
     return full_block_bytes(config, BASELINE_BYTES) // BLOCK_SIZE
 
 
+def baseline_sequence_bytes(config: ModelConfig, context: int) -> int:
+    """Bytes of the 16-bit keys and values that a sequence of ``context`` tokens can still see."""
+    return baseline_bytes_per_token(config) * min(context, config.sliding_window or context)
+
+
 def compressed_blocks(plan: CompressionPlan, context: int, window: int) -> int:
     """Blocks of a sequence of ``context`` tokens that are in the compressed tier while it decodes."""
     return max(0, context - window) // BLOCK_SIZE if plan.compresses else 0
@@ -31,7 +36,7 @@ def sequence_bytes(
     plan: CompressionPlan, config: ModelConfig, context: int, window: int, element_bytes: int = BASELINE_BYTES
 ) -> int:
     """Bytes one decoding sequence of ``context`` tokens holds: codes, scales, norms, retained tokens, the exact window
-    and the unused rest of its last block.
+    and the unused rest of its last block. Blocks behind a sliding window are free.
 
     Parameters
     ----------
@@ -45,8 +50,11 @@ def sequence_bytes(
         Bytes of a compute-type number.
     """
     blocks = compressed_blocks(plan, context, window)
-    full = -(-(context - blocks * BLOCK_SIZE) // BLOCK_SIZE)
-    return blocks * compressed_block_bytes(plan, config, element_bytes) + full * full_block_bytes(config, element_bytes)
+    behind = 0 if config.sliding_window is None else max(0, context + 1 - config.sliding_window) // BLOCK_SIZE
+    full = -(-context // BLOCK_SIZE) - max(blocks, behind)
+    return max(0, blocks - behind) * compressed_block_bytes(plan, config, element_bytes) + full * full_block_bytes(
+        config, element_bytes
+    )
 
 
 def bytes_per_token(
@@ -56,9 +64,33 @@ def bytes_per_token(
     return sequence_bytes(plan, config, context, window, element_bytes) / context
 
 
+def context_that_fits(plan: CompressionPlan, config: ModelConfig, memory: int, window: int) -> int | None:
+    """Most tokens, a multiple of the block size, of one sequence whose cache takes at most ``memory`` bytes.
+
+    None where a sliding window bounds the cache and all of it fits, whatever the sequence's length. The model's own
+    positions are no limit here.
+    """
+    full = full_block_bytes(config, BASELINE_BYTES)
+    if not plan.compresses:
+        blocks = memory // full
+    else:
+        compressed = compressed_block_bytes(plan, config, BASELINE_BYTES)
+        exact = -(-window // BLOCK_SIZE)
+        blocks = memory // full
+        if blocks >= exact:
+            blocks = exact + (memory - exact * full) // compressed
+    shown = config.sliding_window
+    if shown is not None and blocks * BLOCK_SIZE >= shown:
+        # From here on every block of tokens frees one: the cache is as large as it gets within the next two blocks.
+        lengths = range(shown, shown + 2 * BLOCK_SIZE)
+        if max(sequence_bytes(plan, config, length, window) for length in lengths) <= memory:
+            return None
+    return blocks * BLOCK_SIZE
+
+
 def ratio(plan: CompressionPlan, config: ModelConfig, context: int, window: int) -> float:
     """How many times smaller the cache is than in 16 bits, at this context."""
-    return baseline_bytes_per_token(config) / bytes_per_token(plan, config, context, window)
+    return baseline_sequence_bytes(config, context) / sequence_bytes(plan, config, context, window)
 
 
 def constant_bytes(plan: CompressionPlan) -> int:

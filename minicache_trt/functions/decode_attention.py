@@ -71,7 +71,7 @@ def decode_attention(step: Step) -> ir.Value:
         rank = max(step.streams.key.layout.stream.rank, step.streams.value.layout.stream.rank, config.head_dim)
         work = _work(step, "compressed", count, total, widths["full"], rank)
         targets.append(work.target)
-        partials.append(_compressed_tier(step, work, q))
+        partials.append(_compressed_tier(step, work, q, count))
     out = _combine(step, count, total, targets, partials)
     return g.reshape(out, [count, config.num_heads * config.head_dim])
 
@@ -103,10 +103,12 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir.Value
     length = inputs["context_len"]
     if step.streams is not None:
         length = g.op("Sub", length, inputs["compressed_len"])
-    length = g.concat([g.slice(length, g.constant([0]), count, 0), g.constant([0])], 0)
-    used = g.op("Gather", length, work.row, attrs={"axis": 0})
-    used = g.op("Sub", used, g.op("Mul", work.column, g.constant(BLOCK_SIZE)))
-    visible = g.op("Less", g.constant(list(range(BLOCK_SIZE))), g.unsqueeze(used, 1, 2, 3))
+    used = _used(step, work, length, count)
+    offset = g.constant(list(range(BLOCK_SIZE)))
+    visible = g.op("Less", offset, used)
+    if step.config.sliding_window is not None:
+        behind = g.op("Sub", used, g.constant(step.config.sliding_window))
+        visible = g.op("And", visible, g.op("GreaterOrEqual", offset, behind))
     mask = g.op("Where", visible, g.floats(0.0), g.floats(MASKED))
     place = g.unsqueeze(work.block, 1)
     zero = g.op("Mul", place, g.constant(0))
@@ -129,8 +131,16 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir.Value
     return _scanned(step, "full_tile", slices, body)
 
 
-def _compressed_tier(step: Step, work: Work, q: ir.Value) -> ir.Value:
-    """Blocks of the compressed tier are complete, so nothing is masked."""
+def _used(step: Step, work: Work, length: ir.Value, count: ir.Value) -> ir.Value:
+    """``[W, 1, 1, 1]``: of a sequence's ``length [S]`` tokens, those from the start of each block on; 0 in padding."""
+    g = step.g
+    length = g.concat([g.slice(length, g.constant([0]), count, 0), g.constant([0])], 0)
+    used = g.op("Gather", length, work.row, attrs={"axis": 0})
+    return g.unsqueeze(g.op("Sub", used, g.op("Mul", work.column, g.constant(BLOCK_SIZE))), 1, 2, 3)
+
+
+def _compressed_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir.Value:
+    """Blocks of the compressed tier are complete, so nothing is masked but what is behind a sliding window."""
     assert step.streams is not None
     g, key, value = step.g, step.streams.key, step.streams.value
     key_maps, value_maps = step.maps("key"), step.maps("value")
@@ -142,9 +152,16 @@ def _compressed_tier(step: Step, work: Work, q: ir.Value) -> ir.Value:
         rotation = block_rotation(g, step.config, work.column)
         half = step.config.head_dim // 2
         slices += [(work.tiles(g, part, 1, BLOCK_SIZE, half), float32, 4) for part in (rotation.cos, rotation.sin)]
+    window = step.config.sliding_window
+    if window is not None:
+        behind = g.op("Sub", _used(step, work, step.inputs["context_len"], count), g.constant(window))
+        visible = g.op("GreaterOrEqual", g.constant(list(range(BLOCK_SIZE))), behind)
+        mask = g.op("Where", visible, g.floats(0.0), g.floats(MASKED))
+        slices.append((work.tiles(g, mask, 1, 1, BLOCK_SIZE), float32, 4))
 
     def body(tile: list[ir.Value]) -> ir.Value:
         row, block, *angles = tile
+        hidden = angles.pop() if window is not None else None
         own = query.rows(g, row)
         stream = load_stream(g, key.layout, key.member, step.pools("key"), block)
         if rebuilt:
@@ -154,6 +171,8 @@ def _compressed_tier(step: Step, work: Work, q: ir.Value) -> ir.Value:
             logits = stream_logits(g, stream, own)
         if key_maps.slots is not None:
             logits = g.op("Gather", logits, key_maps.slots, attrs={"axis": 1})
+        if hidden is not None:
+            logits = g.op("Add", logits, hidden)
 
         def attend(weights: ir.Value) -> ir.Value:
             history = load_stream(g, value.layout, value.member, step.pools("value"), block)

@@ -76,7 +76,7 @@ def _attend(step: Step, q: ir.Value, trips: ir.Value, tile: ir.Value, chunks: ir
     first = g.unsqueeze(g.op("Sub", length, count), 1)
     past = g.op("Add", before, g.extent(inputs["prefill_past"], 0))
     start = g.op("Mul", arange(g, trips), tile)
-    seen = g.unsqueeze(g.op("Add", g.op("Add", start, tile), past), 1)
+    limits = g.unsqueeze(g.op("Add", g.op("Add", start, tile), past), 1)
     inside = arange(g, tile)
     int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
 
@@ -84,7 +84,12 @@ def _attend(step: Step, q: ir.Value, trips: ir.Value, tile: ir.Value, chunks: ir
         queries, begin, limit = slices
         at = g.float32(g.op("Add", first, g.op("Add", inside, begin)))
         ahead = g.op("Sub", g.unsqueeze(at, 2), g.slice(position, g.constant([0]), limit, 2))
-        hidden = g.unsqueeze(g.op("Mul", g.op("Min", ahead, g.floats(0.0)), g.floats(-MASKED)), 1)
+        seen = g.op("Min", ahead, g.floats(0.0))
+        if config.sliding_window is not None:
+            # How far in front of the query a key is, or how far behind its window.
+            behind = g.op("Sub", g.floats(float(config.sliding_window - 1)), ahead)
+            seen = g.op("Min", seen, behind)
+        hidden = g.unsqueeze(g.op("Mul", seen, g.floats(-MASKED)), 1)
 
         def attend_head(slices: list[ir.Value]) -> list[ir.Value]:
             query, *history = slices
@@ -99,7 +104,7 @@ def _attend(step: Step, q: ir.Value, trips: ir.Value, tile: ir.Value, chunks: ir
         return list(scan(g, "prefill_head", heads, attend_head, [[None, None, dim]]))
 
     shape = [config.num_kv_heads, None, None, dim]
-    inputs_of_tiles = [(q, float32, 4), (g.unsqueeze(start, 1), int64, 1), (seen, int64, 1)]
+    inputs_of_tiles = [(q, float32, 4), (g.unsqueeze(start, 1), int64, 1), (limits, int64, 1)]
     return scan(g, "prefill_tile", inputs_of_tiles, attend_tile, [shape])[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -140,6 +140,14 @@ class Emitter:
             yield tape
         finally:
             self._tapes.pop()
+
+    def outside(self, emit: Callable[[], ir.Value]) -> ir.Value:
+        """Record into the outermost graph, where the value is known to all graphs that are emitted from now on."""
+        inner, self._tapes = self._tapes, self._tapes[:1]
+        try:
+            return emit()
+        finally:
+            self._tapes = inner
 
     def parameter(self, name: str) -> ir.Value:
         """An input of a function or a nested graph."""

@@ -176,6 +176,7 @@ class KernelCache:
             views.get("key"),
             views.get("value"),
             self.frequencies,
+            self.config.sliding_window or 0,
         )
 
     def _scratch(self, size: int) -> Tensor:

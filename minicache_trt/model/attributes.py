@@ -26,7 +26,7 @@ def attention_attributes(config: ModelConfig, streams: LayerStreams | None) -> d
         "num_heads": config.num_heads,
         "num_kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "sliding_window": 0,
+        "sliding_window": config.sliding_window or 0,
     }
     if streams is not None:
         names += [parameter for parameter, *_ in streams.inputs()]

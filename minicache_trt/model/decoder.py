@@ -17,11 +17,18 @@ def decoder(config: ModelConfig, ops: Ops[T], input_ids: T, positions: T, logit_
     for layer in range(config.num_layers):
         name = f"layers.{layer}"
         h = ops.rms_norm(x, f"{name}.input_norm")
-        q = ops.rotary(ops.linear(h, f"{name}.attention.q"), rotation, config.num_heads)
-        k = ops.rotary(ops.linear(h, f"{name}.attention.k"), rotation, config.num_kv_heads)
-        v = ops.linear(h, f"{name}.attention.v")
+        q, k, v = (ops.linear(h, f"{name}.attention.{part}") for part in "qkv")
+        if config.qk_norm:
+            q = ops.head_norm(q, f"{name}.attention.q_norm", config.num_heads)
+            k = ops.head_norm(k, f"{name}.attention.k_norm", config.num_kv_heads)
+        q = ops.rotary(q, rotation, config.num_heads)
+        k = ops.rotary(k, rotation, config.num_kv_heads)
         x = ops.add(x, ops.linear(ops.paged_attention(q, k, v, layer), f"{name}.attention.o"))
         h = ops.rms_norm(x, f"{name}.post_attention_norm")
-        h = ops.gated(ops.linear(h, f"{name}.mlp.gate"), ops.linear(h, f"{name}.mlp.up"))
-        x = ops.add(x, ops.linear(h, f"{name}.mlp.down"))
+        x = ops.add(x, ops.moe(h, f"{name}.moe") if config.num_experts else gated_mlp(ops, h, f"{name}.mlp"))
     return ops.linear(ops.rms_norm(ops.take(x, logit_index), "norm"), "lm_head")
+
+
+def gated_mlp(ops: Ops[T], x: T, name: str) -> T:
+    """SwiGLU (arXiv 2002.05202)."""
+    return ops.linear(ops.gated(ops.linear(x, f"{name}.gate"), ops.linear(x, f"{name}.up")), f"{name}.down")

@@ -12,7 +12,7 @@ from minicache_trt.model.torch_ops import Attention, TorchOps
 
 
 class KernelOps(TorchOps):
-    """Parameters: as `TorchOps`; ``frequencies``: float32 ``[head_dim / 2]`` on the device of the weights."""
+    """Parameters: as `TorchOps`; ``frequencies``: float32 ``[rotary_dim / 2]`` on the device of the weights."""
 
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor], attention: Attention, frequencies: Tensor
@@ -24,5 +24,5 @@ class KernelOps(TorchOps):
         return F.rms_norm(x, x.shape[-1:], self._weights[f"{name}.weight"], self._config.rms_norm_eps)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angle = positions.float()[:, None] * self._frequencies
-        return angle.cos(), angle.sin()
+        angle, factor = positions.float()[:, None] * self._frequencies, self._config.rope.attention_factor
+        return angle.cos() * factor, angle.sin() * factor

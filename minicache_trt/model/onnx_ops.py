@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 from minicache_trt.config import ModelConfig
 from minicache_trt.functions.tape import Emitter
+from minicache_trt.model.decoder import gated_mlp
+from minicache_trt.model.onnx_moe import mixture
 from minicache_trt.model.rope import inverse_frequencies
 
 Linear = Callable[[ir.Value, str], ir.Value]
@@ -52,16 +54,25 @@ class OnnxOps:
         attrs = {"epsilon": self._config.rms_norm_eps, "axis": -1}
         return self._g.op("RMSNormalization", x, self._weight(f"{name}.weight"), attrs=attrs)
 
+    def head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        split = self._g.reshape(x, [-1, heads, self._config.head_dim])
+        return self._g.reshape(self.rms_norm(split, name), [-1, heads * self._config.head_dim])
+
     def rotation(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines with a batch axis of one in front, from the positions themselves: no table."""
         g = self._g
         frequency = inverse_frequencies(self._config.rope, self._config.head_dim).numpy()
         angle = g.op("Mul", g.unsqueeze(g.float32(positions), 1), g.floats(frequency[None]))
-        return g.unsqueeze(g.op("Cos", angle), 0), g.unsqueeze(g.op("Sin", angle), 0)
+        parts, factor = (g.op("Cos", angle), g.op("Sin", angle)), self._config.rope.attention_factor
+        cos, sin = parts if factor == 1.0 else (g.op("Mul", part, g.floats(factor)) for part in parts)
+        return g.unsqueeze(cos, 0), g.unsqueeze(sin, 0)
 
     def rotary(self, x: ir.Value, rotation: tuple[ir.Value, ir.Value], heads: int) -> ir.Value:
         g = self._g
-        rotated = g.op("RotaryEmbedding", g.unsqueeze(x, 0), *rotation, attrs={"num_heads": heads})
+        attrs = {"num_heads": heads}
+        if self._config.rotary_dim != self._config.head_dim:
+            attrs["rotary_embedding_dim"] = self._config.rotary_dim
+        rotated = g.op("RotaryEmbedding", g.unsqueeze(x, 0), *rotation, attrs=attrs)
         return g.op("Squeeze", rotated, g.constant([0]))
 
     def paged_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
@@ -73,6 +84,12 @@ class OnnxOps:
     def gated(self, gate: ir.Value, up: ir.Value) -> ir.Value:
         g = self._g
         return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+
+    def moe(self, x: ir.Value, name: str) -> ir.Value:
+        def expert(rows: ir.Value, index: int) -> ir.Value:
+            return gated_mlp(self, rows, f"{name}.experts.{index}")
+
+        return mixture(self._g, self._config, x, self.linear(x, f"{name}.router"), expert, name)
 
     def take(self, x: ir.Value, rows: ir.Value) -> ir.Value:
         return self._g.op("Gather", x, rows, attrs={"axis": 0})

@@ -23,12 +23,16 @@ class Ops(Protocol[T]):
 
     def rms_norm(self, x: T, name: str) -> T: ...
 
+    def head_norm(self, x: T, name: str, heads: int) -> T:
+        """`rms_norm` of each head's vector, all with the same weights ``[head_dim]``."""
+        ...
+
     def rotation(self, positions: T) -> tuple[T, T]:
-        """Cosines and sines ``[T, head_dim / 2]`` of the model's rotary embedding."""
+        """Cosines and sines ``[T, rotary_dim / 2]`` of the model's rotary embedding."""
         ...
 
     def rotary(self, x: T, rotation: tuple[T, T], heads: int) -> T:
-        """Rotate each head's vector, halves paired (the convention of Hugging Face's Llama)."""
+        """Rotate the first ``rotary_dim`` components of each head, halves paired (the convention of Hugging Face)."""
         ...
 
     def paged_attention(self, q: T, k: T, v: T, layer: int) -> T:
@@ -39,6 +43,14 @@ class Ops(Protocol[T]):
 
     def gated(self, gate: T, up: T) -> T:
         """``silu(gate) * up``."""
+        ...
+
+    def moe(self, x: T, name: str) -> T:
+        """Mixture of experts: each token's most likely experts, their gated MLPs weighed by the router's softmax.
+
+        The weights of the ``experts_per_token`` chosen ones are made to add up to one (arXiv 2401.04088). Experts no
+        token is sent to are not computed.
+        """
         ...
 
     def take(self, x: T, rows: T) -> T:

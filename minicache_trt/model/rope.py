@@ -10,11 +10,15 @@ from minicache_trt.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Angles per position, float32 ``[head_dim / 2]``, computed as Hugging Face computes them (float32 throughout).
+    """Angles per position, float32, computed as Hugging Face computes them (float32 throughout).
 
-    ``llama3`` interpolates between scaled and unscaled frequencies by wavelength (Llama 3.1 model card).
+    One for each pair of rotated components, ``[head_dim / 2]`` where whole heads are rotated. ``llama3`` interpolates
+    between scaled and unscaled frequencies by wavelength (Llama 3.1 model card).
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    dim = int(head_dim * rope.rotary_fraction)
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    if rope.divisors:
+        return 1.0 / (torch.tensor(rope.divisors, dtype=torch.float32) * rope.theta**exponent)
     frequency = 1.0 / (rope.theta**exponent)
     if rope.scaling == "linear":
         return frequency / rope.factor

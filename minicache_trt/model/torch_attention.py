@@ -88,7 +88,10 @@ def paged_attention(pools: Pools, batch: Batch, q: Tensor, k: Tensor, v: Tensor,
             tiers.append(torch.cat([pools.history(part, layer, blocks), recent], 1) if compressed else recent)
         count = rows.stop - rows.start
         queries = q[rows].float().view(count, config.num_heads, config.head_dim).transpose(0, 1)
-        visible = torch.arange(length, device=device) <= torch.arange(length - count, length, device=device)[:, None]
+        position = torch.arange(length - count, length, device=device)[:, None]
+        visible = torch.arange(length, device=device) <= position
+        if config.sliding_window is not None:
+            visible &= torch.arange(length, device=device) > position - config.sliding_window
         keys, values = (tier.repeat_interleave(config.group_size, 0) for tier in tiers)
         logits = queries @ keys.transpose(1, 2) / math.sqrt(config.head_dim)
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)

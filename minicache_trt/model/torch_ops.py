@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minicache_trt.config import ModelConfig
+from minicache_trt.model.decoder import gated_mlp
 from minicache_trt.model.rope import inverse_frequencies
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -37,15 +38,19 @@ class TorchOps:
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
         return self._weights[f"{name}.weight"] * scaled.to(x.dtype)
 
+    def head_norm(self, x: Tensor, name: str, heads: int) -> Tensor:
+        return self.rms_norm(x.view(len(x), heads, -1), name).flatten(1)
+
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         frequency = inverse_frequencies(self._config.rope, self._config.head_dim).to(positions.device)
-        angle = positions.float()[:, None] * frequency
-        return angle.cos(), angle.sin()
+        angle, factor = positions.float()[:, None] * frequency, self._config.rope.attention_factor
+        return angle.cos() * factor, angle.sin() * factor
 
     def rotary(self, x: Tensor, rotation: tuple[Tensor, Tensor], heads: int) -> Tensor:
         cos, sin = (part[:, None].to(x.dtype) for part in rotation)
-        first, second = x.view(len(x), heads, -1).chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(1)
+        x, half = x.view(len(x), heads, -1), self._config.rotary_dim // 2
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).flatten(1)
 
     def paged_attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         return self._attention(q, k, v, layer)
@@ -55,6 +60,17 @@ class TorchOps:
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
+
+    def moe(self, x: Tensor, name: str) -> Tensor:
+        shares = self.linear(x, f"{name}.router").float().softmax(-1)
+        shares, chosen = shares.topk(self._config.experts_per_token, -1)
+        shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros_like(x)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, place = torch.where(chosen == expert)
+            result = gated_mlp(self, x[rows], f"{name}.experts.{expert}")
+            out.index_add_(0, rows, result * shares[rows, place][:, None])
+        return out
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]

@@ -80,7 +80,7 @@ class GraphWeights:
         if self._views[name].dtype == "float32":
             return self.table(name)
         if name not in self._floats:
-            self._floats[name] = self.emitter.float32(self.table(name))
+            self._floats[name] = self.emitter.outside(lambda: self.emitter.float32(self.table(name)))
         return self._floats[name]
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:

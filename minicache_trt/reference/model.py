@@ -199,15 +199,15 @@ def _model_shape(config: Any) -> ModelConfig:
 def _rope_frequencies(model: Any) -> Tensor:
     """Radians per position of the model's own rotary embedding, float32 ``[D / 2]``.
 
+    A factor of cosines and sines (LongRoPE) stays in the keys: turning them back and forth commutes with it.
+
     Raises
     ------
     ValueError
-        The model has no rotary embedding, or one that also scales what it rotates.
+        The model has no rotary embedding.
     """
     for module in model.modules():
         if hasattr(module, "inv_freq"):
-            if getattr(module, "attention_scaling", 1.0) != 1.0:
-                raise ValueError(f"attention_scaling: expected 1.0 for basis pre_rope, got {module.attention_scaling}")
             frequencies: Tensor = module.inv_freq.to(torch.float32)
             return frequencies
     raise ValueError(f"model: expected one with rotary embeddings for basis pre_rope, got {type(model).__name__}")

@@ -19,9 +19,9 @@ Int32 = NDArray[np.int32]
 class Batch:
     """int32 arrays of `minicache_trt.contract.DECODER_INPUTS`; see there for shapes and meaning.
 
-    Invariants: the first ``len(decode_rows)`` sequences have one token each; every table has at least one column;
-    unused table entries are 0; ``prefill_rows`` has T in its padding and a width of at most `PREFILL_TILE` or a
-    multiple of it.
+    Invariants: the first ``len(decode_rows)`` sequences have one token each; every table has at least one column; table
+    entries that are unused, or behind a sliding window, are 0; ``prefill_rows`` has T in its padding and a width of at
+    most `PREFILL_TILE` or a multiple of it.
     """
 
     input_ids: Int32
@@ -69,7 +69,6 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
     logit_rows = [row for item, end in zip(work, ends, strict=True) for row in range(end - item.num_logits, end)]
     full_table = _table([sequence.full_table for sequence in sequences])
     compressed_table = _table([sequence.compressed_table for sequence in sequences])
-    decodes = sequences[:num_decodes]
     return Batch(
         input_ids=_concatenate([item.sequence.token_ids[item.start : item.end] for item in work]),
         positions=_concatenate([range(item.start, item.end) for item in work]),
@@ -79,8 +78,8 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
         slot_mapping=np.concatenate([cache.slots(item.sequence, item.start, item.end) for item in work]),
         full_table=full_table,
         compressed_table=compressed_table,
-        full_work=work_list([len(sequence.full_table) for sequence in decodes], full_table.shape[1]),
-        compressed_work=work_list([len(sequence.compressed_table) for sequence in decodes], compressed_table.shape[1]),
+        full_work=work_list(full_table[:num_decodes]),
+        compressed_work=work_list(compressed_table[:num_decodes]),
         decode_rows=np.arange(num_decodes, dtype=np.int32),
         prefill_rows=_prefill_rows(work[num_decodes:], query_start[num_decodes:]),
         prefill_past=prefill_past([item.start - item.sequence.compressed_len for item in work[num_decodes:]]),
@@ -88,13 +87,9 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
     )
 
 
-def work_list(used: list[int], width: int) -> Int32:
-    """Places s * width + m of the first ``used[s]`` entries of each row of a table ``[S, width]``."""
-    if not used:
-        return np.zeros(0, np.int32)
-    return np.concatenate(
-        [np.arange(row * width, row * width + count, dtype=np.int32) for row, count in enumerate(used)]
-    )
+def work_list(table: Int32) -> Int32:
+    """Places s * width + m of the blocks in use in a table ``[S, width]``: entries that are not 0."""
+    return np.flatnonzero(table).astype(np.int32)
 
 
 def prefill_past(lengths: list[int]) -> Int32:

@@ -20,7 +20,8 @@ class CacheSizes:
         Nc = what is left of max_bytes
 
     Nf gives way when the rest could not hold the compressed part of one sequence. Without a compressed tier all
-    bytes go to Nf, and Nc is block 0, which has no bytes.
+    bytes go to Nf, and Nc is block 0, which has no bytes. With a sliding window of w tokens, a sequence holds at most
+    ceil((w - 1) / B) blocks of both tiers in front of the block, or quantum, it computes.
     """
 
     full_blocks: int
@@ -50,6 +51,7 @@ class CacheSizes:
         full_block_bytes: int,
         compressed_block_bytes: int,
         free_memory: int | None = None,
+        sliding_window: int | None = None,
     ) -> CacheSizes:
         """Split ``cache.max_bytes``, or size both tiers for ``max_batch_size`` sequences of ``max_seq_len``.
 
@@ -69,6 +71,10 @@ class CacheSizes:
         else:
             decode = prefill = longest
             compressed = 0
+        if sliding_window is not None:
+            seen = blocks_for(sliding_window - 1)
+            decode, prefill = min(decode, seen + 1), min(prefill, seen + build.quantum // BLOCK_SIZE)
+            compressed = min(compressed, blocks_for(max(0, sliding_window - 1 - build.window)))
         prefills = min(cache.active_prefills, build.max_batch_size)
         full_blocks = 1 + build.max_batch_size * decode + prefills * (prefill - decode)
         whole = cls(full_blocks, 1 + build.max_batch_size * compressed, full_block_bytes, compressed_block_bytes)

@@ -69,6 +69,7 @@ class Runner:
             full_block_bytes(engine.model, engine.element_bytes),
             compressed_block_bytes(plan, engine.model, engine.element_bytes),
             engine.free_memory(),
+            engine.model.sliding_window,
         )
         allocated = engine.allocate(self.sizes.full_blocks, self.sizes.compressed_blocks)
         if allocated != self.sizes.num_bytes:
@@ -76,7 +77,7 @@ class Runner:
         full_pool = BlockPool(self.sizes.full_blocks, "full")
         compressed_pool = BlockPool(self.sizes.compressed_blocks, "compressed")
         rule = DemotionRule(build.window, build.quantum)
-        self.cache = TieredCache(rule, full_pool, compressed_pool, plan.compresses)
+        self.cache = TieredCache(rule, full_pool, compressed_pool, plan.compresses, engine.model.sliding_window)
         self.scheduler = Scheduler(self.cache, build.max_batch_size, build.max_num_tokens)
         self.statistics = self._new_statistics()
 

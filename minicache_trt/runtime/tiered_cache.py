@@ -19,6 +19,16 @@ def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
 
 
+def blocks_behind(position: int, sliding_window: int | None) -> int:
+    """First blocks of a sequence that no query from ``position`` on sees."""
+    return 0 if sliding_window is None else max(0, position + 1 - sliding_window) // BLOCK_SIZE
+
+
+def used_blocks(table: list[int]) -> list[int]:
+    """Entries of a table but those behind a sliding window."""
+    return [block for block in table if block]
+
+
 @dataclass(frozen=True)
 class DemotionRule:
     """How much of its history a query reads from the compressed tier: a function of its position alone.
@@ -76,6 +86,9 @@ class TieredCache:
         positions [0, c)   compressed_table[0 : c/B]           grows in `demote` only
         positions [c, n)   full_table[0 : ceil((n - c)/B)]     grows in `reserve`, shrinks in `demote`
 
+    With a sliding window, blocks no query from n on can see are freed in `demote`: their entries, the first ones of the
+    tables, are 0. One that is behind the window when its turn comes is not compressed.
+
     Parameters
     ----------
     rule : DemotionRule
@@ -84,9 +97,19 @@ class TieredCache:
         The tiers' ids.
     compresses : bool
         Whether the plan has a compressed tier; without one c is always 0.
+    sliding_window : int, optional
+        Tokens a query sees, itself included; default all.
     """
 
-    def __init__(self, rule: DemotionRule, full_pool: BlockPool, compressed_pool: BlockPool, compresses: bool) -> None:
+    def __init__(
+        self,
+        rule: DemotionRule,
+        full_pool: BlockPool,
+        compressed_pool: BlockPool,
+        compresses: bool,
+        sliding_window: int | None = None,
+    ) -> None:
+        self.sliding_window = sliding_window
         self.rule = rule
         self.full_pool = full_pool
         self.compressed_pool = compressed_pool
@@ -97,21 +120,25 @@ class TieredCache:
         return self.rule.compressed_len(position, prompt_len) if self.compresses else 0
 
     def chunk_end(self, start: int, end: int, prompt_len: int) -> int:
-        """Largest end of a chunk from ``start``, at most ``end``, whose queries share one c."""
-        if not self.compresses:
-            return end
-        return min(end, self.rule.chunk_end(start, prompt_len))
+        """Largest end of a chunk from ``start``, at most ``end``, whose queries share one c.
+
+        With a sliding window, chunks also end with the quantum, where blocks behind the window can be freed.
+        """
+        if self.sliding_window is not None:
+            end = min(end, (start // self.rule.quantum + 1) * self.rule.quantum)
+        return min(end, self.rule.chunk_end(start, prompt_len)) if self.compresses else end
 
     def peak_blocks(self, sequence: Sequence, end: int) -> tuple[int, int]:
         """Most (full, compressed) blocks the sequence holds while it computes up to position ``end``."""
         start = sequence.num_computed
-        full = len(sequence.full_table)
-        c = sequence.compressed_len
+        full, compressed = (len(used_blocks(table)) for table in (sequence.full_table, sequence.compressed_table))
         while start < end:
-            c = self.compressed_len(start, sequence.prompt_len)
+            c = self.compressed_len(start, sequence.prompt_len) // BLOCK_SIZE
+            behind = blocks_behind(start, self.sliding_window)
             start = self.chunk_end(start, end, sequence.prompt_len)
-            full = max(full, blocks_for(start - c))
-        return full, c // BLOCK_SIZE
+            full = max(full, blocks_for(start) - max(c, behind))
+            compressed = max(compressed, c - behind)
+        return full, compressed
 
     def reserve(self, sequence: Sequence, end: int) -> None:
         """Own full-tier blocks for all of [c, end).
@@ -128,30 +155,44 @@ class TieredCache:
     def demote(self, sequence: Sequence, new_c: int) -> list[Demotion]:
         """Move [c, new_c) to the compressed tier's table; the caller compresses, then calls `release`.
 
-        Sources stay allocated until `release`, so that nothing overwrites them before they are read.
+        Sources stay allocated until `release`, so that nothing overwrites them before they are read. What is behind the
+        sliding window of the next query is freed first.
 
         Raises
         ------
         OutOfBlocks
-            Nothing has changed then.
+            Nothing has moved then.
         """
         if new_c % BLOCK_SIZE or not sequence.compressed_len <= new_c <= sequence.num_computed:
             raise IntegrityError(
                 f"demotion to {new_c}: expected a multiple of {BLOCK_SIZE} from compressed_len "
                 f"{sequence.compressed_len} to num_computed {sequence.num_computed}"
             )
+        self._free_behind_window(sequence)
         first = len(sequence.compressed_table)
         count = new_c // BLOCK_SIZE - first
-        targets = self.compressed_pool.allocate(count)
         sources = sequence.full_table[:count]
+        skipped = sources.count(0)
+        targets = [0] * skipped + self.compressed_pool.allocate(count - skipped)
         del sequence.full_table[:count]
         sequence.compressed_table += targets
         sequence.compressed_len = new_c
-        return [Demotion(sequence, s, t, first + i) for i, (s, t) in enumerate(zip(sources, targets, strict=True))]
+        moves = enumerate(zip(sources, targets, strict=True), first)
+        return [Demotion(sequence, source, target, index) for index, (source, target) in moves if source]
 
     def release(self, demotions: Iterable[Demotion]) -> None:
         """Free the sources of demotions that the engine has compressed."""
         self.full_pool.free(demotion.source for demotion in demotions)
+
+    def _free_behind_window(self, sequence: Sequence) -> None:
+        behind = blocks_behind(sequence.num_computed, self.sliding_window)
+        in_compressed = min(behind, len(sequence.compressed_table))
+        for table, pool, count in (
+            (sequence.compressed_table, self.compressed_pool, in_compressed),
+            (sequence.full_table, self.full_pool, behind - in_compressed),
+        ):
+            pool.free(used_blocks(table[:count]))
+            table[:count] = [0] * count
 
     def slots(self, sequence: Sequence, start: int, end: int) -> NDArray[np.int32]:
         """Full-tier slots (block * B + offset) of positions [start, end), int32 ``(end - start,)``."""
@@ -162,8 +203,8 @@ class TieredCache:
 
     def free(self, sequence: Sequence) -> None:
         """Give up all blocks of the sequence and forget what it computed."""
-        self.full_pool.free(sequence.full_table)
-        self.compressed_pool.free(sequence.compressed_table)
+        self.full_pool.free(used_blocks(sequence.full_table))
+        self.compressed_pool.free(used_blocks(sequence.compressed_table))
         sequence.full_table = []
         sequence.compressed_table = []
         sequence.num_computed = sequence.compressed_len = 0
@@ -182,8 +223,8 @@ class TieredCache:
             tables = len(sequence.full_table), len(sequence.compressed_table)
             if c > n or tables != (blocks_for(n - c), c // BLOCK_SIZE) or c % BLOCK_SIZE:
                 raise IntegrityError(f"sequence: {n} tokens, {c} compressed, but tables of {tables} blocks")
-            owners["full"].update(sequence.full_table)
-            owners["compressed"].update(sequence.compressed_table)
+            owners["full"].update(used_blocks(sequence.full_table))
+            owners["compressed"].update(used_blocks(sequence.compressed_table))
         for key, pool in (("full", self.full_pool), ("compressed", self.compressed_pool)):
             pool.check_integrity()
             counts = {block: count for block, count in enumerate(pool.ref_counts) if count}

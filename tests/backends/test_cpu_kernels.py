@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,19 @@ def test_other_shapes(heads: int, kv_heads: int, dim: int) -> None:
         pools = random_pools(config, plan)
         out, _, projections = run_node(config, plan, pools, batch, 2)
         np.testing.assert_allclose(out, paged_attention(pools, batch, *projections, 2).numpy(), atol=3e-5)
+
+
+@pytest.mark.parametrize("window", [1, 64, 100, 191])
+@pytest.mark.parametrize("name", ["full", "kivi4", "minicache4", "mixed", "keys before RoPE"])
+def test_kernels_agree_with_twin_on_windows(name: str, window: int) -> None:
+    """Tables name no block that is behind the window."""
+    torch.manual_seed(8)
+    config, plan = replace(CONFIG, sliding_window=window), PLANS[name]
+    shapes = [(700, 512, 1), (230, 64, 1), (3, 0, 1), (400, 128, 257), (300, 192, 60), (20, 0, 20)]
+    batch = step([(n, c if plan.compresses else 0, t) for n, c, t in shapes], sliding_window=window)
+    pools = random_pools(config, plan)
+    out, _, projections = run_node(config, plan, pools, batch, 2)
+    np.testing.assert_allclose(out, paged_attention(pools, batch, *projections, 2).numpy(), atol=2e-5)
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from minicache_trt.backends.cpu_kernels import SWITCH
 from minicache_trt.build import build_engine, load_engine
-from minicache_trt.compare import reference_for
 from minicache_trt.compression.codec import compress_blocks
 from minicache_trt.compression.methods import METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
@@ -20,6 +19,7 @@ from minicache_trt.compression.stream_constants import StreamConstants
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.contract import plan_layout
 from minicache_trt.engine_directory import read_engine
+from minicache_trt.hf_reference import reference_for
 from minicache_trt.runtime.llm import LLM
 from tests.support.checkpoints import SHAPES, make_checkpoint
 from tests.support.engines import assert_equals_reference, build

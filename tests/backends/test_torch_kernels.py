@@ -48,6 +48,22 @@ def random_sequences(lengths: list[int], decoded: int, vocabulary: int = 101) ->
     return [rng.integers(0, vocabulary, length + decoded).tolist() for length in lengths]
 
 
+FAMILY_SHAPES = {
+    name: SHAPES[name] if SHAPES[name]["family"] == "phi3" else SHAPES[name] | {"head_dim": 64}
+    for name in SHAPES
+    if any(word in name for word in ("window", "qwen3", "partial rotary", "mixtral"))
+}
+
+
+@pytest.mark.parametrize("shape", FAMILY_SHAPES)
+@pytest.mark.parametrize("method", ["full", "kivi4"])
+def test_families(tmp_path: Path, shape: str, method: str) -> None:
+    """Windows, experts, norms of heads, rotations of their own; heads of a size the kernels are made for."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **FAMILY_SHAPES[shape])
+    directory = build(checkpoint, tmp_path / "engine", method, quantum=128)
+    assert_equals_reference(directory, [300, 70], 70, backend="host-kernels")
+
+
 PLANS = [*METHODS, "mixed", "lossless", *full_codec_plans(ModelConfig("llama", 4, 64, 64, 4, 2, 64, 100, 4096))]
 
 

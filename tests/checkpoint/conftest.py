@@ -26,14 +26,11 @@ def save_model(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
 
     def save(family: str = "llama", *, shard_size: str = "1GB", dtype: str = "float32", **config: Any):
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        config_class, model_class = {
-            "llama": (LlamaConfig, LlamaForCausalLM),
-            "mistral": (MistralConfig, MistralForCausalLM),
-        }[family]
         torch.manual_seed(0)
-        model = model_class(config_class(**{**SHAPE, **config})).to(getattr(torch, dtype))
+        options = {**SHAPE, "pad_token_id": 0, **config}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).to(getattr(torch, dtype))
         directory = tmp_path / f"{family}-checkpoint"
         model.save_pretrained(directory, max_shard_size=shard_size)
         return directory, model

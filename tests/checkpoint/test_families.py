@@ -1,5 +1,6 @@
 """Canonical weights against the state dict of the transformers model."""
 
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,12 @@ VARIANTS = [
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("mistral", {}),
     ("mistral", {"tie_word_embeddings": True, "sliding_window": 128}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 16}),
+    ("qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
 ]
+STACKED = [("phi3", {}), ("phi3", {"num_key_value_heads": 4, "tie_word_embeddings": True, "intermediate_size": 80})]
 
 
 @pytest.mark.parametrize(("family", "config"), VARIANTS)
@@ -31,6 +37,47 @@ def test_every_parameter_is_bound_once(save_model, family, config):
         assert view.name == row.hf_name(canonical)
         assert torch.equal(view.torch(), parameters[view.name])
     assert ("lm_head.weight" in checkpoint.weights) is not checkpoint.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(("family", "config"), STACKED)
+def test_stacked_parameters_are_views_of_their_rows(save_model, family, config):
+    """Of the checkpoint's own bytes, in order, all rows once."""
+    directory, model = save_model(family, **config)
+    checkpoint = load_checkpoint(str(directory))
+    assert {name: view.shape for name, view in checkpoint.weights.items()} == weight_shapes(checkpoint.config)
+    parts: dict[str, list] = {}
+    for view in checkpoint.weights.values():
+        assert view.file == directory / "model.safetensors"
+        parts.setdefault(view.name, []).append(view)
+    parameters = dict(model.named_parameters())
+    assert parts.keys() == parameters.keys()
+    for name, views in parts.items():
+        assert torch.equal(torch.cat([view.torch() for view in views]), parameters[name])
+        assert all(a.offset + a.nbytes == b.offset for a, b in itertools.pairwise(views))
+    layer = model.model.layers[1]
+    heads, kv_heads, dim = (getattr(checkpoint.config, name) for name in ("num_heads", "num_kv_heads", "head_dim"))
+    q, k, v = layer.self_attn.qkv_proj.weight.split([heads * dim, kv_heads * dim, kv_heads * dim])
+    gate, up = layer.mlp.gate_up_proj.weight.chunk(2)
+    expected = {"attention.q": q, "attention.k": k, "attention.v": v, "mlp.gate": gate, "mlp.up": up}
+    for name, weight in expected.items():
+        assert torch.equal(checkpoint.weights[f"layers.1.{name}.weight"].torch(), weight)
+
+
+def test_experts(save_model):
+    """Of one tensor each, as on the hub; transformers stacks them when it loads them."""
+    directory, model = save_model("mixtral", num_local_experts=5, num_experts_per_tok=3)
+    checkpoint = load_checkpoint(str(directory))
+    assert (checkpoint.config.num_experts, checkpoint.config.experts_per_token) == (5, 3)
+    assert {view.name for view in checkpoint.weights.values()} == load_file(directory / "model.safetensors").keys()
+    mlp = model.model.layers[1].mlp
+    assert torch.equal(checkpoint.weights["layers.1.moe.router.weight"].torch(), mlp.gate.weight)
+    for expert in range(5):
+        gate, up, down = (
+            checkpoint.weights[f"layers.1.moe.experts.{expert}.{part}.weight"].torch()
+            for part in ("gate", "up", "down")
+        )
+        assert torch.equal(torch.cat([gate, up]), mlp.experts.gate_up_proj[expert])
+        assert torch.equal(down, mlp.experts.down_proj[expert])
 
 
 def test_canonical_names(save_model):

@@ -3,14 +3,26 @@
 import json
 
 import pytest
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minicache_trt.checkpoint import parse_config, resolve_config
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-CLASSES = {"llama": (LlamaConfig, "LlamaForCausalLM"), "mistral": (MistralConfig, "MistralForCausalLM")}
+LONGROPE = {"type": "longrope", "short_factor": [1.0 + i for i in range(8)], "long_factor": [2.0] * 8}
+CLASSES = {
+    "llama": (LlamaConfig, "LlamaForCausalLM"),
+    "mistral": (MistralConfig, "MistralForCausalLM"),
+    "mixtral": (MixtralConfig, "MixtralForCausalLM"),
+    "qwen2": (Qwen2Config, "Qwen2ForCausalLM"),
+    "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
+    "phi3": (Phi3Config, "Phi3ForCausalLM"),
+}
+
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 VARIANTS = [
     ("llama", {}),
@@ -32,6 +44,21 @@ VARIANTS = [
     ("mistral", {}),
     ("mistral", {"sliding_window": None, "attention_bias": True}),
     ("mistral", {"sliding_window": 4096, "num_key_value_heads": 4}),
+    ("mixtral", {}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 64, "head_dim": 32}),
+    ("qwen2", {}),
+    ("qwen2", {"eos_token_id": 7, "tie_word_embeddings": True, "sliding_window": None}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["sliding_attention"] * 2}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["full_attention"] * 2}),
+    ("qwen3", {}),
+    ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    ("phi3", {}),
+    ("phi3", {"sliding_window": 200, "num_key_value_heads": None}),
+    ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}),
+    ("phi3", {"rope_scaling": {**LONGROPE, "attention_factor": 1.5}, "original_max_position_embeddings": 64}),
+    ("phi3", {"partial_rotary_factor": 0.5}),
 ]
 
 
@@ -42,7 +69,8 @@ def assert_parity(config: ModelConfig, reference) -> None:
     assert config.intermediate_size == reference.intermediate_size
     assert config.num_heads == reference.num_attention_heads
     assert config.num_kv_heads == reference.num_key_value_heads
-    assert config.head_dim == reference.head_dim
+    head_dim = getattr(reference, "head_dim", None)
+    assert config.head_dim == (head_dim or reference.hidden_size // reference.num_attention_heads)
     assert config.vocab_size == reference.vocab_size
     assert config.max_position_embeddings == reference.max_position_embeddings
     assert config.rms_norm_eps == reference.rms_norm_eps
@@ -50,10 +78,18 @@ def assert_parity(config: ModelConfig, reference) -> None:
     assert config.bos_token_id == reference.bos_token_id
     eos = reference.eos_token_id
     assert config.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    is_llama = isinstance(reference, LlamaConfig)
-    assert config.qkv_bias == config.output_bias == (is_llama and reference.attention_bias)
-    assert config.mlp_bias == (is_llama and reference.mlp_bias)
-    assert config.sliding_window == (None if is_llama else reference.sliding_window)
+    kind = type(reference)
+    bias = kind is Qwen2Config or (kind in (LlamaConfig, Qwen3Config) and reference.attention_bias)
+    assert config.qkv_bias == bias and config.output_bias == (bias and kind is not Qwen2Config)
+    assert config.mlp_bias == (kind is LlamaConfig and reference.mlp_bias)
+    assert config.qk_norm == (kind is Qwen3Config)
+    assert config.num_experts == getattr(reference, "num_local_experts", 0)
+    assert config.experts_per_token == getattr(reference, "num_experts_per_tok", 0)
+    windows = {
+        getattr(reference, "sliding_window", None) if layer == "sliding_attention" else None
+        for layer in getattr(reference, "layer_types", None) or ["sliding_attention"]
+    }
+    assert [config.sliding_window] == ([None] if kind is LlamaConfig else list(windows))
     assert config.rope.theta == rope["rope_theta"]
     assert config.rope.scaling == rope["rope_type"].replace("default", "none")
     for name, key in {
@@ -61,9 +97,15 @@ def assert_parity(config: ModelConfig, reference) -> None:
         "low_freq_factor": "low_freq_factor",
         "high_freq_factor": "high_freq_factor",
         "original_max_position": "original_max_position_embeddings",
+        "rotary_fraction": "partial_rotary_factor",
+        "divisors": "short_factor",
+        "long_divisors": "long_factor",
     }.items():
-        if key in rope:
-            assert getattr(config.rope, name) == rope[key]
+        if key in rope and (name != "original_max_position" or config.rope.scaling != "none"):
+            got = getattr(config.rope, name)
+            assert (list(got) if isinstance(got, tuple) else got) == rope[key]
+    if config.rope.scaling == "longrope":
+        assert config.rope.attention_factor == ROPE_INIT_FUNCTIONS["longrope"](reference)[1]
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -71,7 +113,7 @@ def assert_parity(config: ModelConfig, reference) -> None:
 def test_parity_with_transformers(tmp_path, raw_config, family, changes, written_by):
     config_class, architecture = CLASSES[family]
     raw = {**raw_config, "architectures": [architecture], "model_type": family, **changes}
-    if family == "mistral" and "num_key_value_heads" not in changes:
+    if family in ("mistral", "mixtral") and "num_key_value_heads" not in changes:
         raw["num_attention_heads"] = 8
         raw.pop("num_key_value_heads")
         raw["hidden_size"] = 128
@@ -84,6 +126,14 @@ def test_parity_with_transformers(tmp_path, raw_config, family, changes, written
     assert config.family == family and config.dtype == "float16"
     assert_parity(config, reference)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_su_is_the_old_name_of_longrope(raw_config):
+    """transformers 5 no longer reads it; Phi-3's first checkpoints have it."""
+    raw = {**raw_config, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+    old = parse_config({**raw, "rope_scaling": {**LONGROPE, "type": "su"}}, path="config.json")
+    assert old == parse_config({**raw, "rope_scaling": LONGROPE}, path="config.json")
+    assert old.rope.scaling == "longrope" and old.rope.original_max_position == 4096
 
 
 @pytest.mark.parametrize(
@@ -149,7 +199,18 @@ def test_architectures_absent(write_config):
             "type 'dynamic' is not .*types: default, linear, llama3",
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type 'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE type 'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling: short_factor: expected list, got nothing"),
+        (
+            {"rope_scaling": {**LONGROPE, "long_factor": [1.0, 0.0]}},
+            "long_factor: expected a list of positive numbers, got",
+        ),
+        ({**MIXTRAL, "num_experts_per_tok": 9}, "experts_per_token: expected 1 to 8, got 9"),
+        ({**MIXTRAL, "num_local_experts": "8"}, "num_local_experts: expected int, got '8'"),
+        ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 7}}, "rope.divisors: expected 8 numbers, got 7"),
+        (
+            {**QWEN, "use_sliding_window": True, "max_window_layers": 1},
+            "max_window_layers: expected equal layers .*, got 1",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: expected float, got nothing"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor: expected float, got nothing"),
         ({"rope_scaling": {"type": ["linear"]}}, r"RoPE type \['linear'\] is not supported"),
@@ -181,6 +242,20 @@ def test_unknown_architecture(write_config, raw_config, changes):
     seen = {**raw_config, **changes}
     assert repr(seen["architectures"]) in caught.value.cause and repr(seen["model_type"]) in caught.value.cause
     assert "llama (LlamaForCausalLM, model_type llama); mistral (MistralForCausalLM" in caught.value.remedy
+    assert "what differs" not in caught.value.cause
+
+
+def test_unknown_architecture_says_what_differs(write_config):
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+    capped = {"attn_logit_softcapping": 50.0, "layer_types": ["sliding_attention", "full_attention"]}
+    with pytest.raises(UserError) as caught:
+        resolve_config(str(write_config(**gemma, **capped)))
+    for part in (
+        "attn_logit_softcapping 50.0 (attention logits are soft-capped)",
+        "hidden_activation 'gelu_pytorch_tanh' (the MLP is not SwiGLU)",
+        "layer_types full_attention, sliding_attention (layers differ)",
+    ):
+        assert part in caught.value.cause
 
 
 def test_parse_does_not_change_its_input(raw_config):

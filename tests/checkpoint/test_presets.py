@@ -19,6 +19,16 @@ PARAMETERS = {
     "llama3.2-3b": 3_212_749_824,
     "mistral-7b": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "phi3-mini-4k-instruct": 3_821_079_552,
+    "phi3-medium-4k-instruct": 13_960_238_080,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
     "smollm2-135m": 134_515_008,
     "tinyllama-1.1b": 1_100_048_384,
 }
@@ -44,7 +54,9 @@ def test_every_preset_parses_as_transformers_does(name):
     reference = AutoConfig.for_model(**preset.raw_config)
     assert config == preset.config
     assert config.family == preset.raw_config["model_type"]
-    assert config.head_dim == reference.head_dim
+    head_dim = getattr(reference, "head_dim", None)
+    assert config.head_dim == (head_dim or reference.hidden_size // reference.num_attention_heads)
+    assert config.sliding_window == getattr(reference, "sliding_window", None)
     assert config.rope.theta == reference.rope_parameters["rope_theta"]
     assert config.rope.factor == reference.rope_parameters.get("factor", 1.0)
     assert preset.hub_id.count("/") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from minicache_trt.compression.size import (
     baseline_bytes_per_token,
     bytes_per_token,
     constant_bytes,
+    context_that_fits,
     layer_costs,
     ratio,
     sequence_bytes,
@@ -29,6 +32,9 @@ from minicache_trt.contract import (
     full_pools,
     stream_layout,
 )
+from minicache_trt.runtime.block_pool import BlockPool
+from minicache_trt.runtime.request import Sequence
+from minicache_trt.runtime.tiered_cache import DemotionRule, TieredCache
 from tests.support.matrices import random_matrices
 from tests.support.strategies import streams
 
@@ -126,3 +132,43 @@ def test_layer_shares_add_up(method: str) -> None:
     total = sum(cost.bytes_per_token for cost in layer_costs(plan, TINY))
     whole = compressed_block_bytes(plan, TINY, 2) if plan.compresses else full_block_bytes(TINY, 2)
     assert total == pytest.approx(whole / BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("method", ["full", "kivi4"])
+@pytest.mark.parametrize("context", [100, 4096, 5000, 20000])
+def test_a_sequence_holds_what_its_sliding_window_shows(method: str, context: int) -> None:
+    """Against the cache itself; the ratio is to the 16-bit keys and values that can still be seen."""
+    config, window = replace(LLAMA2_7B, sliding_window=4096, max_position_embeddings=32768), 64
+    plan = make_plan(config, method)
+    pools = BlockPool(1000, "full"), BlockPool(1000, "compressed")
+    cache = TieredCache(DemotionRule(window, 2048), *pools, plan.compresses, config.sliding_window)
+    sequence = Sequence([0] * (context + 1), 1, context + 1)
+    while sequence.num_computed < context:
+        end = cache.chunk_end(sequence.num_computed, context, 1)
+        cache.reserve(sequence, end)
+        sequence.num_computed = end
+        cache.release(cache.demote(sequence, cache.compressed_len(end, 1)))
+    held = pools[0].num_used * full_block_bytes(config, 2) + pools[1].num_used * compressed_block_bytes(plan, config, 2)
+    assert sequence_bytes(plan, config, context, window) == held
+    seen = min(context, 4096) * baseline_bytes_per_token(config)
+    assert ratio(plan, config, context, window) == pytest.approx(seen / held)
+
+
+@pytest.mark.parametrize("method", ["full", "kivi4", "minicache4"])
+@pytest.mark.parametrize("window", [1, 64, 100])
+@pytest.mark.parametrize("sliding_window", [None, 300])
+def test_context_that_fits(method: str, window: int, sliding_window: int | None) -> None:
+    """The greatest whole number of blocks within every budget, or any length once the window's cache fits."""
+    config = replace(TINY, sliding_window=sliding_window)
+    plan = make_plan(config, method)
+    most = max(sequence_bytes(plan, config, n, window) for n in range(290, 500))
+    for memory in range(0, 12 * full_block_bytes(config, 2), 19_997):
+        fits = context_that_fits(plan, config, memory, window)
+        if fits is None:
+            assert sliding_window is not None and most <= memory
+            continue
+        assert fits == 0 or sequence_bytes(plan, config, fits, window) <= memory
+        if sliding_window is None:
+            assert sequence_bytes(plan, config, fits + BLOCK_SIZE, window) > memory
+        else:
+            assert most > memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,11 +35,30 @@ def test_function_agrees_with_twin(name: str, kind: str) -> None:
         np.testing.assert_array_equal(kv, pools.tensors[f"kv.{layer}"].numpy())
 
 
-def test_twin_is_attention_over_the_named_slots() -> None:
+@pytest.mark.parametrize("name", ["full", "kivi4", "minicache4", "mixed", "keys before RoPE", "aligned KLT"])
+@pytest.mark.parametrize("window", [1, 50, 100, 191])
+def test_sliding_window(name: str, window: int) -> None:
+    """The function against the twin; blocks behind the window are named nowhere. Decodes and chunks of both tiers."""
+    torch.manual_seed(7)
+    config, plan = replace(CONFIG, sliding_window=window), PLANS[name]
+    shapes = [(700, 512, 1), (230, 64, 1), (3, 0, 1), (400, 128, 257), (300, 192, 60), (20, 0, 20)]
+    batch = step([(n, c if plan.compresses else 0, t) for n, c, t in shapes], sliding_window=window)
+    pools = random_pools(config, plan)
+    for kv in pools.tensors.values():
+        kv[0] = 0
+    for layer in (0, 3):
+        projections = random_projections(config, batch.num_tokens)
+        function = build_function("PagedAttention", config, streams_of(plan, config, pools, layer))
+        out, _ = run_function(function, node_inputs(plan, config, pools, batch, layer, projections))
+        np.testing.assert_allclose(out, paged_attention(pools, batch, *projections, layer).numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_twin_is_attention_over_the_named_slots(window: int | None) -> None:
     """Uncompressed, token by token, straight from the definition."""
     torch.manual_seed(2)
-    plan = make_plan(MHA, "full")
-    batch, pools = step([(70, 0, 1), (90, 0, 30)]), random_pools(MHA, plan)
+    config, plan = replace(MHA, sliding_window=window), make_plan(MHA, "full")
+    batch, pools = step([(170, 0, 1), (90, 0, 30)], sliding_window=window), random_pools(config, plan)
     q, k, v = (torch.randn(batch.num_tokens, 128, dtype=torch.float32) for _ in range(3))
     out = paged_attention(pools, batch, q, k, v, 2)
     kv = pools.tensors["kv.2"].double()
@@ -48,6 +68,7 @@ def test_twin_is_attention_over_the_named_slots() -> None:
             vectors = [
                 kv[int(batch.full_table[s, p // BLOCK_SIZE]), :, head, p % BLOCK_SIZE]
                 for p in range(int(batch.positions[t]) + 1)
+                if window is None or p > int(batch.positions[t]) - window
             ]
             keys, values = (torch.stack([pair[place] for pair in vectors]) for place in range(2))
             weights = (keys @ q[t, 64 * head : 64 * head + 64].double() / math.sqrt(64)).softmax(0)

@@ -4,8 +4,9 @@ from fake_engine import expected_compressed_len
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minicache_trt.config import BLOCK_SIZE
+from minicache_trt.config import BLOCK_SIZE, BuildConfig, KvCacheConfig
 from minicache_trt.runtime.block_pool import BlockPool, IntegrityError, OutOfBlocks
+from minicache_trt.runtime.cache_sizes import CacheSizes
 from minicache_trt.runtime.request import Sequence
 from minicache_trt.runtime.tiered_cache import DemotionRule, TieredCache
 
@@ -112,6 +113,47 @@ def test_peak_blocks_is_what_a_replay_holds(window, quantum, prompt_len, generat
         step(cache, sequence, {p: ("full", b, p % 64) for p, b in exact_places(sequence)}, 10**6)
         full = max(full, len(sequence.full_table))
     assert (full, len(sequence.compressed_table)) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), windows, quanta, st.booleans(), st.integers(1, 400), st.integers(1, 600), st.integers(0, 300))
+def test_sliding_window(data, window, quantum, compresses, sliding, prompt_len, generated):
+    """Exactly the blocks some query can still see are held, in slots that never change; the planned sizes suffice."""
+    total = prompt_len + generated
+    build = BuildConfig(1, total, total, window=window, quantum=quantum)
+    sizes = CacheSizes.plan(build, KvCacheConfig(), compresses, 1000, 100, sliding)
+    pools = BlockPool(sizes.full_blocks, "full"), BlockPool(sizes.compressed_blocks, "compressed")
+    cache = TieredCache(DemotionRule(window, quantum), *pools, compresses, sliding)
+    sequence = Sequence([0] * total, prompt_len, total)
+    most = cache.peak_blocks(sequence, total)
+    places = {}
+    while sequence.num_remaining:
+        start = sequence.num_computed
+        first = max(0, start - sliding + 1) // BLOCK_SIZE
+        demotions = cache.demote(sequence, cache.compressed_len(start, prompt_len))
+        for demotion in demotions:
+            assert demotion.block_index >= first and places.pop(demotion.block_index) == ("full", demotion.source)
+            places[demotion.block_index] = ("compressed", demotion.target)
+        cache.release(demotions)
+        end = min(start + data.draw(st.integers(1, 300)), total)
+        end = cache.chunk_end(start, end, prompt_len)
+        peak = cache.peak_blocks(sequence, end)
+        cache.reserve(sequence, end)
+        c = sequence.compressed_len // BLOCK_SIZE
+        table = sequence.compressed_table + sequence.full_table
+        assert len(table) == -(-end // BLOCK_SIZE) and table[:first] == [0] * first and all(table[first:])
+        assert c == expected_compressed_len(start, prompt_len, window, quantum) // BLOCK_SIZE * compresses
+        for index, block in enumerate(table[first:], first):
+            tier = "compressed" if index < c else "full"
+            assert places.setdefault(index, (tier, block)) == (tier, block)
+        held = cache.full_pool.num_used, cache.compressed_pool.num_used
+        assert held == (len(table) - max(c, first), max(0, c - first))
+        assert held[0] <= peak[0] <= most[0] < sizes.full_blocks
+        assert held[1] <= peak[1] <= most[1] < sizes.compressed_blocks
+        sequence.num_computed = end
+        cache.check_integrity([sequence])
+    cache.free(sequence)
+    cache.check_integrity([])
 
 
 def exact_places(sequence):

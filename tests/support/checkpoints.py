@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 101,
@@ -54,6 +54,50 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "mistral": {"family": "mistral", "sliding_window": None},
+    "mistral, window 90": {"family": "mistral", "sliding_window": 90, "num_attention_heads": 6, "head_dim": 48},
+    "mistral, window 250, MHA": {"family": "mistral", "sliding_window": 250, "num_key_value_heads": 4},
+    "qwen2": {"family": "qwen2", "tie_word_embeddings": True, "head_dim": None, "hidden_size": 192, "vocab_size": 203},
+    "qwen2, GQA 6:2, head_dim 48": {"family": "qwen2", "num_attention_heads": 6, "head_dim": 48},
+    "qwen2, window 129": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 129,
+        "max_window_layers": 0,
+        "hidden_size": 128,
+    },
+    "qwen3": {"family": "qwen3", "num_attention_heads": 6, "head_dim": 80, "num_hidden_layers": 5},
+    "qwen3, biases, tied": {"family": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
+    "phi3": {"family": "phi3", "head_dim": None, "num_key_value_heads": 4, "hidden_size": 192, "vocab_size": 131},
+    "phi3, GQA 4:2, partial rotary, float16": {
+        "family": "phi3",
+        "head_dim": None,
+        "hidden_size": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        "dtype": "float16",
+    },
+    "phi3, window 70": {"family": "phi3", "head_dim": None, "hidden_size": 256, "sliding_window": 70},
+    "mixtral": {"family": "mixtral", "num_local_experts": 8, "head_dim": 48, "vocab_size": 131},
+    "mixtral, 5 experts, 3 chosen, window, float16": {
+        "family": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "num_attention_heads": 6,
+        "sliding_window": 100,
+        "tie_word_embeddings": True,
+        "dtype": "float16",
+    },
+    "phi3, LongRoPE": {
+        "family": "phi3",
+        "head_dim": None,
+        "hidden_size": 128,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + i / 20 for i in range(16)],
+            "long_factor": [1.0 + i * i / 10 for i in range(16)],
+        },
+    },
 }
 
 
@@ -61,14 +105,15 @@ def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
     """Write a checkpoint whose config is `DEFAULTS` with ``overrides`` (``family`` and ``dtype`` included)."""
     values = DEFAULTS | overrides
     family, dtype = values.pop("family", "llama"), values.pop("dtype", "float32")
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[family]
+    values = {key: value for key, value in values.items() if key != "head_dim" or value is not None}
+    if family == "phi3":
+        values.setdefault("pad_token_id", 0)
     torch.manual_seed(seed)
-    model = model_class(config_class(**values))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     return directory

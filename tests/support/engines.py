@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from minicache_trt.build import build_engine, load_engine
-from minicache_trt.compare import BlockRecorder, reference_for
+from minicache_trt.compare import BlockRecorder
 from minicache_trt.compression.methods import METHODS, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.engine_directory import read_engine
+from minicache_trt.hf_reference import reference_for
 from minicache_trt.reference.ties import TOLERANCE, Ties
 from minicache_trt.runtime.llm import LLM
 from tests.support.plans import full_codec_plans, lossless_plan, mixed_plan

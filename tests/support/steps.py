@@ -35,9 +35,16 @@ def random_pools(
 
 
 def step(
-    sequences: Sequence[tuple[int, int, int]], seed: int = 0, full_blocks: int = 48, compressed_blocks: int = 16
+    sequences: Sequence[tuple[int, int, int]],
+    seed: int = 0,
+    full_blocks: int = 48,
+    compressed_blocks: int = 16,
+    sliding_window: int | None = None,
 ) -> Batch:
-    """A batch for sequences given as (length after the step, compressed length, tokens in the step), decodes first."""
+    """A batch for sequences given as (length after the step, compressed length, tokens in the step), decodes first.
+
+    Blocks that no query of the step can see through a sliding window have table entries 0.
+    """
     rng = np.random.default_rng(seed)
     full_ids, compressed_ids = (iter(rng.permutation(n - 1) + 1) for n in (full_blocks, compressed_blocks))
     counts = [tokens for *_, tokens in sequences]
@@ -54,6 +61,8 @@ def step(
             full[s, j] = next(full_ids)
         for j in range(c // BLOCK_SIZE):
             compressed[s, j] = next(compressed_ids)
+        seen = 0 if sliding_window is None else max(0, n - tokens - sliding_window + 1)
+        compressed[s, : min(c, seen) // BLOCK_SIZE] = full[s, : max(0, seen - c) // BLOCK_SIZE] = 0
         if s >= decodes:
             prefill[s - decodes, :tokens] = np.arange(starts[s], starts[s + 1])
         for p in range(n - tokens, n):
@@ -69,8 +78,8 @@ def step(
         slot_mapping=np.array(slots, i32),
         full_table=full,
         compressed_table=compressed,
-        full_work=work_list([-(-(n - c) // BLOCK_SIZE) for n, c, _ in sequences[:decodes]], full.shape[1]),
-        compressed_work=work_list([c // BLOCK_SIZE for _, c, _ in sequences[:decodes]], compressed.shape[1]),
+        full_work=work_list(full[:decodes]),
+        compressed_work=work_list(compressed[:decodes]),
         decode_rows=np.arange(decodes, dtype=i32),
         prefill_rows=prefill,
         prefill_past=prefill_past([n - tokens - c for n, c, tokens in sequences[decodes:]]),

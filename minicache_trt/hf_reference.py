@@ -1,0 +1,55 @@
+"""Hugging Face's model of an engine's checkpoint, with what the build changed: LongRoPE's divisors, rounded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minicache_trt.checkpoint.binding import stored_tensors
+from minicache_trt.checkpoint.quantize import dequantized_linears
+from minicache_trt.checkpoint.resolve import load_checkpoint
+from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
+from minicache_trt.reference import Reference
+
+
+def reference_for(directory: Path, info: EngineInfo) -> Reference:
+    """Hugging Face's model with an engine's plan and its weights as the engine sees them."""
+    linears: dict[str, NDArray[np.float32]] = {}
+    if (directory / QUANTIZED).exists():
+        checkpoint = load_checkpoint(str(directory / CHECKPOINT))
+        linears = dequantized_linears(directory / QUANTIZED, checkpoint.weights)
+    return Reference(load_model(directory, info, linears), info.plan, info.build.window, info.build.quantum)
+
+
+def load_model(directory: Path, info: EngineInfo, linears: Mapping[str, NDArray[np.float32]]) -> Any:
+    """Hugging Face's model of an engine's checkpoint, float32, at the engine's greatest length.
+
+    LongRoPE has the divisors the engine was built with at every length. ``linears``: weights by canonical name (without
+    ``.weight``) that take the place of the checkpoint's.
+    """
+    import transformers
+
+    path = directory / CHECKPOINT
+    config = transformers.AutoConfig.from_pretrained(path)
+    rope = config.rope_parameters
+    if info.model.rope.divisors:
+        rope["short_factor"] = rope["long_factor"] = list(info.model.rope.divisors)
+    models: Any = getattr(transformers, config.architectures[0])
+    if not linears:
+        return models.from_pretrained(path, config=config, dtype=torch.float32)
+    views = load_checkpoint(str(path)).weights
+    weights = {name: view.torch().float() for name, view in views.items()}
+    weights |= {f"{name}.weight": torch.from_numpy(weight) for name, weight in linears.items()}
+    head = weights.pop("lm_head.weight") if info.model.tie_word_embeddings else None
+    tensors = stored_tensors(info.model)
+    state = {name: torch.cat([weights[part] for part in parts]) for name, parts in tensors.items()}
+    model = models.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    if head is not None:
+        # The engine quantizes the output layer but not the embedding it shares its weight with.
+        model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+    return model
