@@ -157,10 +157,14 @@ class KvCacheConfig:
         Bytes for both tiers together. Default: what ``max_batch_size`` sequences of ``max_seq_len`` tokens need.
     active_prefills : int
         Prompts that may hold a whole quantum in the full tier at the same time.
+    enable_block_reuse : bool
+        Keep blocks that nobody uses until their space is needed, and share blocks with equal contents: a prompt that
+        begins like an earlier one is computed from where they differ.
     """
 
     max_bytes: int | None = None
     active_prefills: int = 1
+    enable_block_reuse: bool = True
 
     def __post_init__(self) -> None:
         if self.max_bytes is not None and self.max_bytes < 1:

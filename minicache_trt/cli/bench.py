@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,7 +157,8 @@ def _peer_command(
 
 
 def _open(engine: Path, threads: int | None, backend: str | None, memory: str | None) -> Ours:
-    config = options.cache_config(memory)
+    # Rounds repeat their prompts, and every one is to be prefilled.
+    config = replace(options.cache_config(memory), enable_block_reuse=False)
     from minicache_trt.benchmark.ours import Ours
     from minicache_trt.build import load_engine
     from minicache_trt.runtime.llm import LLM

@@ -84,7 +84,7 @@ def disturb(llm, period):
 
     def demote_after_preemption():
         if len(scheduler.running) > 1 and next(calls) % period == 0:
-            scheduler._preempt_youngest()
+            scheduler._preempt_last()
         return demote()
 
     scheduler.demote = demote_after_preemption
