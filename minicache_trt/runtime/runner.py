@@ -123,18 +123,15 @@ class Runner:
         self.scheduler.finish(job.sequence)
 
     def step(self) -> list[Update]:
-        """End jobs whose deadline has come, then compute one batch; returns the jobs that changed.
+        """End the jobs whose deadline has come or, when there are none, compute a batch; returns the jobs that changed.
 
         Raises
         ------
         Exception
-            Whatever the engine or a job raises. `fail_running` restores order.
+            Whatever the engine or a job raises; no job has ended then. `fail_running` restores order.
         """
         expired = [self._jobs[sequence] for sequence in self.scheduler.expired(self._clock())]
-        updates = [self._end(job, "timeout") for job in expired]
-        if self.has_work:
-            updates += self._run_batch()
-        return updates
+        return [self._end(job, "timeout") for job in expired] if expired else self._run_batch()
 
     def fail_running(self, message: str) -> list[Update]:
         """After a step raised: end the jobs that were in its batch with an error; those that wait go on waiting."""

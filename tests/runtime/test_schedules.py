@@ -38,38 +38,40 @@ class Plan:
         self.engine = FakeEngine(self.build, str(random.choice(["minicache", "full"])))
         self.scarcity = float(random.choice([1, 1, 1.3, 2, 0]))
         self.reuse = bool(random.random() < 0.9)
-        self.failures = float(random.choice([0, 0, 0.02]))
+        self.failures = float(random.choice([0, 0, 0.05]))
         self.cancels = float(random.choice([0, 0.01, 0.05]))
         self.documents = [random.integers(0, VOCAB, self.build.max_seq_len).tolist() for _ in range(2)]
-        count = int(random.integers(1, 12))
-        self.arrivals = sorted(int(random.integers(0, random.choice([1, 60]))) for _ in range(count))
+        count = int(random.integers(1, 14))
+        self.arrivals = sorted(int(random.integers(0, random.choice([1, 1, 60]))) for _ in range(count))
 
     def runner(self, clock):
         budget = int(smallest_budget(self.engine) * self.scarcity) or None
         return Runner(self.engine, KvCacheConfig(budget, enable_block_reuse=self.reuse), clock)
 
     def prompt(self, finished):
-        """A new text, the beginning of a document with a new end, or a finished request's tokens and more."""
+        """A new text, a document's beginning with a new end, a finished request's tokens and more, or its blocks."""
         random, most = self.random, self.build.max_seq_len
-        kind = random.choice(["new", "document", "document", "turn"])
+        kind = random.choice(["new", "document", "document", "turn", "turn", "again"])
         shared = []
         if kind == "document":
             shared = self.documents[random.integers(2)][: int(random.integers(1, most))]
-        elif kind == "turn" and finished:
+        elif kind != "new" and finished:
             shared = finished[random.integers(len(finished))].sequence.token_ids
+            if kind == "again" and len(shared) >= 64:
+                return shared[: min(len(shared), most) // 64 * 64]
         new = random.integers(0, VOCAB, random.integers(1, random.choice([8, 150]))).tolist()
         return (shared + new)[: most - 1]
 
     def request(self, index, now, finished):
         random = self.random
         options = RequestOptions(
-            priority=int(random.choice([0, 0, 0, 1, -1])),
+            priority=int(random.choice([0, 0, 1, -1])),
             cache_salt=random.choice([None, None, "a"]),
             deadline=now + int(random.integers(1, 80)) if random.random() < 0.2 else None,
             reuse=bool(random.random() < 0.9),
         )
         stops = random.integers(0, VOCAB, 2).tolist() if random.random() < 0.3 else None
-        params = SamplingParams(max_tokens=int(random.integers(1, 130)), temperature=0, stop_token_ids=stops)
+        params = SamplingParams(max_tokens=int(random.integers(1, 200)), temperature=0, stop_token_ids=stops)
         prompt = self.prompt(finished)
         return Generation(str(index), None, prompt, params, self.build.max_seq_len, (), None, options), params
 
@@ -159,7 +161,7 @@ def run_step(plan, runner, model, now):
     scheduler = runner.scheduler
     due = {job for job in model.submitted if not job.finished and (job.sequence.options.deadline or now + 1) <= now}
     survivors = [s for s in scheduler.running if s not in {job.sequence for job in due}]
-    first = (survivors[0], survivors[0].num_computed) if survivors else None
+    first = (survivors[0], survivors[0].num_computed) if survivors and not due else None
     before = set(scheduler.running), set(scheduler.waiting)
     fails = plan.random.random() < plan.failures
     operation = plan.random.choice(["decode", "compress"])
