@@ -42,7 +42,7 @@ class Plan:
         self.cancels = float(random.choice([0, 0.01, 0.05]))
         self.documents = [random.integers(0, VOCAB, self.build.max_seq_len).tolist() for _ in range(2)]
         count = int(random.integers(1, 14))
-        self.arrivals = sorted(int(random.integers(0, random.choice([1, 1, 60]))) for _ in range(count))
+        self.arrivals = sorted(int(random.integers(0, random.choice([1, 1, 60, 500]))) for _ in range(count))
 
     def runner(self, clock):
         budget = int(smallest_budget(self.engine) * self.scarcity) or None
