@@ -37,7 +37,7 @@ def cells(checkpoint: Path, cache_dir: Path, peer: tuple[Path, Path], weights: s
     # One step prefills all prompts, so that every decode step has all sequences.
     build = BuildConfig(batch, grid.length, batch * max(grid.contexts), weights)
     engine = load_engine(engine_directory(cache_dir, checkpoint, "full", build), num_threads=threads)
-    ours = Ours(LLM.from_engine(engine, kv_cache_config=KvCacheConfig(active_prefills=batch)))
+    ours = Ours(LLM.from_engine(engine, kv_cache_config=KvCacheConfig(active_prefills=batch, enable_block_reuse=False)))
     command = onnxruntime_genai(*peer, engine.model, grid.length, threads)
     prompts = random_prompts(engine.model, batch, max(grid.contexts), command.reserved_ids)
     with closing(Peer(command)) as theirs:

@@ -21,7 +21,7 @@ from minicache_trt.config import BLOCK_SIZE, BuildConfig, ModelConfig
 from minicache_trt.contract import full_pools
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.batch import Batch, prefill_past, work_list
-from minicache_trt.runtime.tiered_cache import DemotionRule, blocks_for
+from minicache_trt.runtime.demotion import DemotionRule, blocks_for
 
 Sample = TypeVar("Sample")
 

@@ -58,7 +58,9 @@ def main(
         # One step prefills all prompts, so that every decode step has all sequences.
         build = BuildConfig(max(sizes), context + new_tokens, max(sizes) * context, weights)
         engine = load_engine(engine_directory(cache_dir, checkpoint, method, build), num_threads=threads)
-        contenders[name] = Ours(LLM.from_engine(engine, kv_cache_config=KvCacheConfig(active_prefills=max(sizes))))
+        contenders[name] = Ours(
+            LLM.from_engine(engine, kv_cache_config=KvCacheConfig(active_prefills=max(sizes), enable_block_reuse=False))
+        )
     prompts = np.random.default_rng(0).integers(5, shape.vocab_size, (max(sizes), context)).tolist()
     theirs, attention = faster_attention(str(checkpoint), prompts[:1])
     rows, results = [], []

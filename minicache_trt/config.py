@@ -203,11 +203,15 @@ class KvCacheConfig:
         is for activations.
     active_prefills : int
         Prompts that may hold a whole quantum in the full tier at the same time.
+    enable_block_reuse : bool
+        Keep blocks that nobody uses until their space is needed, and share blocks with equal contents: a prompt that
+        begins like an earlier one is computed from where they differ.
     """
 
     max_bytes: int | None = None
     free_gpu_memory_fraction: float = 0.9
     active_prefills: int = 1
+    enable_block_reuse: bool = True
 
     def __post_init__(self) -> None:
         if self.max_bytes is not None and self.max_bytes < 1:

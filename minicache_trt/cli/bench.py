@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -163,6 +164,8 @@ def _open(engine: Path, threads: int | None, backend: str | None, config: KvCach
     from minicache_trt.build import load_engine
     from minicache_trt.runtime.llm import LLM
 
+    # Rounds repeat their prompts, and every one is to be prefilled.
+    config = replace(config, enable_block_reuse=False)
     return Ours(LLM.from_engine(load_engine(engine, threads, backend), kv_cache_config=config))
 
 

@@ -186,6 +186,7 @@ def usage(llm: LLM) -> dict[str, Any]:
         **asdict(stats),
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
+        "hit_rate": stats.hit_rate,
         "method": engine.plan.method,
         "cache_ratio_to_16_bit": ratio(engine.plan, engine.model, context, engine.build.window),
         "cache_ratio_context": context,
@@ -201,6 +202,8 @@ def _print_usage(llm: LLM) -> None:
         used, allocated = figures[f"{tier}_bytes_used"], figures[f"{tier}_bytes_allocated"]
         rows.add_row(f"{tier} tier", f"{format_bytes(used)} used of {format_bytes(allocated)}")
     rows.add_row("blocks compressed", str(stats.demotions))
+    if stats.hit_tokens:
+        rows.add_row("prompt tokens found in the cache", f"{stats.hit_tokens} ({stats.hit_rate:.0%})")
     if stats.preemptions:
         rows.add_row("preemptions", str(stats.preemptions))
     ratio, context = figures["cache_ratio_to_16_bit"], figures["cache_ratio_context"]

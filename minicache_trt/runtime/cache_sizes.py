@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, KvCacheConfig
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.tiered_cache import DemotionRule, blocks_for
+from minicache_trt.runtime.demotion import DemotionRule, blocks_for
 from minicache_trt.units import format_bytes
 
 

@@ -1,13 +1,21 @@
-"""The two kinds of work a sequence can do: generate text, or score given tokens."""
+"""A sequence that generates text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from minicache_trt.runtime.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, Sequence
+from minicache_trt.runtime.demotion import Demotion
+from minicache_trt.runtime.request import (
+    DEFAULT_OPTIONS,
+    CompletionOutput,
+    Logprob,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+)
 from minicache_trt.runtime.sampler import Logits, NonFiniteLogits, sample, top_logprobs
 from minicache_trt.runtime.scheduler import Work
 from minicache_trt.runtime.tokenizer import Detokenizer, Tokenizer
@@ -20,7 +28,7 @@ class TokenEvent:
     Parameters
     ----------
     token_id : int, optional
-        The sampled token; None when the request ended with an error.
+        The sampled token; None when the request ended without one: by an error, a deadline or its caller.
     text : str
         Text that became certain; empty while a character or a possible stop string is incomplete.
     finish_reason : str, optional
@@ -52,6 +60,8 @@ class Generation:
         End the output unless ``params.ignore_eos``.
     tokenizer : Tokenizer, optional
         Without one the text stays empty.
+    options : RequestOptions
+        Its place among others.
     """
 
     def __init__(
@@ -63,9 +73,10 @@ class Generation:
         max_seq_len: int,
         eos_token_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> None:
         max_len = min(len(token_ids) + params.max_tokens, max_seq_len)
-        self.sequence = Sequence(list(token_ids), len(token_ids), max_len)
+        self.sequence = Sequence(list(token_ids), len(token_ids), max_len, options=options)
         self.request_id = request_id
         self.event: TokenEvent | None = None
         self.finish_reason: str | None = "length" if max_len == len(token_ids) else None
@@ -76,7 +87,6 @@ class Generation:
         self._generator = np.random.default_rng(params.seed)
         self._detokenizer = Detokenizer(tokenizer, list(token_ids), params.stop_strings) if tokenizer else None
         self._logprobs: list[dict[int, Logprob]] = []
-        self._cumulative_logprob = 0.0
         self._stop_reason: int | str | None = None
 
     @property
@@ -99,27 +109,39 @@ class Generation:
         self.event = TokenEvent(self.request_id, token, self._take_text(), self.finish_reason)
         return token
 
+    def compressed(self, demotion: Demotion) -> None:
+        """Nothing to do when a block of this sequence has been compressed."""
+
+    def end(self, reason: str, message: str | None = None) -> None:
+        """End the request before its time, with what it has."""
+        self.finish_reason, self._stop_reason = reason, message
+        self.event = TokenEvent(self.request_id, None, self._take_text(), reason)
+
     def output(self) -> RequestOutput:
         """The request as it stands."""
-        requested = self._params.logprobs is not None
-        tokens = self.sequence.token_ids
+        text = self._detokenizer.text if self._detokenizer else ""
+        return self.snapshot(len(self.sequence.output_token_ids), text, self.finished)
+
+    def snapshot(self, num_tokens: int, text: str, finished: bool) -> RequestOutput:
+        """The request as it was when it had ``num_tokens`` tokens and ``text``; other threads may call this."""
+        tokens, prompt_len = self.sequence.token_ids, self.sequence.prompt_len
+        chosen = tokens[prompt_len : prompt_len + num_tokens]
+        logprobs = None if self._params.logprobs is None else self._logprobs[:num_tokens]
         completion = CompletionOutput(
             index=0,
-            text=self._detokenizer.text if self._detokenizer else "",
-            token_ids=tokens[self.sequence.prompt_len :],
-            cumulative_logprob=self._cumulative_logprob if requested else None,
-            logprobs=self._logprobs if requested else None,
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
+            text=text,
+            token_ids=chosen,
+            cumulative_logprob=_sum_of_chosen(chosen, logprobs),
+            logprobs=logprobs,
+            finish_reason=self.finish_reason if finished else None,
+            stop_reason=self._stop_reason if finished else None,
         )
-        prompt_ids = tokens[: self.sequence.prompt_len]
-        return RequestOutput(self.request_id, self._prompt, prompt_ids, [completion], self.finished)
+        cached = self.sequence.num_cached_tokens or 0
+        return RequestOutput(self.request_id, self._prompt, tokens[:prompt_len], [completion], finished, cached)
 
     def _record_logprobs(self, logits: Logits, token: int) -> None:
         if self._params.logprobs is not None:
-            entry = top_logprobs(logits, token, self._params.logprobs)
-            self._logprobs.append(entry)
-            self._cumulative_logprob += entry[token].logprob
+            self._logprobs.append(top_logprobs(logits, token, self._params.logprobs))
 
     def _check_stop(self, token: int) -> None:
         if token in self._stop_token_ids:
@@ -144,33 +166,7 @@ class Generation:
         return self._detokenizer.take()
 
 
-class Scoring:
-    """Logits of given tokens: the prompt is prefilled, the continuation decoded token by token.
-
-    Parameters
-    ----------
-    token_ids : list of int
-        Prompt and continuation.
-    prompt_len : int
-        Tokens of the prompt; decides the demotion schedule.
-    start : int
-        First position whose logits are kept.
-    vocab_size : int
-        Length of a row of logits.
-    """
-
-    def __init__(self, token_ids: list[int], prompt_len: int, start: int, vocab_size: int) -> None:
-        self.sequence = Sequence(list(token_ids[:prompt_len]), prompt_len, len(token_ids), logits_start=start)
-        self.logits: NDArray[np.float32] = np.zeros((max(0, len(token_ids) - start), vocab_size), np.float32)
-        self.finished = False
-        self._token_ids = token_ids
-        self._start = start
-
-    def advance(self, item: Work, logits: Logits) -> int | None:
-        """Keep the item's logits and feed the next given token."""
-        if item.num_logits:
-            self.logits[item.end - item.num_logits - self._start : item.end - self._start] = logits
-        self.finished = item.end == len(self._token_ids)
-        if self.finished or item.end < self.sequence.num_tokens:
-            return None
-        return self._token_ids[item.end]
+def _sum_of_chosen(tokens: list[int], logprobs: list[dict[int, Logprob]] | None) -> float | None:
+    if logprobs is None:
+        return None
+    return sum((entry[token].logprob for token, entry in zip(tokens, logprobs, strict=True)), 0.0)

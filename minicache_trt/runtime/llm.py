@@ -1,28 +1,36 @@
-"""The offline API: prompts in, text out."""
+"""The Python API: prompts in, text out."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minicache_trt.backends.base import Engine
-from minicache_trt.compression.methods import CALIBRATED_METHODS, DEFAULT_METHOD, make_plan
+from minicache_trt.compression.methods import DEFAULT_METHOD
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import BuildConfig, KvCacheConfig, ModelConfig
+from minicache_trt.config import BuildConfig, KvCacheConfig
 from minicache_trt.errors import UserError
+from minicache_trt.runtime.async_request import AsyncRequest
 from minicache_trt.runtime.cache_sizes import CacheSizes
-from minicache_trt.runtime.generation import Generation, Scoring, TokenEvent
-from minicache_trt.runtime.prompts import PromptLike, check_tokens, parse_prompts
-from minicache_trt.runtime.request import RequestOutput, SamplingParams
+from minicache_trt.runtime.engine_loop import EngineLoop
+from minicache_trt.runtime.generation import Generation, TokenEvent
+from minicache_trt.runtime.job import Job, Update
+from minicache_trt.runtime.prompts import PromptLike, parse_prompts
+from minicache_trt.runtime.request import DEFAULT_OPTIONS, RequestOptions, RequestOutput, SamplingParams
 from minicache_trt.runtime.runner import Runner
+from minicache_trt.runtime.scoring import scoring_jobs
 from minicache_trt.runtime.statistics import Statistics
-from minicache_trt.runtime.tiered_cache import Demotion
+from minicache_trt.runtime.temporary_engine import engine_directory
 from minicache_trt.runtime.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -72,7 +80,7 @@ class LLM:
 
         # Lives as long as this object; an engine that was built here vanishes with it.
         self._work_dir = tempfile.TemporaryDirectory(prefix="minicache-trt-")
-        directory = _engine_directory(model, Path(self._work_dir.name), method, plan, build_config, load_format)
+        directory = engine_directory(model, Path(self._work_dir.name), method, plan, build_config, load_format)
         engine = load_engine(directory, num_threads=num_threads, backend=backend)
         self._start(engine, directory / CHECKPOINT if tokenizer is None else tokenizer, kv_cache_config)
 
@@ -96,6 +104,14 @@ class LLM:
         self._runner = Runner(engine, kv_cache_config or KvCacheConfig())
         self._tokenizer_source = tokenizer
         self._request_ids = itertools.count()
+        self._loop: EngineLoop | None = None
+        self._loop_lock = threading.Lock()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -106,7 +122,7 @@ class LLM:
 
     @property
     def statistics(self) -> Statistics:
-        """Counts and times of the latest call."""
+        """Counts and times of the latest call; once `generate_async` was used, of everything since."""
         return self._runner.statistics
 
     @property
@@ -150,13 +166,85 @@ class LLM:
         generations = self._generations(prompts, sampling_params)
         pending = [generation for generation in generations if not generation.finished]
         bar = tqdm(total=len(pending), desc="requests", unit="request", disable=not use_tqdm)
-        with closing(self._runner.run(pending)) as steps, bar:
-            for advanced in steps:
-                for generation in advanced:
-                    if on_token is not None and generation.event is not None:
-                        on_token(generation.event)
-                bar.update(sum(generation.finished for generation in advanced))
+        with closing(self._run(pending)) as steps, bar:
+            for updates in steps:
+                for update in updates:
+                    if on_token is not None and update.event is not None:
+                        on_token(update.event)
+                bar.update(sum(update.finished for update in updates))
         return [generation.output() for generation in generations]
+
+    def generate_async(
+        self,
+        prompt: PromptLike,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncRequest:
+        """Start completing one prompt and return at once; an engine thread runs as long as there are requests.
+
+        From the first call on, `generate`, `generate_stream` and `score` share that thread's batches too.
+
+        Parameters
+        ----------
+        prompt : str, list of int or dict
+            As for `generate`.
+        sampling_params : SamplingParams, optional
+        priority : int
+            Smaller is earlier, see `RequestOptions`.
+        cache_salt : str, optional
+            Only requests with the same salt share cached prefixes.
+        timeout : float, optional
+            Seconds from now after which the request ends with ``finish_reason`` ``timeout`` and what it has.
+
+        Returns
+        -------
+        AsyncRequest
+            Await it for the result, or iterate over it for what has been generated so far.
+
+        Raises
+        ------
+        UserError
+            When the request cannot be used, the LLM has been shut down, or another thread is in `generate`.
+        """
+        if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
+            raise UserError(f"timeout: expected a positive finite number of seconds, got {timeout}")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            options = RequestOptions(priority, cache_salt, deadline)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        generations = self._generations(prompt, sampling_params, options)
+        if len(generations) != 1:
+            raise UserError(f"generate_async: expected one prompt, got {len(generations)}", "call it once for each")
+        with self._loop_lock:
+            if self._loop is None:
+                self._loop = EngineLoop(self._runner)
+        request = AsyncRequest(generations[0], self._loop.cancel)
+        if generations[0].finished:
+            request.update(Update.of(generations[0]))
+        else:
+            self._loop.submit(generations[0], request.update)
+        return request
+
+    def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> bool:
+        """Take no more asynchronous requests and wait for those there are; also the end of a ``with`` block.
+
+        Parameters
+        ----------
+        drain : bool
+            Let requests run to their end; otherwise they end now, with ``finish_reason`` ``abort``.
+        timeout : float, optional
+            Seconds to wait; requests that need longer are aborted then.
+
+        Returns
+        -------
+        bool
+            Whether every request had ended by itself in time.
+        """
+        return self._loop is None or self._loop.shutdown(drain, timeout)
 
     def generate_stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Complete one prompt; yields its text piece by piece, each piece final.
@@ -205,31 +293,12 @@ class LLM:
         UserError
             When tokens or lengths cannot be used; nothing has run then.
         """
-        count = len(token_ids)
-        lengths = [len(tokens) for tokens in token_ids] if prompt_lens is None else list(prompt_lens)
-        starts = [start] * count if isinstance(start, int) else list(start)
-        for name, values in (("prompt_lens", lengths), ("start", starts)):
-            if len(values) != count:
-                raise UserError(f"{name}: expected {count} numbers, one per sequence, got {len(values)}")
-        model, build = self.engine.model, self.engine.build
-        for index, (tokens, length, first) in enumerate(zip(token_ids, lengths, starts, strict=True)):
-            check_tokens(tokens, f"token_ids[{index}]", model.vocab_size, build.max_seq_len)
-            if not 1 <= length <= len(tokens):
-                raise UserError(f"prompt_lens[{index}]: expected 1 to {len(tokens)}, got {length}")
-            if first < 0:
-                raise UserError(f"start: expected positions of at least 0, got {first}")
-        jobs = [
-            Scoring(tokens, length, first, model.vocab_size)
-            for tokens, length, first in zip(token_ids, lengths, starts, strict=True)
-        ]
-        places = {job.sequence: index for index, job in enumerate(jobs)}
-
-        def compressed(demotion: Demotion) -> None:
-            if observe is not None:
-                observe(places[demotion.sequence], demotion.block_index, demotion.target)
-
-        for _ in self._runner.run(jobs, compressed):
+        jobs = scoring_jobs(token_ids, prompt_lens, start, observe, self.engine.model, self.engine.build)
+        for _ in self._run(jobs):
             pass
+        errors = [job.error for job in jobs if job.error is not None]
+        if errors:
+            raise RuntimeError(f"scoring ended early: {errors[0]}")
         return [job.logits for job in jobs]
 
     def check_integrity(self) -> None:
@@ -240,6 +309,7 @@ class LLM:
         self,
         prompts: PromptLike | Sequence[PromptLike],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> list[Generation]:
         model, build = self.engine.model, self.engine.build
         parsed = parse_prompts(prompts, self.tokenizer, model.vocab_size, build.max_seq_len)
@@ -260,43 +330,19 @@ class LLM:
                 max_seq_len=build.max_seq_len,
                 eos_token_ids=model.eos_token_ids,
                 tokenizer=self.tokenizer,
+                options=replace(options, cache_salt=options.cache_salt or prompt.cache_salt),
             )
             for prompt, item in zip(parsed, params, strict=True)
         ]
 
+    def _run(self, jobs: Sequence[Job]) -> Generator[list[Update], None, None]:
+        return self._runner.run(jobs) if self._loop is None else self._loop.run(jobs)
+
     def _stream(self, generation: Generation) -> Iterator[str]:
         if generation.finished:
             return
-        with closing(self._runner.run([generation])) as steps:
-            for _ in steps:
-                if generation.event is not None and generation.event.text:
-                    yield generation.event.text
+        with closing(self._run([generation])) as steps:
+            for updates in steps:
+                yield from (update.event.text for update in updates if update.event and update.event.text)
         if generation.finish_reason == "error":
             raise UserError(f"the request ended early: {generation.output().outputs[0].stop_reason}")
-
-
-def _engine_directory(
-    model: str | Path,
-    work_dir: Path,
-    method: str,
-    plan: CompressionPlan | None,
-    build_config: BuildConfig | None,
-    load_format: str,
-) -> Path:
-    """``model`` itself when it is an engine directory, else a new engine below ``work_dir``."""
-    from minicache_trt.build import build_engine, default_max_seq_len
-    from minicache_trt.engine_directory import is_engine_directory
-
-    if is_engine_directory(model):
-        return Path(model)
-    if plan is None and method in CALIBRATED_METHODS:
-        raise UserError(
-            f"method {method!r} needs text to calibrate on",
-            f"give an engine that minicache-trt build --method {method} --calibration-text FILE wrote",
-        )
-
-    def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
-        build = build_config or BuildConfig(max_seq_len=default_max_seq_len(config))
-        return plan or make_plan(config, method), build
-
-    return build_engine(str(model), work_dir / "engine", configure, load_format=load_format).directory

@@ -10,15 +10,16 @@ from minicache_trt.errors import UserError
 from minicache_trt.runtime.tokenizer import Tokenizer
 
 PromptLike = str | list[int] | Mapping[str, Any]
-"""Text, token ids, or a dict with ``prompt`` or ``prompt_token_ids``."""
+"""Text, token ids, or a dict with ``prompt`` or ``prompt_token_ids`` and, optionally, ``cache_salt``."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the text they came from if there was one."""
+    """Token ids, the text they came from if there was one, and with whom its cached prefixes are shared."""
 
     text: str | None
     token_ids: list[int]
+    cache_salt: str | None = None
 
 
 def parse_prompts(
@@ -68,17 +69,22 @@ def _is_id(item: object) -> bool:
 
 
 def _parse(item: object, name: str, tokenizer: Tokenizer | None) -> Prompt:
+    cache_salt = None
     if isinstance(item, Mapping):
-        if len(item) != 1 or next(iter(item)) not in ("prompt", "prompt_token_ids"):
+        keys = [key for key in item if key != "cache_salt"]
+        if keys not in (["prompt"], ["prompt_token_ids"]):
             raise UserError(f"{name}: expected one key, prompt or prompt_token_ids, got {sorted(map(str, item))}")
-        item = next(iter(item.values()))
+        cache_salt = item.get("cache_salt")
+        if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+            raise UserError(f"{name}: cache_salt: expected text that is not empty, got {cache_salt!r}")
+        item = item[keys[0]]
     if isinstance(item, str):
         if tokenizer is None:
             raise UserError(
                 f"{name} is text, but there is no tokenizer",
                 "give prompts as lists of token ids, or pass tokenizer=",
             )
-        return Prompt(item, list(tokenizer.encode(item)))
+        return Prompt(item, list(tokenizer.encode(item)), cache_salt)
     if isinstance(item, Sequence) and all(_is_id(token) for token in item):
-        return Prompt(None, list(item))
+        return Prompt(None, list(item), cache_salt)
     raise UserError(f"{name}: expected text or a list of token ids, got {type(item).__name__}")

@@ -97,9 +97,11 @@ class CompletionOutput:
     logprobs : list of dict, optional
         For each token: token id to `Logprob`.
     finish_reason : str, optional
-        ``stop``, ``length``, ``error``, or None while running.
+        ``stop``, ``length``, ``error``, ``abort`` (by its caller), ``timeout``, or None while running.
     stop_reason : int or str, optional
         The stop token or string; the message for ``error``; None for the end-of-sequence token.
+    text_diff, token_ids_diff : str, list of int
+        What a stream's previous output did not have yet; empty elsewhere.
     """
 
     index: int
@@ -109,17 +111,54 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    text_diff: str = ""
+    token_ids_diff: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request with its completions (one); ``prompt`` is None when token ids were given."""
+    """A request with its completions (one).
+
+    ``prompt`` is None when token ids were given; ``num_cached_tokens`` of the prompt were found in the cache.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """How a request is served; its greedy output does not depend on any of this.
+
+    Parameters
+    ----------
+    priority : int
+        Smaller is earlier, as in vLLM. The order stays fair: see `minicache_trt.runtime.scheduler.PRIORITY_STEP`.
+    cache_salt : str, optional
+        Only requests with the same salt share cached prefixes, so that one tenant cannot time another's prompts.
+    deadline : float, optional
+        Time of the scheduler's clock (`time.monotonic` unless told otherwise) at which the request ends unfinished.
+    reuse : bool
+        Whether to look for cached prefixes, and to leave one behind.
+    """
+
+    priority: int = 0
+    cache_salt: str | None = None
+    deadline: float | None = None
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        is_int = isinstance(self.priority, int) and not isinstance(self.priority, bool)
+        _expect(is_int, "priority", "a whole number", self.priority)
+        salted = self.cache_salt is None or (isinstance(self.cache_salt, str) and self.cache_salt != "")
+        _expect(salted, "cache_salt", "text that is not empty", self.cache_salt)
+
+
+DEFAULT_OPTIONS = RequestOptions()
 
 
 @dataclass(eq=False)
@@ -140,16 +179,31 @@ class Sequence:
         Tokens this sequence can grow to.
     logits_start : int, optional
         Logits are wanted for every position from here on. Default: only for the last known token.
+    options : RequestOptions
+        Its place among others.
+
+    Attributes
+    ----------
+    rank : tuple of int
+        The scheduler's order, the first is the smallest; set when it is submitted.
+    num_cached_tokens : int, optional
+        Tokens found in the cache when it was first admitted; None before.
+    block_hashes : list of bytes
+        See `minicache_trt.runtime.prefix_cache`; of the first complete blocks, as many as were needed so far.
     """
 
     token_ids: list[int]
     prompt_len: int
     max_len: int
     logits_start: int | None = None
+    options: RequestOptions = DEFAULT_OPTIONS
     full_table: list[int] = field(default_factory=list)
     compressed_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     compressed_len: int = 0
+    rank: tuple[int, int] = (0, 0)
+    num_cached_tokens: int | None = None
+    block_hashes: list[bytes] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

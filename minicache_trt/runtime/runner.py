@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from time import perf_counter
-from typing import Protocol, TypeVar
+import threading
+from collections.abc import Callable, Generator, Iterable
+from time import monotonic, perf_counter
 
 import numpy as np
 
@@ -15,36 +15,16 @@ from minicache_trt.errors import UserError
 from minicache_trt.runtime.batch import build_batch
 from minicache_trt.runtime.block_pool import BlockPool, IntegrityError
 from minicache_trt.runtime.cache_sizes import CacheSizes
+from minicache_trt.runtime.demotion import Demotion, DemotionRule
+from minicache_trt.runtime.job import Job, Update
 from minicache_trt.runtime.request import Sequence
-from minicache_trt.runtime.sampler import Logits
-from minicache_trt.runtime.scheduler import ScheduledStep, Scheduler, Work
+from minicache_trt.runtime.scheduler import ScheduledStep, Scheduler
 from minicache_trt.runtime.statistics import Statistics
-from minicache_trt.runtime.tiered_cache import Demotion, DemotionRule, TieredCache
-
-
-class Job(Protocol):
-    """What a sequence does with its logits."""
-
-    @property
-    def sequence(self) -> Sequence: ...
-
-    @property
-    def finished(self) -> bool: ...
-
-    def advance(self, item: Work, logits: Logits) -> int | None:
-        """Take the logits ``[item.num_logits, vocab]`` of an item that ran; return the sequence's next token.
-
-        Must return a token, or be finished, when the item reached the sequence's last known token. The array is only
-        valid during the call.
-        """
-        ...
-
-
-AnyJob = TypeVar("AnyJob", bound=Job)
+from minicache_trt.runtime.tiered_cache import TieredCache
 
 
 class Runner:
-    """Runs jobs on an engine until all are finished.
+    """Runs jobs on an engine, step by step. One thread at a time may use it, the one that has claimed it.
 
     Parameters
     ----------
@@ -52,14 +32,16 @@ class Runner:
         Its pools are allocated here.
     cache_config : KvCacheConfig
         Memory for the cache.
+    clock : callable
+        Seconds; what deadlines are compared with.
 
     Attributes
     ----------
     statistics : Statistics
-        Of the latest run.
+        Since the runner was claimed.
     """
 
-    def __init__(self, engine: Engine, cache_config: KvCacheConfig) -> None:
+    def __init__(self, engine: Engine, cache_config: KvCacheConfig, clock: Callable[[], float] = monotonic) -> None:
         build, plan = engine.build, engine.plan
         self.engine = engine
         self.sizes = CacheSizes.plan(
@@ -77,51 +59,109 @@ class Runner:
         full_pool = BlockPool(self.sizes.full_blocks, "full")
         compressed_pool = BlockPool(self.sizes.compressed_blocks, "compressed")
         rule = DemotionRule(build.window, build.quantum)
-        self.cache = TieredCache(rule, full_pool, compressed_pool, plan.compresses, engine.model.sliding_window)
+        # A block behind a sliding window is gone, and with it the beginning of every prefix.
+        reuse = cache_config.enable_block_reuse and engine.model.sliding_window is None
+        window = engine.model.sliding_window
+        self.cache = TieredCache(rule, full_pool, compressed_pool, plan.compresses, reuse, window)
         self.scheduler = Scheduler(self.cache, build.max_batch_size, build.max_num_tokens)
         self.statistics = self._new_statistics()
+        self._clock = clock
+        self._claimed = threading.Lock()
+        self._jobs: dict[Sequence, Job] = {}
+        self._counts = self._count()
 
-    def run(
-        self, jobs: list[AnyJob], observe: Callable[[Demotion], None] | None = None
-    ) -> Generator[list[AnyJob], None, None]:
-        """Run jobs to their end; after each step, yields those that computed something in it.
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
 
-        ``observe`` is called with each block that was compressed, while source and target are as the engine left them.
+    def claim(self) -> None:
+        """Be the only user, with new statistics, until `release`.
+
+        Raises
+        ------
+        UserError
+            When there is another.
+        """
+        if not self._claimed.acquire(blocking=False):
+            raise UserError("another generation is still running", "read its stream to the end, or close it, first")
+        self.statistics = self._new_statistics()
+        self._counts = self._count()
+
+    def release(self) -> None:
+        """Let others claim the runner."""
+        self._claimed.release()
+
+    def run(self, jobs: Iterable[Job]) -> Generator[list[Update], None, None]:
+        """Claim the runner and run jobs to their end; yields what each step did.
 
         Closing the iterator early drops the jobs and frees their blocks.
 
         Raises
         ------
         UserError
-            When an earlier iterator is still open.
+            When somebody else has claimed the runner.
         """
-        if self.scheduler.has_work:
-            raise UserError("another generation is still running", "read its stream to the end, or close it, first")
-        self.statistics = self._new_statistics()
-        owners = {job.sequence: job for job in jobs}
-        for job in jobs:
-            self.statistics.prompt_tokens += job.sequence.prompt_len
-            self.scheduler.add(job.sequence)
+        self.claim()
         try:
-            while self.scheduler.has_work:
-                yield self._step(owners, observe)
+            for job in jobs:
+                self.add(job)
+            while self.has_work:
+                yield self.step()
         finally:
-            for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-                self.scheduler.finish(sequence)
-            self.check_integrity()
+            for job in tuple(self._jobs.values()):
+                self.drop(job)
+            try:
+                self.check_integrity()
+            finally:
+                self.release()
+
+    def add(self, job: Job) -> None:
+        """Submit a job; it runs from the next step on."""
+        self.statistics.prompt_tokens += job.sequence.prompt_len
+        self._jobs[job.sequence] = job
+        self.scheduler.add(job.sequence)
+
+    def drop(self, job: Job) -> None:
+        """Forget a job, finished or not, and free its blocks."""
+        del self._jobs[job.sequence]
+        self.scheduler.finish(job.sequence)
+
+    def step(self) -> list[Update]:
+        """End the jobs whose deadline has come or, when there are none, compute a batch; returns the jobs that changed.
+
+        Raises
+        ------
+        Exception
+            Whatever the engine or a job raises; no job has ended then. `fail_running` restores order.
+        """
+        expired = [self._jobs[sequence] for sequence in self.scheduler.expired(self._clock())]
+        return [self._end(job, "timeout") for job in expired] if expired else self._run_batch()
+
+    def fail_running(self, message: str) -> list[Update]:
+        """After a step raised: end the jobs that were in its batch with an error; those that wait go on waiting."""
+        failed = self.scheduler.running or self.scheduler.waiting
+        return [self._end(self._jobs[sequence], "error", message) for sequence in tuple(failed)]
+
+    def cancel(self, job: Job) -> Update | None:
+        """End a job at its caller's wish; None when it has ended before."""
+        return self._end(job, "abort") if job.sequence in self._jobs else None
 
     def check_integrity(self) -> None:
-        """When idle, every block is free; see `TieredCache.check_integrity`."""
+        """Between steps: every block is accounted for; see `TieredCache.check_integrity`."""
         self.scheduler.check_integrity()
 
-    def _step(self, owners: dict[Sequence, AnyJob], observe: Callable[[Demotion], None] | None) -> list[AnyJob]:
+    def _end(self, job: Job, reason: str, message: str | None = None) -> Update:
+        self.drop(job)
+        job.end(reason, message)
+        return Update.of(job)
+
+    def _run_batch(self) -> list[Update]:
         started = perf_counter()
-        preemptions = self.scheduler.num_preemptions
-        self._compress(self.scheduler.demote(), observe)
+        self._compress(self.scheduler.demote())
         step = self.scheduler.schedule()
         self._measure_cache()
         logits = self.engine.decode(build_batch(step, self.cache))
-        jobs = [owners[item.sequence] for item in step.work]
+        jobs = [self._jobs[item.sequence] for item in step.work]
         tokens: list[int | None] = []
         row = 0
         for item, job in zip(step.work, jobs, strict=True):
@@ -131,28 +171,43 @@ class Runner:
         self.scheduler.update(step, tokens)
         for job in jobs:
             if job.finished:
-                self.scheduler.finish(job.sequence)
+                self.drop(job)
         self.statistics.generated_tokens += sum(token is not None for token in tokens)
-        self.statistics.preemptions += self.scheduler.num_preemptions - preemptions
         self._measure_time(step, is_prefill, perf_counter() - started)
-        return jobs
+        return [Update.of(job) for job in jobs]
 
-    def _compress(self, demotions: list[Demotion], observe: Callable[[Demotion], None] | None) -> None:
+    def _compress(self, demotions: list[Demotion]) -> None:
         if not demotions:
             return
         columns = [(demotion.source, demotion.target, demotion.block_index) for demotion in demotions]
         sources, targets, indices = np.ascontiguousarray(np.array(columns, np.int32).T)
         try:
             self.engine.compress(sources, targets, indices)
-            if observe is not None:
-                for demotion in demotions:
-                    observe(demotion)
+            for demotion in demotions:
+                self._jobs[demotion.sequence].compressed(demotion)
+        except BaseException:
+            self.cache.forget(demotions)
+            raise
         finally:
             self.cache.release(demotions)
         self.statistics.demotions += len(demotions)
 
+    def _count(self) -> tuple[int, int, int, int]:
+        prefixes = self.cache.prefixes
+        evictions = self.cache.full_pool.num_evictions + self.cache.compressed_pool.num_evictions
+        return self.scheduler.num_preemptions, prefixes.lookup_tokens, prefixes.hit_tokens, evictions
+
     def _measure_cache(self) -> None:
         statistics, sizes = self.statistics, self.sizes
+        now = self._count()
+        preemptions, lookups, hits, evictions = (
+            after - before for after, before in zip(now, self._counts, strict=True)
+        )
+        self._counts = now
+        statistics.preemptions += preemptions
+        statistics.lookup_tokens += lookups
+        statistics.hit_tokens += hits
+        statistics.evictions += evictions
         full = self.cache.full_pool.num_used * sizes.full_block_bytes
         compressed = self.cache.compressed_pool.num_used * sizes.compressed_block_bytes
         statistics.full_bytes_used = max(statistics.full_bytes_used, full)

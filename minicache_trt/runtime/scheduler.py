@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.runtime.block_pool import OutOfBlocks
+from minicache_trt.runtime.demotion import Demotion
+from minicache_trt.runtime.prefix_cache import Hit
 from minicache_trt.runtime.request import Sequence
-from minicache_trt.runtime.tiered_cache import Demotion, TieredCache
+from minicache_trt.runtime.tiered_cache import TieredCache
+
+PRIORITY_STEP = 64
+"""A request overtakes at most this many earlier ones per unit of priority: urgent ones go first, none waits forever."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,20 @@ class ScheduledStep:
 
 
 class Scheduler:
-    """First come, first served, with chunked prefill and preemption of the youngest.
+    """Continuous batching: first come, first served within a priority, with chunked prefill and preemption.
 
     One step of its caller::
 
         demotions = demote()         compress them in the engine, then cache.release(demotions)
         step = schedule()            every running sequence now has the c of its next position
         logits = decode(step)        tokens = sample(logits)
-        update(step, tokens)         then finish() what has ended
+        update(step, tokens)         then finish() what has ended; sequences may come and go at any time between steps
 
-    ``running`` and ``waiting`` are in order of arrival, and everything running arrived before everything waiting. When
-    blocks run out the youngest running sequence gives up its blocks and becomes the first to wait; it is recomputed
-    with the same c at every position. The oldest sequence always advances, so all of them end.
+    ``running`` and ``waiting`` are each in order of rank, which a sequence gets when it is submitted and keeps: number
+    of arrival plus `PRIORITY_STEP` times its priority. The first of those waiting is admitted as soon as there is a
+    place; nobody who waits behind it is. When blocks run out the last of the running sequences gives up its blocks and
+    waits again; it is recomputed with the same c at every position. The first one always advances, and everyone has a
+    bounded number of others before it, so all of them end.
 
     Parameters
     ----------
@@ -72,8 +79,9 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self._num_submitted = 0
 
     @property
     def has_work(self) -> bool:
@@ -81,7 +89,14 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Submit a sequence; it must fit the cache on its own (the caller has refused longer ones)."""
-        self.waiting.append(sequence)
+        sequence.rank = self._num_submitted + PRIORITY_STEP * sequence.options.priority, self._num_submitted
+        self._num_submitted += 1
+        insort(self.waiting, sequence, key=_rank)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Sequences, running or waiting, whose deadline has come."""
+        everyone = (*self.running, *self.waiting)
+        return [s for s in everyone if s.options.deadline is not None and s.options.deadline <= now]
 
     def demote(self) -> list[Demotion]:
         """Bring c of every running sequence to what its next position needs; preempts when blocks run out."""
@@ -93,7 +108,7 @@ class Scheduler:
                     demotions += self.cache.demote(sequence, new_c)
                     break
                 except OutOfBlocks:
-                    self._preempt_youngest()
+                    self._preempt_last()
         return demotions
 
     def schedule(self) -> ScheduledStep:
@@ -108,7 +123,7 @@ class Scheduler:
                 try:
                     self.cache.reserve(sequence, item.end)
                 except OutOfBlocks:
-                    self._preempt_youngest()
+                    self._preempt_last()
                     continue
                 if sequence.num_remaining > 1:
                     budget -= item.num_tokens
@@ -125,7 +140,7 @@ class Scheduler:
         A sequence all of whose tokens are computed must get a token, or be finished, before the next step.
         """
         for item, token in zip(step.work, tokens, strict=True):
-            item.sequence.num_computed = item.end
+            self.cache.commit(item.sequence, item.end)
             if token is not None:
                 item.sequence.token_ids.append(token)
 
@@ -148,32 +163,47 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[Work]:
         work: list[Work] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size and self._has_room():
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
+            hit = self.cache.prefixes.match(self.waiting[0])
+            if not self._has_room(hit):
+                break
+            sequence = self.waiting.pop(0)
+            insort(self.running, sequence, key=_rank)
+            self.cache.prefixes.attach(sequence, hit)
             item = self._next_chunk(sequence, budget)
             self.cache.reserve(sequence, item.end)
             budget -= item.num_tokens
             work.append(item)
         return work
 
-    def _has_room(self) -> bool:
+    def _has_room(self, hit: Hit) -> bool:
         """Whether the next waiting sequence fits beside what the running ones will hold one block of tokens from now.
 
-        Without this check a second prompt would be admitted only to be preempted halfway.
+        Without this check a second prompt would be admitted only to be preempted halfway. Blocks of the hit that
+        others own are no new demand.
         """
-        full = compressed = 0
-        for sequence in (*self.running, self.waiting[0]):
-            peak = self.cache.peak_blocks(sequence, min(sequence.num_tokens + BLOCK_SIZE, sequence.max_len))
-            full += peak[0]
-            compressed += peak[1]
-        fits = full < self.cache.full_pool.num_blocks and compressed < self.cache.compressed_pool.num_blocks
-        return fits or not self.running
+        full_pool, compressed_pool = self.cache.full_pool, self.cache.compressed_pool
+        full, compressed = self._peak(self.waiting[0], hit)
+        full -= sum(full_pool.ref_counts[block] > 0 for block in hit.full_blocks)
+        compressed -= sum(compressed_pool.ref_counts[block] > 0 for block in hit.compressed_blocks)
+        for sequence in self.running:
+            peak = self._peak(sequence)
+            full += peak[0] - len(sequence.full_table)
+            compressed += peak[1] - len(sequence.compressed_table)
+        return (full <= full_pool.num_free and compressed <= compressed_pool.num_free) or not self.running
 
-    def _preempt_youngest(self) -> None:
+    def _peak(self, sequence: Sequence, hit: Hit | None = None) -> tuple[int, int]:
+        end = min(sequence.num_tokens + BLOCK_SIZE, sequence.max_len)
+        return self.cache.peak_blocks(sequence, end, hit)
+
+    def _preempt_last(self) -> None:
         if len(self.running) == 1:
             raise RuntimeError("the cache is too small for one sequence; it should have been refused when submitted")
         sequence = self.running.pop()
         self.cache.free(sequence)
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_rank)
         self.num_preemptions += 1
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -21,6 +21,11 @@ class Statistics:
         Blocks compressed.
     preemptions : int
         Times a sequence gave up its blocks.
+    lookup_tokens, hit_tokens : int
+        Tokens of the sequences that were admitted (again after each preemption), and how many of these were found in
+        the cache.
+    evictions : int
+        Reusable blocks of both tiers whose space was needed.
     full_bytes_used, compressed_bytes_used : int
         Most bytes of each tier in use at the end of a step.
     full_bytes_allocated, compressed_bytes_allocated : int
@@ -39,6 +44,9 @@ class Statistics:
     decode_seconds: float = 0.0
     demotions: int = 0
     preemptions: int = 0
+    lookup_tokens: int = 0
+    hit_tokens: int = 0
+    evictions: int = 0
     full_bytes_used: int = 0
     compressed_bytes_used: int = 0
 
@@ -49,3 +57,8 @@ class Statistics:
     @property
     def decode_tokens_per_second(self) -> float:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens looked up that were found, in [0, 1]."""
+        return self.hit_tokens / self.lookup_tokens if self.lookup_tokens else 0.0

@@ -4,78 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minicache_trt.config import BLOCK_SIZE
-from minicache_trt.runtime.block_pool import BlockPool, IntegrityError
+from minicache_trt.runtime.block_pool import BlockPool, IntegrityError, OutOfBlocks
+from minicache_trt.runtime.demotion import Demotion, DemotionRule, blocks_behind, blocks_for, used_blocks
+from minicache_trt.runtime.prefix_cache import Hit, PrefixCache
 from minicache_trt.runtime.request import Sequence
-
-
-def blocks_for(num_tokens: int) -> int:
-    """Blocks that hold ``num_tokens`` tokens."""
-    return -(-num_tokens // BLOCK_SIZE)
-
-
-def blocks_behind(position: int, sliding_window: int | None) -> int:
-    """First blocks of a sequence that no query from ``position`` on sees."""
-    return 0 if sliding_window is None else max(0, position + 1 - sliding_window) // BLOCK_SIZE
-
-
-def used_blocks(table: list[int]) -> list[int]:
-    """Entries of a table but those behind a sliding window."""
-    return [block for block in table if block]
-
-
-@dataclass(frozen=True)
-class DemotionRule:
-    """How much of its history a query reads from the compressed tier: a function of its position alone.
-
-    A request's output therefore does not depend on chunking, preemption or what else runs::
-
-        position p < prompt_len     k = p // quantum,  c = B * floor(max(0, k * quantum - window) / B)
-        position p >= prompt_len                       c = B * floor(max(0, p - window) / B)
-
-    Parameters
-    ----------
-    window : int
-        Most recent tokens that stay exact.
-    quantum : int
-        Prompt tokens that see one another exactly; a multiple of the block size.
-    """
-
-    window: int
-    quantum: int
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window: expected a positive number, got {self.window}")
-        if self.quantum < 1 or self.quantum % BLOCK_SIZE:
-            raise ValueError(f"quantum: expected a positive multiple of {BLOCK_SIZE}, got {self.quantum}")
-
-    def compressed_len(self, position: int, prompt_len: int) -> int:
-        """Compressed tokens c that the query at ``position`` attends to; it sees [c, position] exactly."""
-        reference = position // self.quantum * self.quantum if position < prompt_len else position
-        return max(0, reference - self.window) // BLOCK_SIZE * BLOCK_SIZE
-
-    def chunk_end(self, start: int, prompt_len: int) -> int:
-        """Largest end such that c is constant for the queries in [start, end), and at most one side of prompt_len."""
-        change = self.compressed_len(start, prompt_len) + BLOCK_SIZE + self.window
-        if start < prompt_len:
-            return min(prompt_len, -(-change // self.quantum) * self.quantum)
-        return change
-
-
-@dataclass(frozen=True)
-class Demotion:
-    """One block for `Engine.compress`: from a full-tier source to a compressed-tier target."""
-
-    sequence: Sequence
-    source: int
-    target: int
-    block_index: int
 
 
 class TieredCache:
@@ -85,6 +22,8 @@ class TieredCache:
 
         positions [0, c)   compressed_table[0 : c/B]           grows in `demote` only
         positions [c, n)   full_table[0 : ceil((n - c)/B)]     grows in `reserve`, shrinks in `demote`
+
+    Complete blocks may be in the tables of several sequences; nobody writes to them any more.
 
     With a sliding window, blocks no query from n on can see are freed in `demote`: their entries, the first ones of the
     tables, are 0. One that is behind the window when its turn comes is not compressed.
@@ -97,6 +36,8 @@ class TieredCache:
         The tiers' ids.
     compresses : bool
         Whether the plan has a compressed tier; without one c is always 0.
+    reuse : bool
+        Whether sequences share blocks with equal contents, see `PrefixCache`; not together with a sliding window.
     sliding_window : int, optional
         Tokens a query sees, itself included; default all.
     """
@@ -107,6 +48,7 @@ class TieredCache:
         full_pool: BlockPool,
         compressed_pool: BlockPool,
         compresses: bool,
+        reuse: bool = False,
         sliding_window: int | None = None,
     ) -> None:
         self.sliding_window = sliding_window
@@ -114,6 +56,7 @@ class TieredCache:
         self.full_pool = full_pool
         self.compressed_pool = compressed_pool
         self.compresses = compresses
+        self.prefixes = PrefixCache(rule if compresses else None, full_pool, compressed_pool, reuse)
 
     def compressed_len(self, position: int, prompt_len: int) -> int:
         """c of the query at ``position`` under this cache's plan."""
@@ -128,10 +71,16 @@ class TieredCache:
             end = min(end, (start // self.rule.quantum + 1) * self.rule.quantum)
         return min(end, self.rule.chunk_end(start, prompt_len)) if self.compresses else end
 
-    def peak_blocks(self, sequence: Sequence, end: int) -> tuple[int, int]:
-        """Most (full, compressed) blocks the sequence holds while it computes up to position ``end``."""
-        start = sequence.num_computed
-        full, compressed = (len(used_blocks(table)) for table in (sequence.full_table, sequence.compressed_table))
+    def peak_blocks(self, sequence: Sequence, end: int, hit: Hit | None = None) -> tuple[int, int]:
+        """Most (full, compressed) blocks the sequence holds while it computes up to position ``end``.
+
+        With ``hit``, as if it started there.
+        """
+        if hit is None:
+            start = sequence.num_computed
+            full, compressed = (len(used_blocks(table)) for table in (sequence.full_table, sequence.compressed_table))
+        else:
+            start, full, compressed = hit.num_tokens, len(hit.full_blocks), hit.compressed_len // BLOCK_SIZE
         while start < end:
             c = self.compressed_len(start, sequence.prompt_len) // BLOCK_SIZE
             behind = blocks_behind(start, self.sliding_window)
@@ -155,7 +104,8 @@ class TieredCache:
     def demote(self, sequence: Sequence, new_c: int) -> list[Demotion]:
         """Move [c, new_c) to the compressed tier's table; the caller compresses, then calls `release`.
 
-        Sources stay allocated until `release`, so that nothing overwrites them before they are read. What is behind the
+        Sources stay allocated until `release`, so that nothing overwrites them before they are read. A block that the
+        compressed tier already holds is shared and not among the demotions. What is behind the
         sliding window of the next query is freed first.
 
         Raises
@@ -169,20 +119,50 @@ class TieredCache:
                 f"{sequence.compressed_len} to num_computed {sequence.num_computed}"
             )
         self._free_behind_window(sequence)
-        first = len(sequence.compressed_table)
-        count = new_c // BLOCK_SIZE - first
-        sources = sequence.full_table[:count]
+        first, last = len(sequence.compressed_table), new_c // BLOCK_SIZE
+        sources = sequence.full_table[: last - first]
         skipped = sources.count(0)
-        targets = [0] * skipped + self.compressed_pool.allocate(count - skipped)
-        del sequence.full_table[:count]
-        sequence.compressed_table += targets
+        targets, fresh = self._compressed_blocks(sequence, first + skipped, last)
+        del sequence.full_table[: last - first]
+        sequence.compressed_table += [0] * skipped + targets
         sequence.compressed_len = new_c
-        moves = enumerate(zip(sources, targets, strict=True), first)
-        return [Demotion(sequence, source, target, index) for index, (source, target) in moves if source]
+        pairs = list(zip(sources[skipped:], targets, range(first + skipped, last), strict=True))
+        self.full_pool.free(source for source, target, _ in reversed(pairs) if target not in fresh)
+        return [Demotion(sequence, source, target, i) for source, target, i in pairs if target in fresh]
 
     def release(self, demotions: Iterable[Demotion]) -> None:
         """Free the sources of demotions that the engine has compressed."""
-        self.full_pool.free(demotion.source for demotion in demotions)
+        # The end of a prefix is of no use without its beginning, so the beginning is the last to be evicted.
+        self.full_pool.free([demotion.source for demotion in demotions][::-1])
+
+    def forget(self, demotions: Iterable[Demotion]) -> None:
+        """Nobody may find the targets of demotions that the engine failed to compress."""
+        self.compressed_pool.forget(demotion.target for demotion in demotions)
+
+    def commit(self, sequence: Sequence, end: int) -> None:
+        """Positions up to ``end`` have been computed; the blocks they completed can be found from now on."""
+        start, sequence.num_computed = sequence.num_computed, end
+        self.prefixes.register_full(sequence, start)
+
+    def _compressed_blocks(self, sequence: Sequence, first: int, last: int) -> tuple[list[int], set[int]]:
+        """Own compressed blocks for blocks [first, last) of a sequence; the second result holds those to be filled."""
+        if not self.prefixes.serves(sequence):
+            fresh = self.compressed_pool.allocate(last - first)
+            return fresh, set(fresh)
+        names = self.prefixes.hashes(sequence, last)[first:]
+        found = [self.compressed_pool.find(name) for name in names]
+        shared = [block for block in found if block is not None]
+        self.compressed_pool.share(shared)
+        try:
+            fresh = self.compressed_pool.allocate(len(names) - len(shared))
+        except OutOfBlocks:
+            self.compressed_pool.free(shared[::-1])
+            raise
+        rest = iter(fresh)
+        blocks = [next(rest) if block is None else block for block in found]
+        for block, name in zip(blocks, names, strict=True):
+            self.compressed_pool.register(block, name)
+        return blocks, set(fresh)
 
     def _free_behind_window(self, sequence: Sequence) -> None:
         behind = blocks_behind(sequence.num_computed, self.sliding_window)
@@ -203,14 +183,16 @@ class TieredCache:
 
     def free(self, sequence: Sequence) -> None:
         """Give up all blocks of the sequence and forget what it computed."""
-        self.full_pool.free(used_blocks(sequence.full_table))
-        self.compressed_pool.free(used_blocks(sequence.compressed_table))
+        self.full_pool.free(reversed(used_blocks(sequence.full_table)))
+        self.compressed_pool.free(reversed(used_blocks(sequence.compressed_table)))
         sequence.full_table = []
         sequence.compressed_table = []
         sequence.num_computed = sequence.compressed_len = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Between steps: the tables of ``sequences`` are all there is, and hold exactly the computed positions.
+
+        A block with a hash is in the tables of sequences with that prefix only.
 
         Raises
         ------
@@ -223,6 +205,7 @@ class TieredCache:
             tables = len(sequence.full_table), len(sequence.compressed_table)
             if c > n or tables != (blocks_for(n - c), c // BLOCK_SIZE) or c % BLOCK_SIZE:
                 raise IntegrityError(f"sequence: {n} tokens, {c} compressed, but tables of {tables} blocks")
+            self.prefixes.check_integrity(sequence)
             owners["full"].update(used_blocks(sequence.full_table))
             owners["compressed"].update(used_blocks(sequence.compressed_table))
         for key, pool in (("full", self.full_pool), ("compressed", self.compressed_pool)):

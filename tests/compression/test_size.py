@@ -33,8 +33,9 @@ from minicache_trt.contract import (
     stream_layout,
 )
 from minicache_trt.runtime.block_pool import BlockPool
+from minicache_trt.runtime.demotion import DemotionRule
 from minicache_trt.runtime.request import Sequence
-from minicache_trt.runtime.tiered_cache import DemotionRule, TieredCache
+from minicache_trt.runtime.tiered_cache import TieredCache
 from tests.support.matrices import random_matrices
 from tests.support.strategies import streams
 
@@ -141,7 +142,7 @@ def test_a_sequence_holds_what_its_sliding_window_shows(method: str, context: in
     config, window = replace(LLAMA2_7B, sliding_window=4096, max_position_embeddings=32768), 64
     plan = make_plan(config, method)
     pools = BlockPool(1000, "full"), BlockPool(1000, "compressed")
-    cache = TieredCache(DemotionRule(window, 2048), *pools, plan.compresses, config.sliding_window)
+    cache = TieredCache(DemotionRule(window, 2048), *pools, plan.compresses, sliding_window=config.sliding_window)
     sequence = Sequence([0] * (context + 1), 1, context + 1)
     while sequence.num_computed < context:
         end = cache.chunk_end(sequence.num_computed, context, 1)

@@ -171,8 +171,10 @@ def check_batch(batch, build, compresses, full_blocks, compressed_blocks):
         offsets = batch.positions[rows] - c
         table = batch.full_table[index]
         assert (batch.slot_mapping[rows] == table[offsets // BLOCK_SIZE] * BLOCK_SIZE + offsets % BLOCK_SIZE).all()
-    used = batch.full_table[batch.full_table > 0].tolist()
-    assert len(used) == len(set(used)), "a full-tier block belongs to two sequences"
+    written = [set((batch.slot_mapping[a:b] // BLOCK_SIZE).tolist()) for a, b in pairwise(batch.query_start)]
+    for index, blocks in enumerate(written):
+        others = np.delete(batch.full_table, index, axis=0)
+        assert not blocks & set(others.ravel().tolist()), "a block that is written belongs to another sequence too"
 
 
 def check_table(row, used, blocks):

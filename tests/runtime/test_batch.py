@@ -4,9 +4,10 @@ import pytest
 from minicache_trt.contract import DECODER_INPUTS, PREFILL_TILE
 from minicache_trt.runtime.batch import build_batch
 from minicache_trt.runtime.block_pool import BlockPool
+from minicache_trt.runtime.demotion import DemotionRule
 from minicache_trt.runtime.request import Sequence
 from minicache_trt.runtime.scheduler import ScheduledStep, Work
-from minicache_trt.runtime.tiered_cache import DemotionRule, TieredCache
+from minicache_trt.runtime.tiered_cache import TieredCache
 
 
 @pytest.fixture

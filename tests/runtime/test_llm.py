@@ -84,7 +84,7 @@ def disturb(llm, period):
 
     def demote_after_preemption():
         if len(scheduler.running) > 1 and next(calls) % period == 0:
-            scheduler._preempt_youngest()
+            scheduler._preempt_last()
         return demote()
 
     scheduler.demote = demote_after_preemption
@@ -394,3 +394,16 @@ def test_byte_level_text_end_to_end(make_llm):
 def test_progress_bar(make_llm, capsys):
     make_llm().generate([[1], [2]], use_tqdm=True)
     assert "2/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("window", "quantum"), [(1, 64), (64, 256), (100, 128)])
+def test_an_answer_that_becomes_a_prompt_is_computed_as_a_prompt(make_llm, window, quantum):
+    """Its tokens saw another c than they do as a prompt, so only what is the same may be found."""
+    llm = make_llm(window=window, quantum=quantum, max_seq_len=600)
+    known = tokens(0, 10)
+    for _ in range(2):
+        for _ in range(2):
+            (output,) = llm.generate([known], SamplingParams(max_tokens=200, temperature=0))
+            assert output.outputs[0].token_ids == greedy_tokens(llm, known, 200)
+        known = [*known, *output.outputs[0].token_ids, 7]
+    assert llm.statistics.hit_tokens > 0

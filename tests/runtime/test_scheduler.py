@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from minicache_trt.config import KvCacheConfig
 from minicache_trt.runtime.block_pool import BlockPool, OutOfBlocks
 from minicache_trt.runtime.cache_sizes import CacheSizes
+from minicache_trt.runtime.demotion import DemotionRule, blocks_for
 from minicache_trt.runtime.request import Sequence
 from minicache_trt.runtime.scheduler import Scheduler
-from minicache_trt.runtime.tiered_cache import DemotionRule, TieredCache, blocks_for
+from minicache_trt.runtime.tiered_cache import TieredCache
 
 
 def make_scheduler(build, full_blocks, compressed_blocks, compresses=True):

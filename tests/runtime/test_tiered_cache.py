@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, KvCacheConfig
 from minicache_trt.runtime.block_pool import BlockPool, IntegrityError, OutOfBlocks
 from minicache_trt.runtime.cache_sizes import CacheSizes
+from minicache_trt.runtime.demotion import DemotionRule
 from minicache_trt.runtime.request import Sequence
-from minicache_trt.runtime.tiered_cache import DemotionRule, TieredCache
+from minicache_trt.runtime.tiered_cache import TieredCache
 
 windows = st.sampled_from([1, 63, 64, 65, 100, 128, 200])
 quanta = st.sampled_from([64, 128, 192, 256])
@@ -123,7 +124,7 @@ def test_sliding_window(data, window, quantum, compresses, sliding, prompt_len, 
     build = BuildConfig(1, total, total, window=window, quantum=quantum)
     sizes = CacheSizes.plan(build, KvCacheConfig(), compresses, 1000, 100, sliding)
     pools = BlockPool(sizes.full_blocks, "full"), BlockPool(sizes.compressed_blocks, "compressed")
-    cache = TieredCache(DemotionRule(window, quantum), *pools, compresses, sliding)
+    cache = TieredCache(DemotionRule(window, quantum), *pools, compresses, sliding_window=sliding)
     sequence = Sequence([0] * total, prompt_len, total)
     most = cache.peak_blocks(sequence, total)
     places = {}
