@@ -9,7 +9,7 @@ Builds the kernels for this machine's GPU, runs tests/gpu, then benchmarks/kerne
 Needs an NVIDIA GPU, nvcc, cmake, and a Python ($PYTHON, default python3) with PyTorch for CUDA and this package's
 dependencies. A step that fails does not stop the others; the exit code says whether one did.
 
-  --quick        few shapes and a part of the tests; meant for ten minutes
+  --quick        few shapes and a part of the tests; at most nine minutes
   --output DIR   where logs and JSON files go (default: build/gpu-session)
 TEXT
 }
@@ -48,12 +48,12 @@ step() {  # name, seconds, command ...
 }
 
 # Tests and backend use the same build.
-step build 240 build_scripts/build_plugins.sh --cuda --arch native --output build/plugins-gpu
+step build 200 build_scripts/build_plugins.sh --cuda --arch native --output build/plugins-gpu
 export MINICACHE_LIBRARY="$root/build/plugins-gpu/libminicache_cuda.so"
 select=()
 [[ -n "$quick" ]] && select=(-k "not bfloat16 and not test_replayed")
-step tests "$([[ -n "$quick" ]] && echo 120 || echo 1800)" "$python" -m pytest tests/gpu "${select[@]}"
+step tests "$([[ -n "$quick" ]] && echo 110 || echo 1800)" "$python" -m pytest tests/gpu "${select[@]}"
 step kernels "$([[ -n "$quick" ]] && echo 90 || echo 1800)" "$python" benchmarks/kernels.py $quick --json "$output/kernels.json"
-step end_to_end "$([[ -n "$quick" ]] && echo 150 || echo 3600)" \
+step end_to_end "$([[ -n "$quick" ]] && echo 130 || echo 3600)" \
   "$python" benchmarks/end_to_end.py $quick --json "$output/end_to_end.json"
 exit "$failed"
