@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.runtime.block_pool import OutOfBlocks
-from minicache_trt.runtime.demotion import Demotion
+from minicache_trt.runtime.demotion import Demotion, used_blocks
 from minicache_trt.runtime.prefix_cache import Hit
 from minicache_trt.runtime.request import Sequence
 from minicache_trt.runtime.tiered_cache import TieredCache
@@ -188,8 +188,8 @@ class Scheduler:
         compressed -= sum(compressed_pool.ref_counts[block] > 0 for block in hit.compressed_blocks)
         for sequence in self.running:
             peak = self._peak(sequence)
-            full += peak[0] - len(sequence.full_table)
-            compressed += peak[1] - len(sequence.compressed_table)
+            full += peak[0] - len(used_blocks(sequence.full_table))
+            compressed += peak[1] - len(used_blocks(sequence.compressed_table))
         return (full <= full_pool.num_free and compressed <= compressed_pool.num_free) or not self.running
 
     def _peak(self, sequence: Sequence, hit: Hit | None = None) -> tuple[int, int]:

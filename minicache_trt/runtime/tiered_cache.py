@@ -105,8 +105,8 @@ class TieredCache:
         """Move [c, new_c) to the compressed tier's table; the caller compresses, then calls `release`.
 
         Sources stay allocated until `release`, so that nothing overwrites them before they are read. A block that the
-        compressed tier already holds is shared and not among the demotions. What is behind the
-        sliding window of the next query is freed first.
+        compressed tier already holds is shared and not among the demotions. What is behind the sliding window of the
+        next query is freed first.
 
         Raises
         ------

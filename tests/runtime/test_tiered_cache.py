@@ -122,7 +122,7 @@ def test_sliding_window(data, window, quantum, compresses, sliding, prompt_len, 
     """Exactly the blocks some query can still see are held, in slots that never change; the planned sizes suffice."""
     total = prompt_len + generated
     build = BuildConfig(1, total, total, window=window, quantum=quantum)
-    sizes = CacheSizes.plan(build, KvCacheConfig(), compresses, 1000, 100, sliding)
+    sizes = CacheSizes.plan(build, KvCacheConfig(), compresses, 1000, 100, sliding_window=sliding)
     pools = BlockPool(sizes.full_blocks, "full"), BlockPool(sizes.compressed_blocks, "compressed")
     cache = TieredCache(DemotionRule(window, quantum), *pools, compresses, sliding_window=sliding)
     sequence = Sequence([0] * total, prompt_len, total)
