@@ -331,6 +331,7 @@ def test_a_closed_event_loop_aborts_its_request(make_llm):
     llm = make_llm(tokenizer=bpe_tokenizer())
     gate = Gate(llm.engine, 5)
     request = llm.generate_async(tokens(0, 10), LONG)
+    assert gate.reached.wait(WAIT)  # no step wakes the loop before it is closed
     loop = asyncio.new_event_loop()
     request._waiting.append((loop, loop.create_future()))
     loop.close()
