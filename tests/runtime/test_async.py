@@ -181,14 +181,17 @@ def test_a_cancelled_task_cancels_its_request(make_llm):
 
 def test_an_exception_in_a_step_fails_its_batch_and_the_loop_lives_on(make_llm):
     llm = make_llm(max_batch_size=2)
-    gate = Gate(llm.engine, 3, RuntimeError("the device is on fire"))
+    start, gate = Gate(llm.engine, 0), Gate(llm.engine, 3, RuntimeError("the device is on fire"))
     requests = [llm.generate_async(tokens(seed, 10), GREEDY) for seed in range(3)]
-    assert gate.reached.wait(WAIT)
-    gate.opened.set()
-    for request in requests[:2]:
+    for held in (start, gate):
+        assert held.reached.wait(WAIT)
+        held.opened.set()
+    for seed, request in enumerate(requests[:2]):
         completion = request.result(WAIT).outputs[0]
         assert (completion.finish_reason, completion.stop_reason) == ("error", "RuntimeError: the device is on fire")
-        assert len(completion.token_ids) == 3
+        # The second request may have come too late for the first step.
+        assert 3 - seed <= len(completion.token_ids) <= 3
+        assert completion.token_ids == greedy_tokens(llm, tokens(seed, 10), 60)[: len(completion.token_ids)]
     assert outcome(requests[2]) == ("length", greedy_tokens(llm, tokens(2, 10), 60))
     assert outcome(llm.generate_async(tokens(0, 10), GREEDY)) == ("length", greedy_tokens(llm, tokens(0, 10), 60))
 
