@@ -20,7 +20,7 @@ from common import run
 from costs import Cost, build_cost
 from reporting import JsonFile, write_report
 
-from minicache_trt.checkpoint.families import FAMILIES, weight_shapes
+from minicache_trt.checkpoint.binding import stored_shape, stored_tensors, weight_shapes
 from minicache_trt.checkpoint.presets import PRESETS
 from minicache_trt.cli.console import stderr
 from minicache_trt.units import format_bytes
@@ -32,8 +32,8 @@ TARGETS = ["target", "< 60 s", "< 2 GB", "< 100 MB", ""]
 def sparse_checkpoint(directory: Path, preset: str, shards: int) -> None:
     """A checkpoint of a preset's shape in float16: config, index and ``shards`` safetensors files without data."""
     model = PRESETS[preset]
-    config, family = model.config, FAMILIES[model.config.family]
-    shapes = {family.hf_name(name): shape for name, shape in weight_shapes(config).items()}
+    canonical = weight_shapes(model.config)
+    shapes = {name: stored_shape(canonical, parts) for name, parts in stored_tensors(model.config).items()}
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     total, limit = sum(sizes.values()), sum(sizes.values()) / shards
     headers: list[dict[str, Any]] = [{} for _ in range(shards)]
