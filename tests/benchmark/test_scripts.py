@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from minicache_trt.build import load_engine
+from tests.support.checkpoints import make_checkpoint
+from tests.support.engines import build
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -19,3 +25,15 @@ def test_script_loads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+
+
+@pytest.mark.parametrize("method", ["full", "kivi4"])
+def test_a_step_packed_by_hand_is_one_the_engine_runs(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = importlib.import_module("common")
+    directory = build(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "engine", method)
+    engine = load_engine(directory, 1)
+    common.fill_pools(engine, 40, 40)
+    assert np.isfinite(engine.decode(common.decode_step(engine, 3, 200, 40, 40))).all()
