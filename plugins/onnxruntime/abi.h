@@ -62,9 +62,6 @@ struct Api {
   Status* attribute(const KernelInfo* info, const char* name, char* out, std::size_t* size) const {
     return at<Status* (*)(const KernelInfo*, const char*, char*, std::size_t*)>(87)(info, name, out, size);
   }
-  Status* input_count(const KernelContext* context, std::size_t* out) const {
-    return at<Status* (*)(const KernelContext*, std::size_t*)>(88)(context, out);
-  }
   Status* input(const KernelContext* context, std::size_t index, const Value** out) const {
     return at<Status* (*)(const KernelContext*, std::size_t, const Value**)>(90)(context, index, out);
   }
