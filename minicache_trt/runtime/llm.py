@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +21,14 @@ from minicache_trt.runtime.cache_sizes import CacheSizes
 from minicache_trt.runtime.engine_loop import EngineLoop
 from minicache_trt.runtime.generation import Generation, TokenEvent
 from minicache_trt.runtime.job import Job, Update
-from minicache_trt.runtime.prompts import PromptLike, parse_prompts
-from minicache_trt.runtime.request import DEFAULT_OPTIONS, RequestOptions, RequestOutput, SamplingParams
+from minicache_trt.runtime.prompts import PromptLike
+from minicache_trt.runtime.request import RequestOutput, SamplingParams
+from minicache_trt.runtime.request_factory import RequestFactory, request_options
 from minicache_trt.runtime.runner import Runner
 from minicache_trt.runtime.scoring import scoring_jobs
 from minicache_trt.runtime.statistics import Statistics
 from minicache_trt.runtime.temporary_engine import engine_directory
-from minicache_trt.runtime.tokenizer import Tokenizer, load_tokenizer
+from minicache_trt.runtime.tokenizer import Tokenizer
 
 
 class LLM:
@@ -102,8 +99,7 @@ class LLM:
     ) -> None:
         self.engine = engine
         self._runner = Runner(engine, kv_cache_config or KvCacheConfig())
-        self._tokenizer_source = tokenizer
-        self._request_ids = itertools.count()
+        self._requests = RequestFactory(engine.model, engine.build, tokenizer)
         self._loop: EngineLoop | None = None
         self._loop_lock = threading.Lock()
 
@@ -116,9 +112,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """Loaded on first use; None when there is none."""
-        if isinstance(self._tokenizer_source, str | Path):
-            self._tokenizer_source = load_tokenizer(Path(self._tokenizer_source))
-        return self._tokenizer_source
+        return self._requests.tokenizer
 
     @property
     def statistics(self) -> Statistics:
@@ -163,7 +157,7 @@ class LLM:
         """
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-        generations = self._generations(prompts, sampling_params)
+        generations = self._requests.many(prompts, sampling_params)
         pending = [generation for generation in generations if not generation.finished]
         bar = tqdm(total=len(pending), desc="requests", unit="request", disable=not use_tqdm)
         with closing(self._run(pending)) as steps, bar:
@@ -209,24 +203,15 @@ class LLM:
         UserError
             When the request cannot be used, the LLM has been shut down, or another thread is in `generate`.
         """
-        if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
-            raise UserError(f"timeout: expected a positive finite number of seconds, got {timeout}")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            options = RequestOptions(priority, cache_salt, deadline)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        generations = self._generations(prompt, sampling_params, options)
-        if len(generations) != 1:
-            raise UserError(f"generate_async: expected one prompt, got {len(generations)}", "call it once for each")
+        generation = self._requests.one(prompt, sampling_params, request_options(priority, cache_salt, timeout))
         with self._loop_lock:
             if self._loop is None:
                 self._loop = EngineLoop(self._runner)
-        request = AsyncRequest(generations[0], self._loop.cancel)
-        if generations[0].finished:
-            request.update(Update.of(generations[0]))
+        request = AsyncRequest(generation, self._loop.cancel)
+        if generation.finished:
+            request.update(Update.of(generation))
         else:
-            self._loop.submit(generations[0], request.update)
+            self._loop.submit(generation, request.update)
         return request
 
     def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> bool:
@@ -254,10 +239,7 @@ class LLM:
         UserError
             Before the first piece, when the prompt cannot be used; in the middle, when the model's logits cannot.
         """
-        generations = self._generations(prompt, sampling_params)
-        if len(generations) != 1:
-            raise UserError(f"generate_stream: expected one prompt, got {len(generations)}", "use generate")
-        return self._stream(generations[0])
+        return self._stream(self._requests.one(prompt, sampling_params))
 
     def score(
         self,
@@ -304,36 +286,6 @@ class LLM:
     def check_integrity(self) -> None:
         """Verify that every cache block is accounted for."""
         self._runner.check_integrity()
-
-    def _generations(
-        self,
-        prompts: PromptLike | Sequence[PromptLike],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        options: RequestOptions = DEFAULT_OPTIONS,
-    ) -> list[Generation]:
-        model, build = self.engine.model, self.engine.build
-        parsed = parse_prompts(prompts, self.tokenizer, model.vocab_size, build.max_seq_len)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(parsed)
-        else:
-            params = list(sampling_params)
-        if len(params) != len(parsed):
-            raise UserError(f"sampling_params: expected 1 or {len(parsed)} (one per prompt), got {len(params)}")
-        if self.tokenizer is None and any(item.stop_strings for item in params):
-            raise UserError("stop: stop strings need a tokenizer", "use stop_token_ids, or pass tokenizer=")
-        return [
-            Generation(
-                request_id=str(next(self._request_ids)),
-                prompt=prompt.text,
-                token_ids=prompt.token_ids,
-                params=item,
-                max_seq_len=build.max_seq_len,
-                eos_token_ids=model.eos_token_ids,
-                tokenizer=self.tokenizer,
-                options=replace(options, cache_salt=options.cache_salt or prompt.cache_salt),
-            )
-            for prompt, item in zip(parsed, params, strict=True)
-        ]
 
     def _run(self, jobs: Sequence[Job]) -> Generator[list[Update], None, None]:
         return self._runner.run(jobs) if self._loop is None else self._loop.run(jobs)

@@ -349,7 +349,7 @@ def test_a_closed_event_loop_aborts_its_request(make_llm):
         ({"timeout": float("nan")}, "timeout: expected a positive finite number"),
         ({"priority": 0.5}, "priority: expected a whole number, got 0.5"),
         ({"cache_salt": ""}, "cache_salt: expected text that is not empty"),
-        ({"prompt": [[1], [2]]}, "generate_async: expected one prompt, got 2"),
+        ({"prompt": [[1], [2]]}, "expected one prompt, got 2"),
         ({"prompt": [48]}, "expected token ids from 0 to 47"),
         ({"prompt": {"prompt_token_ids": [1], "cache_salt": 3}}, "cache_salt: expected text that is not empty, got 3"),
     ],
