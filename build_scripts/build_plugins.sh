@@ -6,10 +6,14 @@ usage() {
   cat <<'TEXT'
 Usage: build_plugins.sh [options]
 
-Builds libminicache_cuda.so (nvcc) and libminicache_host.so (the same sources on the CPU).
+Builds libminicache_cuda.so (nvcc) and libminicache_host.so (the same sources on the CPU), and with --tensorrt the
+TensorRT plugins around them: libminicache_trt_plugins.so and libminicache_trt_plugins_host.so, and the test harness.
 
   --host         only the host library; needs no nvcc
   --cuda         only the CUDA library
+  --tensorrt     also the TensorRT plugins; needs TensorRT's public headers (10.16 or 11.x), no TensorRT
+  --include DIR  folder of those headers (default: $TENSORRT_INCLUDE_DIR, else build/tensorrt/include, where
+                 build_scripts/tensorrt_headers.sh puts them, else /usr/include)
   --arch LIST    GPU architectures, such as 90a or 80,90a; native: this machine's GPU
                  (default: 80,86,89,90a,100,120, the last one also as PTX)
   --reduced      a quick check: one architecture (90a) and few instantiations
@@ -36,17 +40,39 @@ present_architecture() {
   echo "$capability"
 }
 
+# Prints the folder of TensorRT's headers: the first argument, if there is one, or where they usually are.
+header_folder() {
+  local given="${1:-${TENSORRT_INCLUDE_DIR:-}}" folder found=""
+  local folders=("$root/build/tensorrt/include" "/usr/include/$(uname -m)-linux-gnu" /usr/include)
+  [[ -z "$given" ]] || folders=("$given")
+  local get="build_scripts/tensorrt_headers.sh fetches them from NVIDIA's public repository (or install\
+ libnvinfer-headers-dev from NVIDIA's); name a folder that has them with --include or TENSORRT_INCLUDE_DIR"
+  for folder in "${folders[@]}"; do
+    [[ -f "$folder/NvInferRuntime.h" ]] && { found="$folder"; break; }
+  done
+  [[ -n "$found" ]] || fail "TensorRT's headers are missing: no NvInferRuntime.h in ${folders[0]}" "$get"
+  grep -q IPluginV3OneBuildV2 "$found/NvInferRuntime.h" ||
+    fail "TensorRT's headers in $found are too old: they have no IPluginV3OneBuildV2" "$get"
+  (cd "$found" && pwd)
+}
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output="$root/build/plugins"
-host=ON cuda=ON reduced=OFF arch="" jobs="$(nproc 2>/dev/null || echo 2)"
+host=ON cuda=ON tensorrt=OFF include="" reduced=OFF arch="" jobs="$(nproc 2>/dev/null || echo 2)"
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --host) cuda=OFF ;;
     --cuda) host=OFF ;;
     --reduced) reduced=ON ;;
-    --arch | --output | --jobs)
+    --tensorrt) tensorrt=ON ;;
+    --arch | --include | --output | --jobs)
       [[ $# -ge 2 ]] || fail "$1: expected a value" "see --help"
-      case "$1" in --arch) arch="$2" ;; --output) output="$2" ;; --jobs) jobs="$2" ;; esac
+      case "$1" in
+        --arch) arch="$2" ;;
+        --include) include="$2" ;;
+        --output) output="$2" ;;
+        --jobs) jobs="$2" ;;
+      esac
       shift
       ;;
     -h | --help) usage; exit 0 ;;
@@ -79,6 +105,11 @@ else
   command -v make > /dev/null || fail "neither ninja nor make is there" "apt-get install ninja-build"
 fi
 
+if [[ "$tensorrt" == ON ]]; then
+  include="$(header_folder "$include")" || exit 2
+  options+=("-DTENSORRT_INCLUDE_DIR=$include")
+fi
+
 mkdir -p "$output"
 output="$(cd "$output" && pwd)"
 if command -v flock > /dev/null; then
@@ -87,7 +118,7 @@ if command -v flock > /dev/null; then
 fi
 log="$output/configure.log"
 cmake -S "$root/plugins" -B "$output" -G "$generator" -DCMAKE_CXX_COMPILER="$(command -v "$compiler")" "${options[@]}" \
-  -DMINICACHE_CUDA="$cuda" -DMINICACHE_HOST="$host" -DMINICACHE_REDUCED="$reduced" -DMINICACHE_TARGETS="${arch//,/;}" \
+  -DMINICACHE_CUDA="$cuda" -DMINICACHE_HOST="$host" -DMINICACHE_TENSORRT="$tensorrt" -DMINICACHE_REDUCED="$reduced" -DMINICACHE_TARGETS="${arch//,/;}" \
   > "$log" 2>&1 || { cat "$log" >&2; exit 1; }
 cmake --build "$output" --parallel "$jobs"
 if [[ "$cuda" == ON ]]; then

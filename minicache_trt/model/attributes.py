@@ -1,12 +1,14 @@
-"""What a `PagedAttention` node says about itself to runtimes that have a kernel or a plugin for it."""
+"""What the nodes of the custom ops say about themselves to runtimes that have a kernel or a plugin for them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
 from minicache_trt.config import ModelConfig
-from minicache_trt.contract import DOMAIN, OP_VERSION
-from minicache_trt.descriptor import stream_descriptor
+from minicache_trt.contract import COMPRESSOR_INPUTS, DOMAIN, OP_VERSION, StreamLayout
+from minicache_trt.descriptor import stream_descriptor, stream_numbers
 from minicache_trt.functions.step import LayerStreams, step_inputs
 from minicache_trt.model.rope import inverse_frequencies
 
@@ -32,9 +34,36 @@ def attention_attributes(config: ModelConfig, streams: LayerStreams | None) -> d
         names += [parameter for parameter, *_ in streams.inputs()]
         result["key_stream"] = _text(stream_descriptor(streams.key.layout, streams.key.member))
         result["value_stream"] = _text(stream_descriptor(streams.value.layout, streams.value.member))
-        frequencies = inverse_frequencies(config.rope, config.head_dim).tolist()
-        result["inverse_frequencies"] = " ".join(f"{frequency:.9g}" for frequency in frequencies)
+        result["inverse_frequencies"] = _frequencies(config)
     return result | {"input_names": " ".join(names)}
+
+
+def compression_attributes(layout: StreamLayout, maps: Iterable[str]) -> dict[str, ir.Attr | int | str]:
+    """Attributes of one stream's `CompressBlocks` node; ``maps``: names of the linear maps it takes, in order.
+
+    ``input_names`` and ``inverse_frequencies`` as in `attention_attributes`; ``stream``: `stream_descriptor`;
+    ``stream_numbers``: `stream_numbers`.
+    """
+    config = layout.config
+    layers = [f"kv{member}" for member in range(len(layout.stream.layers))]
+    return {
+        **PLUGIN_ATTRIBUTES,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "stream": _text(stream_descriptor(layout)),
+        "stream_numbers": _floats(stream_numbers(layout)),
+        "inverse_frequencies": _frequencies(config),
+        "input_names": " ".join([*COMPRESSOR_INPUTS, *layers, *maps, *layout.pools]),
+    }
+
+
+def _frequencies(config: ModelConfig) -> str:
+    return _floats(inverse_frequencies(config.rope, config.head_dim).tolist())
+
+
+def _floats(numbers: list[float]) -> str:
+    """Enough digits for float32."""
+    return " ".join(f"{number:.9g}" for number in numbers)
 
 
 def _text(numbers: list[int]) -> str:

@@ -26,7 +26,7 @@ from minicache_trt.functions.compress_blocks import compress_blocks
 from minicache_trt.functions.paged_attention import paged_attention
 from minicache_trt.functions.step import LayerStream, LayerStreams, read_map_name, step_inputs
 from minicache_trt.functions.tape import OPSETS, Emitter
-from minicache_trt.model.attributes import PLUGIN_ATTRIBUTES, attention_attributes
+from minicache_trt.model.attributes import attention_attributes, compression_attributes
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.maps import GraphMaps, names_below, writer_maps
 from minicache_trt.model.onnx_ops import OnnxOps
@@ -65,7 +65,7 @@ def _variant(layout: StreamLayout) -> Hashable:
 
 
 def _call(
-    g: Emitter, function: ir.Function, inputs: list[ir.Value], name: str, attrs: Mapping[str, Any] = PLUGIN_ATTRIBUTES
+    g: Emitter, function: ir.Function, inputs: list[ir.Value], name: str, attrs: Mapping[str, Any]
 ) -> list[ir.Value]:
     """A call node; ``name`` is path-like, as ``layers.3.attention``."""
     values = g.op_multi(function.name, *inputs, outputs=len(function.outputs), attrs=dict(attrs), domain=DOMAIN)
@@ -166,7 +166,8 @@ def build_compressor(config: ModelConfig, plan: CompressionPlan, maps: GraphMaps
         )
         own_maps = [maps.value(tensor) for tensor in writer.values()]
         inputs = [*steps.values(), *(full[layer] for layer in layout.stream.layers), *own_maps, *own]
-        values = _call(g, function, inputs, f"streams.{layout.index}.compress")
+        attrs = compression_attributes(layout, writer)
+        values = _call(g, function, inputs, f"streams.{layout.index}.compress", attrs)
         for value, pool in zip(values, layout.pools.values(), strict=True):
             outputs.append(_output(value, pool.output_name, _POOL_TYPES[pool.dtype], ["Nc", *pool.shape]))
         pools += own

@@ -227,7 +227,7 @@ std::int32_t attend(const AttentionArguments& a, const PrefillWorkspace& workspa
 MC_API std::int64_t minicache_prefill_workspace(const minicache::AttentionArguments* arguments) {
   using namespace minicache;
   if (check_sizes(arguments) != ok) return -1;
-  return PrefillWorkspace::recommended(*arguments).bytes;
+  return PrefillWorkspace::recommended_bytes(*arguments);
 }
 
 MC_API std::int32_t minicache_prefill_attention(const minicache::AttentionArguments* arguments, void* workspace,

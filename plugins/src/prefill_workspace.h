@@ -41,13 +41,14 @@ struct PrefillWorkspace {
     return result;
   }
 
-  // The whole history at once where it is small enough.
-  static PrefillWorkspace recommended(const AttentionArguments& a) {
-    if (!has_history(a)) return PrefillWorkspace{};
-    const std::int64_t column = 2 * (a.step.sequences - a.step.decodes) * block_bytes(a);
-    const std::int64_t fitting = kHistoryBytes / column;
-    const std::int64_t columns = fitting < kSmallestPiece ? kSmallestPiece : fitting;
-    return of(a, static_cast<std::int32_t>(minimum<std::int64_t>(columns, a.step.compressed_columns)));
+  // The whole history at once where it is small enough. A step with more of anything never takes less, so what the
+  // largest step takes is enough for every step.
+  static std::int64_t recommended_bytes(const AttentionArguments& a) {
+    if (!has_history(a)) return 0;
+    const PrefillWorkspace whole = of(a, a.step.compressed_columns);
+    const PrefillWorkspace least = of(a, minimum(kSmallestPiece, a.step.compressed_columns));
+    const std::int64_t state = least.pieces > 1 ? least.bytes - least.accumulators : 0;
+    return minimum(whole.bytes, maximum(least.bytes, state + kHistoryBytes));
   }
 
   // The largest pieces that fit into `available` bytes; pieces of one block where not even they do.
