@@ -16,7 +16,7 @@ from minicache_trt.runtime.batch import Batch
 from tests.gpu.conftest import Kernels
 from tests.support.steps import random_pools
 
-ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Unit roundoff of each compute type."""
 
 
@@ -54,7 +54,7 @@ class Case:
         pools = random_pools(config, plan, *blocks)
         tensors = rounded(pools, dtype)
         cache = KernelCache(kernels.library, config, plan, kernels.device, dtype)
-        cache.tensors = {name: tensor.to(kernels.device) for name, tensor in tensors.items()}
+        cache.tensors = {name: tensor.to(kernels.device, copy=True) for name, tensor in tensors.items()}
         model_pools = {name for name, tensor in pools.tensors.items() if tensor.dtype == torch.float32}
         same = {name: x.float() if name in model_pools else x for name, x in tensors.items()}
         twin = replace(pools, tensors=same)
