@@ -34,17 +34,14 @@ bool FieldReader::only(const std::vector<FieldName>& names) const {
 bool FieldReader::number(const char* name, std::int64_t lowest, std::int64_t highest, std::int32_t& out) const {
   const PluginField* field = find(name);
   if (field == nullptr || field->data == nullptr) return error_("%s: field %s is missing", op_, name);
-  if (field->length != 1) return error_("%s: %s: expected one integer, got %d", op_, name, field->length);
-  std::int64_t value = 0;
-  if (field->type == PluginFieldType::kINT32) {
-    std::int32_t narrow = 0;
-    std::memcpy(&narrow, field->data, sizeof(narrow));
-    value = narrow;
-  } else if (field->type == PluginFieldType::kINT64) {
-    std::memcpy(&value, field->data, sizeof(value));
-  } else {
+  const bool wide = field->type == PluginFieldType::kINT64;
+  if (!wide && field->type != PluginFieldType::kINT32)
     return error_("%s: %s: expected an integer, got a field of type %d", op_, name, static_cast<int>(field->type));
-  }
+  if (field->length != 1) return error_("%s: %s: expected one integer, got %d", op_, name, field->length);
+  std::int32_t narrow = 0;
+  std::int64_t value = 0;
+  std::memcpy(wide ? static_cast<void*>(&value) : &narrow, field->data, wide ? sizeof(value) : sizeof(narrow));
+  if (!wide) value = narrow;
   if (value < lowest || value > highest) {
     return error_("%s: %s: expected %lld to %lld, got %lld", op_, name, static_cast<long long>(lowest),
                   static_cast<long long>(highest), static_cast<long long>(value));
