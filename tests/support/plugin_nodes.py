@@ -76,7 +76,7 @@ class Nodes:
                 found[node.op_type].append(_node(node))
                 for value in node.inputs:
                     if value is not None and value.const_value is not None:
-                        constants[str(value.name)] = value.const_value.numpy()
+                        constants[str(value.name)] = value.const_value.numpy().copy()
         return cls(found["PagedAttention"], found["CompressBlocks"], constants)
 
 
