@@ -7,10 +7,10 @@ BIN    := $(VENV)/bin
 # TORCH_ARGS chooses another build of PyTorch, for example an index of CPU-only wheels.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help demo test check check-all plugins setup clean
+.PHONY: help demo test check check-all plugins tensorrt-headers setup clean
 
 help:            ## Show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.installed   ## Create the environment and install the package
 
@@ -38,6 +38,9 @@ plugins:         ## Build the kernel libraries: CUDA where nvcc is installed, an
 	else \
 		echo "nvcc is not installed: only the host library is built"; build_scripts/build_plugins.sh --host; \
 	fi
+
+tensorrt-headers:  ## Fetch TensorRT's public headers from GitHub, for build_plugins.sh --tensorrt and its tests
+	build_scripts/tensorrt_headers.sh
 
 check-all: setup check plugins   ## All checks and tests, the long ones too: every GPU architecture, every instantiation
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "long or not long"

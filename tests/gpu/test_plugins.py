@@ -10,8 +10,6 @@ import torch
 
 from minicache_trt.backends.torch_kernels import KernelEngine
 from minicache_trt.backends.torch_reference import TorchEngine
-from minicache_trt.compression.methods import make_plan
-from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import read_engine
 from minicache_trt.kernels.graphs import CudaRecorder, run_again
 from minicache_trt.kernels.library import KernelLibrary
@@ -21,11 +19,11 @@ from tests.gpu.cases import assert_agrees, model
 from tests.gpu.conftest import Kernels
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import build
-from tests.support.plans import all_plans
 from tests.support.plugin_build import HOST_OUTPUT, ROOT, built_plugins
 from tests.support.plugin_cases import STEPS, plugin_case
 from tests.support.plugin_engine import use_plugins
 from tests.support.plugin_harness import Harness
+from tests.support.plugin_nodes import plans_of
 
 ENGINES = ["full", "kivi4", "minicache4", "keys before RoPE"]
 
@@ -46,12 +44,10 @@ def inside(harness: Harness, kernels: Kernels) -> Kernels:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("plan", ["full", *all_plans(model())])
+@pytest.mark.parametrize("plan", plans_of(model()))
 def test_attention(harness: Harness, inside: Kernels, plan: str, dtype: torch.dtype) -> None:
-    config = model()
-    plans = {"full": make_plan(config, "full")} | all_plans(config)
     for kind in STEPS:
-        assert_agrees(inside, plugin_case(harness, inside, config, plans[plan], STEPS[kind], dtype), 3)
+        assert_agrees(inside, plugin_case(harness, inside, model(), plan, STEPS[kind], dtype), 3)
 
 
 def scored(engine: KernelEngine | TorchEngine, sequences: list[list[int]], lengths: list[int]) -> list[np.ndarray]:
@@ -67,9 +63,7 @@ def engine_directory(folder: Path, plan: str) -> Path:
 
 
 @pytest.mark.parametrize("plan", ENGINES)
-def test_engines(
-    harness: Harness, inside: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str
-) -> None:
+def test_engines(harness: Harness, inside: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     """Both ops, captured decode steps among them, as far from the reference backend as rounding explains."""
     directory = engine_directory(tmp_path, plan)
     info, lengths = read_engine(directory), [300, 70, 5]
@@ -108,6 +102,4 @@ def test_captured_steps_are_the_steps(
 @pytest.mark.parametrize("method", ["full", "kivi4"])
 def test_head_sizes(harness: Harness, inside: Kernels, method: str) -> None:
     for dim in (64, 80, 96, 128, 256):
-        config: ModelConfig = model(dim, 2, 4)
-        plan = make_plan(config, method)
-        assert_agrees(inside, plugin_case(harness, inside, config, plan, STEPS["mixed"], torch.float16))
+        assert_agrees(inside, plugin_case(harness, inside, model(dim, 2, 4), method, STEPS["mixed"], torch.float16))

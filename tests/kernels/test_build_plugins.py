@@ -55,7 +55,7 @@ def test_missing_tools_are_named(tmp_path: Path, missing: str) -> None:
 def test_help_lists_every_option() -> None:
     result = build("--help")
     assert result.returncode == 0
-    for option in ("--host", "--cuda", "--arch", "--reduced", "--output", "--jobs"):
+    for option in ("--host", "--cuda", "--tensorrt", "--include", "--arch", "--reduced", "--output", "--jobs"):
         assert option in result.stdout
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import pytest
 import torch
 
-from minicache_trt.compression.methods import make_plan
-from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.runtime.batch import Batch
 from tests.gpu.cases import Case, assert_agrees, model
 from tests.gpu.conftest import Kernels
-from tests.support.plans import all_plans
+from tests.support.plugin_cache import PluginCache
 from tests.support.plugin_cases import STEPS, plugin_case
 from tests.support.plugin_harness import Harness, PluginError, described
+from tests.support.plugin_nodes import plans_of
 from tests.support.steps import step
 
 CONFIG = model()
-PLANS = {"full": make_plan(CONFIG, "full")} | all_plans(CONFIG)
 REPRESENTATIVE = ("full", "kivi4", "minicache4", "minicache-token", "keys before RoPE", "aligned KLT", "mixed")
 
 
@@ -29,12 +28,13 @@ REPRESENTATIVE = ("full", "kivi4", "minicache4", "minicache-token", "keys before
 def test_agrees_with_twin(harness: Harness, kernels: Kernels, name: str, kind: str) -> None:
     """Decodes, chunks and both; memory outside the contract, and the workspace, hold NaN."""
     for layer in (0, 3):
-        assert_agrees(kernels, plugin_case(harness, kernels, CONFIG, PLANS[name], STEPS[kind], torch.float32), layer)
+        assert_agrees(kernels, plugin_case(harness, kernels, CONFIG, name, STEPS[kind], torch.float32), layer)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.long
+@pytest.mark.parametrize("name", plans_of(CONFIG))
 def test_every_plan(harness: Harness, kernels: Kernels, name: str) -> None:
-    assert_agrees(kernels, plugin_case(harness, kernels, CONFIG, PLANS[name], STEPS["mixed"], torch.float16))
+    assert_agrees(kernels, plugin_case(harness, kernels, CONFIG, name, STEPS["mixed"], torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -42,19 +42,18 @@ def test_every_plan(harness: Harness, kernels: Kernels, name: str) -> None:
 def test_rounded_types(harness: Harness, kernels: Kernels, dim: int, dtype: torch.dtype) -> None:
     config = model(dim, 2, 4)
     for method in ("full", "kivi4"):
-        plan = make_plan(config, method)
-        assert_agrees(kernels, plugin_case(harness, kernels, config, plan, STEPS["mixed"], dtype))
+        assert_agrees(kernels, plugin_case(harness, kernels, config, method, STEPS["mixed"], dtype))
 
 
 @pytest.mark.parametrize("name", ["full", "kivi4", "keys before RoPE"])
 @pytest.mark.parametrize("window", [50, 191])
 def test_sliding_window(harness: Harness, kernels: Kernels, name: str, window: int) -> None:
     config = replace(CONFIG, sliding_window=window)
-    assert_agrees(kernels, plugin_case(harness, kernels, config, PLANS[name], STEPS["mixed"], torch.float32))
+    assert_agrees(kernels, plugin_case(harness, kernels, config, name, STEPS["mixed"], torch.float32))
 
 
 def test_appends_finite_numbers_alone(harness: Harness, kernels: Kernels) -> None:
-    case = plugin_case(harness, kernels, CONFIG, PLANS["kivi4"], STEPS["mixed"], torch.float32)
+    case = plugin_case(harness, kernels, CONFIG, "kivi4", STEPS["mixed"], torch.float32)
     case.k[0, 3], case.v[5, 7] = torch.nan, torch.inf
     case.attend(kernels, 1)
     case.expected(1)
@@ -65,11 +64,11 @@ def test_appends_finite_numbers_alone(harness: Harness, kernels: Kernels) -> Non
 
 def test_one_workspace_is_enough_for_all_smaller_steps(harness: Harness, kernels: Kernels) -> None:
     """One node, built once for its largest extents, runs steps of any smaller ones."""
-    case = plugin_case(harness, kernels, CONFIG, PLANS["kivi4"], STEPS["mixed"], torch.float32)
+    case = plugin_case(harness, kernels, CONFIG, "kivi4", STEPS["mixed"], torch.float32)
     for sequences in (STEPS["mixed"], STEPS["decodes"], STEPS["prefills"], [(1, 0, 1)], [(700, 640, 9)]):
         other = with_batch(case, step(sequences))
         assert_agrees(kernels, other, 2)
-    assert len(case.cache._built) == 1  # type: ignore[attr-defined]
+    assert isinstance(case.cache, PluginCache) and len(case.cache.built) == 1
 
 
 def with_batch(case: Case, batch: Batch) -> Case:
@@ -84,10 +83,8 @@ def with_batch(case: Case, batch: Batch) -> Case:
 
 
 def test_enqueue_neither_allocates_nor_waits(harness: Harness, kernels: Kernels) -> None:
-    import ctypes
-
     blocking = ctypes.CDLL(str(harness.library)).minicache_blocking_calls
-    case = plugin_case(harness, kernels, CONFIG, PLANS["keys before RoPE"], STEPS["mixed"], torch.float32)
+    case = plugin_case(harness, kernels, CONFIG, "keys before RoPE", STEPS["mixed"], torch.float32)
     before = blocking()
     case.attend(kernels, 0)
     prepared = blocking()
@@ -96,30 +93,32 @@ def test_enqueue_neither_allocates_nor_waits(harness: Harness, kernels: Kernels)
     assert blocking() == prepared
 
 
-@pytest.mark.parametrize(
-    ("name", "extents", "message"),
-    [
-        ("q", (512, 64), "q: expected [T, 256], got [512, 64]"),
-        ("kv", (48, 2, 4, 64, 64), "kv: expected [Nf, 2, 2, 64, 64], got [48, 2, 4, 64, 64]"),
-        ("full_table", (9, 4), "full_table: expected [S, Mf], got [9, 4]"),
-        ("query_start", (9,), "query_start: expected [8], got [9]"),
-        ("decode_rows", (5,), "decode_rows and prefill_rows: expected 7 sequences in all, got 5 and 3"),
-        ("key.codes", (16, 2, 64, 16), "key.codes: expected [Nc, 2, 64, 32], got [16, 2, 64, 16]"),
-        ("value.params", (15, 2, 128), "value.params: expected [Nc, 2, 128], got [15, 2, 128]"),
-    ],
-)
-def test_wrong_extents_are_refused(
-    harness: Harness, kernels: Kernels, name: str, extents: tuple[int, ...], message: str
-) -> None:
-    plan: CompressionPlan = PLANS["kivi4"]
-    case = plugin_case(harness, kernels, CONFIG, plan, STEPS["mixed"], torch.float32)
-    step_inputs = StepInputs(StepShape.of(case.batch), kernels.device)
-    step_inputs.load(case.batch)
+WRONG_EXTENTS = {
+    "q": ((512, 64), "q: expected [T, 256], got [512, 64]"),
+    "kv": ((48, 2, 4, 64, 64), "kv: expected [Nf, 2, 2, 64, 64], got [48, 2, 4, 64, 64]"),
+    "full_table": ((9, 4), "full_table: expected [S, Mf], got [9, 4]"),
+    "query_start": ((9,), "query_start: expected [8], got [9]"),
+    "decode_rows": ((5,), "decode_rows and prefill_rows: expected 7 sequences in all, got 5 and 3"),
+    "key.codes": ((16, 2, 64, 16), "key.codes: expected [Nc, 2, 64, 32], got [16, 2, 64, 16]"),
+    "value.params": ((15, 2, 128), "value.params: expected [Nc, 2, 128], got [15, 2, 128]"),
+}
+
+
+def test_wrong_extents_are_refused(harness: Harness, kernels: Kernels) -> None:
+    case = plugin_case(harness, kernels, CONFIG, "kivi4", STEPS["mixed"], torch.float32)
     case.attend(kernels, 1)
-    built = case.cache._built["layers.1.attention"]  # type: ignore[attr-defined]
-    tensors = case.cache.inputs(built.node, case.cache.roles(step_inputs, case.q, case.k, case.v))  # type: ignore[attr-defined]
+    cache = case.cache
+    assert isinstance(cache, PluginCache)
+    inputs = StepInputs(StepShape.of(case.batch), kernels.device)
+    built = cache.built["layers.1.attention"]
+    tensors = cache.inputs(built.node, cache.roles(inputs, case.q, case.k, case.v))
     given = {role: described(x) for role, x in zip(built.node.inputs, tensors, strict=True)}
-    given[name] = described(tensors[list(given).index(name)], extents)
-    with pytest.raises(PluginError) as error:
-        built.plugin.shape_change(list(given.values()), list(given.values())[:2])
-    assert message in str(error.value)
+    outputs = [given["q"], given["kv"]]
+    built.plugin.shape_change(list(given.values()), outputs)
+    for name, (extents, message) in WRONG_EXTENTS.items():
+        other = given | {name: described(tensors[list(given).index(name)], extents)}
+        with pytest.raises(PluginError) as error:
+            built.plugin.shape_change(list(other.values()), outputs)
+        assert f"PagedAttention: {message}" in str(error.value)
+    with pytest.raises(PluginError, match="expected 19 inputs"):
+        built.plugin.shape_change(list(given.values())[1:], outputs)

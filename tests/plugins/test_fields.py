@@ -5,20 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minicache_trt.compression.methods import make_plan
 from tests.gpu.cases import model
-from tests.support.plans import all_plans
 from tests.support.plugin_harness import CHW32, RUNTIME, TYPES, Harness, PluginError, described
-from tests.support.plugin_nodes import Node, Nodes
+from tests.support.plugin_nodes import Node, nodes_named, plans_of
 
 CONFIG = model(80, 3)
-PLANS = {"full": make_plan(CONFIG, "full")} | all_plans(CONFIG)
-KIVI = Nodes.of_plan(CONFIG, PLANS["kivi4"])
+KIVI = nodes_named(CONFIG, "kivi4")
 ATTENTION, COMPRESSION = KIVI.attention[1], KIVI.compression[1]
 
 
 def nodes_of(name: str) -> list[Node]:
-    nodes = Nodes.of_plan(CONFIG, PLANS[name])
+    nodes = nodes_named(CONFIG, name)
     return [*nodes.attention, *nodes.compression]
 
 
@@ -26,7 +23,7 @@ def test_creators(harness: Harness) -> None:
     assert list(harness.creators) == ["minicache::PagedAttention::1", "minicache::CompressBlocks::1"]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", plans_of(CONFIG))
 def test_kept_fields_make_the_same_plugin(harness: Harness, name: str) -> None:
     """Made from a node's attributes, cloned, made again from what the clone keeps: the fields are the node's."""
     for node in nodes_of(name):

@@ -13,19 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from minicache_trt.compression.methods import make_plan
-from minicache_trt.contract import compressed_pools, full_pools
 from minicache_trt.kernels.library import KernelLibrary
 from tests.gpu.cases import model
 from tests.support.plugin_build import ROOT, built_plugins
-from tests.support.plugin_cache import Bounds
-from tests.support.plugin_harness import Harness, PluginError, TensorStruct, described
-from tests.support.plugin_nodes import Node, Nodes
+from tests.support.plugin_cache import Bounds, largest_inputs
+from tests.support.plugin_harness import Harness, PluginError, described
+from tests.support.plugin_nodes import nodes_named, plans_of
 
 PROBE = Path(__file__).parent / "registry_probe.py"
 CONFIG = model()
-PLAN = make_plan(CONFIG, "minicache4")
-NODES = Nodes.of_plan(CONFIG, PLAN)
+PLAN = plans_of(CONFIG)["minicache4"]
+NODES = nodes_named(CONFIG, "minicache4")
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +71,7 @@ def test_cuda_build_needs_no_gpu_to_be_configured(cuda_plugins: Path, harness: H
     assert KernelLibrary(library).version.startswith("0.1.0 cuda sm_90a")
     cuda = Harness(cuda_plugins / "libminicache_trt_harness.so", library)
     for node in NODES.attention:
-        inputs = [largest(node, name) for name in node.inputs]
+        inputs = largest_inputs(NODES, node, PLAN, CONFIG, Bounds(), torch.float16)
         outputs = [inputs[0], inputs[3]]
         plugins = [each.create(node.op, node.fields) for each in (harness, cuda)]
         for plugin in plugins:
@@ -85,19 +83,3 @@ def test_cuda_build_needs_no_gpu_to_be_configured(cuda_plugins: Path, harness: H
         assert plugins[0].supports(0, single, outputs) and not plugins[1].supports(0, single, outputs)
         with pytest.raises(PluginError, match="q: type 0 is not one this library computes in"):
             plugins[1].configure(single, outputs)
-
-
-def largest(node: Node, name: str) -> TensorStruct:
-    """An attention node's input in float16, with its largest extents."""
-    tensor = node.inputs[name]
-    if tensor in NODES.constants:
-        return described(torch.from_numpy(NODES.constants[tensor]))
-    types = {"model": torch.float16, "int8": torch.int8, "float16": torch.float16}
-    for pool in (*full_pools(CONFIG), *compressed_pools(PLAN, CONFIG)):
-        if pool.name == tensor:
-            return described(torch.empty(0, dtype=types[pool.dtype]), (1, *pool.shape))
-    width = {"q": CONFIG.num_heads, "k": CONFIG.num_kv_heads, "v": CONFIG.num_kv_heads}
-    rank = 2 if name in ("full_table", "compressed_table", "prefill_rows") else 1
-    shape = (1, width[name] * CONFIG.head_dim) if name in width else (1,) * rank
-    dtype = torch.float16 if name in width else torch.int32
-    return described(torch.empty(0, dtype=dtype), Bounds().extents(name, shape))

@@ -14,7 +14,7 @@ HOST_OUTPUT = ROOT / "build" / "plugins-host"
 
 
 def built_plugins(*options: str, output: Path) -> Path:
-    """Run the build script with ``--tensorrt`` and return its output folder; skips where TensorRT's headers are missing."""
+    """Build with ``--tensorrt`` and return the output folder; a skip where TensorRT's headers are missing."""
     command = [SCRIPT, "--tensorrt", *options, "--output", output]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 2 and "headers are missing" in result.stderr:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
+from minicache_trt.contract import compressed_pools, full_pools
 from minicache_trt.kernels.cache import KernelCache
 from minicache_trt.kernels.library import KernelLibrary, device_maps, stream_of
 from minicache_trt.kernels.steps import StepInputs
@@ -120,12 +121,12 @@ class PluginCache(KernelCache):
         plan: CompressionPlan,
         device: torch.device,
         dtype: torch.dtype,
-        bounds: Bounds = Bounds(),  # noqa: B008
+        bounds: Bounds = Bounds(),
     ) -> None:
         super().__init__(library, config, plan, device, dtype)
         self._harness, self._nodes, self._bounds = harness, nodes, bounds
         self._constants = device_maps(nodes.constants, device)
-        self._built: dict[str, BuiltNode] = {}
+        self.built: dict[str, BuiltNode] = {}
         self._unread: dict[tuple[int, ...], Tensor] = {}
         self.calls: dict[str, int] = {"PagedAttention": 0, "CompressBlocks": 0}
 
@@ -158,9 +159,9 @@ class PluginCache(KernelCache):
 
     def _run(self, node: Node, roles: Mapping[str, Tensor], outputs: list[Tensor]) -> None:
         inputs = self.inputs(node, roles)
-        if node.name not in self._built:
-            self._built[node.name] = BuiltNode(self._harness, node, self._bounds, inputs, outputs)
-        self._built[node.name](inputs, outputs)
+        if node.name not in self.built:
+            self.built[node.name] = BuiltNode(self._harness, node, self._bounds, inputs, outputs)
+        self.built[node.name](inputs, outputs)
         self.calls[node.op] += 1
 
     def _not_read(self, shape: tuple[int, ...]) -> Tensor:
@@ -168,3 +169,26 @@ class PluginCache(KernelCache):
         if shape not in self._unread:
             self._unread[shape] = torch.full(shape, -77, dtype=torch.int32, device=self.device)
         return self._unread[shape]
+
+
+def largest_inputs(
+    nodes: Nodes, node: Node, plan: CompressionPlan, config: ModelConfig, bounds: Bounds, dtype: torch.dtype
+) -> list[TensorStruct]:
+    """An attention node's inputs with their largest extents and no memory."""
+    types = {"model": dtype, "int8": torch.int8, "float16": torch.float16}
+    pools = {pool.name: pool for pool in (*full_pools(config), *compressed_pools(plan, config))}
+    width = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    result = []
+    for name, tensor in node.inputs.items():
+        if tensor in nodes.constants:
+            result.append(described(torch.from_numpy(nodes.constants[tensor])))
+        elif tensor in pools:
+            pool = pools[tensor]
+            result.append(described(torch.empty(0, dtype=types[pool.dtype]), (1, *pool.shape)))
+        elif name in width:
+            extents = bounds.extents(name, (0, width[name] * config.head_dim))
+            result.append(described(torch.empty(0, dtype=dtype), extents))
+        else:
+            rank = 2 if name in ("full_table", "compressed_table", "prefill_rows") else 1
+            result.append(described(torch.empty(0, dtype=torch.int32), bounds.extents(name, (0,) * rank)))
+    return result

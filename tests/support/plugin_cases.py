@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from tests.gpu.cases import Case
 from tests.gpu.conftest import Kernels
 from tests.support.plugin_cache import PluginCache
 from tests.support.plugin_harness import Harness
-from tests.support.plugin_nodes import Nodes
+from tests.support.plugin_nodes import nodes_named, plans_of
 from tests.support.steps import step
 
 Sequences = list[tuple[int, int, int]]
@@ -29,15 +28,15 @@ def plugin_case(
     harness: Harness,
     kernels: Kernels,
     config: ModelConfig,
-    plan: CompressionPlan,
+    name: str,
     sequences: Sequences,
     dtype: torch.dtype,
 ) -> Case:
-    """A case whose cache is run by the plugins of the decoder's nodes."""
+    """A case of the plan ``name`` whose cache is run by the plugins of the decoder's nodes."""
+    plan = plans_of(config)[name]
     rows = [(n, c if plan.compresses else 0, tokens) for n, c, tokens in sequences]
     batch = step(rows, sliding_window=config.sliding_window)
     case = Case.random(kernels, config, plan, batch, dtype)
-    nodes = Nodes.of_plan(config, plan)
-    cache = PluginCache(harness, nodes, kernels.library, config, plan, kernels.device, dtype)
+    cache = PluginCache(harness, nodes_named(config, name), kernels.library, config, plan, kernels.device, dtype)
     cache.tensors = case.cache.tensors
     return replace(case, cache=cache)

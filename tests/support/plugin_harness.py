@@ -91,9 +91,7 @@ class Harness:
         creators = self.call("open", str(library).encode(), ctypes.byref(count))
         if not creators:
             raise PluginError(self.messages())
-        self.creators = {
-            self.call("creator_name", creators[i]).decode(): int(creators[i]) for i in range(count.value)
-        }
+        self.creators = {self.call("creator_name", creators[i]).decode(): int(creators[i]) for i in range(count.value)}
 
     def call(self, name: str, *arguments: object) -> Any:
         return getattr(self._functions, f"harness_{name}")(*arguments)

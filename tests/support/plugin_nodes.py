@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from minicache_trt.checkpoint.binding import weight_shapes
 from minicache_trt.checkpoint.weights import WeightView
+from minicache_trt.compression.methods import make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import DOMAIN
@@ -19,6 +22,7 @@ from minicache_trt.engine_directory import COMPRESSOR, DECODER
 from minicache_trt.model.graph import build_compressor, build_decoder
 from minicache_trt.model.maps import GraphMaps, plan_maps
 from minicache_trt.model.weights import GraphWeights
+from tests.support.plans import all_plans
 
 NOT_FIELDS = ("plugin_namespace", "plugin_version")
 """Attributes by which TensorRT's parser finds a plugin; the plugin does not get them."""
@@ -87,3 +91,15 @@ def _node(node: ir.Node) -> Node:
     inputs = dict(zip(names, tensors, strict=True))
     assert len(inputs) == len(names)
     return Node(node.op_type, str(node.name), attributes, inputs, tuple(str(value.name) for value in node.outputs))
+
+
+@functools.cache
+def plans_of(config: ModelConfig) -> Mapping[str, CompressionPlan]:
+    """Every plan the plugins are tested with, by name."""
+    return {"full": make_plan(config, "full")} | all_plans(config)
+
+
+@functools.cache
+def nodes_named(config: ModelConfig, plan: str) -> Nodes:
+    """`Nodes.of_plan` of one of `plans_of`."""
+    return Nodes.of_plan(config, plans_of(config)[plan])
