@@ -24,18 +24,20 @@ std::vector<float> device_numbers(const CompressAttributes& a) {
 
 }  // namespace
 
-std::unique_ptr<CompressBlocks> CompressBlocks::make(const nvinfer1::PluginFieldCollection* fields, Error& error) {
+std::unique_ptr<CompressBlocks> CompressBlocks::make(const nvinfer1::PluginFieldCollection* fields,
+                                                     nvinfer1::TensorRTPhase phase, Error& error) {
   CompressAttributes attributes{};
   Bindings inputs;
   if (!CompressAttributes::parse(fields, attributes, error) ||
       !inputs.resolve(kName, attributes.inputs, known_inputs(attributes), error)) {
     return nullptr;
   }
-  return std::make_unique<CompressBlocks>(attributes, inputs);
+  return std::make_unique<CompressBlocks>(attributes, inputs, phase);
 }
 
-CompressBlocks::CompressBlocks(const CompressAttributes& attributes, const Bindings& own)
-    : CachePlugin(kName, own, pools_of(own), device_numbers(attributes)), attributes_(attributes) {
+CompressBlocks::CompressBlocks(const CompressAttributes& attributes, const Bindings& own,
+                               nvinfer1::TensorRTPhase phase)
+    : CachePlugin(kName, phase, own, pools_of(own), device_numbers(attributes)), attributes_(attributes) {
   const auto place = [&](const std::string& name) { return inputs().place(name); };
   const auto output = [&](const char* name) {
     std::int32_t result = place(name) < 0 ? -1 : 0;
@@ -65,7 +67,7 @@ std::vector<CachePlugin::Output> CompressBlocks::pools_of(const Bindings& inputs
 }
 
 std::unique_ptr<CachePlugin> CompressBlocks::copy() const {
-  return std::make_unique<CompressBlocks>(attributes_, inputs());
+  return std::make_unique<CompressBlocks>(attributes_, inputs(), phase());
 }
 
 std::int64_t CompressBlocks::workspace_bytes(const Shapes& shapes, Type type) const {

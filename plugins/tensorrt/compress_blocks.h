@@ -3,7 +3,8 @@
 // Inputs, in the order of `input_names` (symbols as in minicache_trt/contract.py):
 //   source_blocks, target_blocks, block_index [N]                                     int32
 //   kv0, kv1, ... [Nf, 2, H, B, D]: full pools of the stream's layers                 compute type
-//   transform, align, encode, bias, map.<i>, offset.<i>: linear maps, heads           float32, int64; WriteMaps in layout.cuh
+//   transform, align, encode, bias, map.<i>, offset.<i>: linear maps (WriteMaps)      float32
+//   heads: KV head of each slot                                                       int64
 //   the stream's pools [Nc, ...]                                                      as contract.py
 // Outputs: the pools, in their order among the inputs, each aliased to its own. A transform is not read: it is made of
 // butterflies here.
@@ -19,8 +20,9 @@ class CompressBlocks final : public CachePlugin {
   static constexpr const char* kName = "CompressBlocks";
 
   // Null with a message if the fields describe no node.
-  static std::unique_ptr<CompressBlocks> make(const nvinfer1::PluginFieldCollection* fields, Error& error);
-  CompressBlocks(const CompressAttributes& attributes, const Bindings& inputs);
+  static std::unique_ptr<CompressBlocks> make(const nvinfer1::PluginFieldCollection* fields,
+                                              nvinfer1::TensorRTPhase phase, Error& error);
+  CompressBlocks(const CompressAttributes& attributes, const Bindings& inputs, nvinfer1::TensorRTPhase phase);
 
  private:
   // Where an input is among the node's, or a pool among its outputs; -1 for those it does not have.

@@ -37,18 +37,20 @@ std::vector<float> device_numbers(const AttentionAttributes& a) {
 
 }  // namespace
 
-std::unique_ptr<PagedAttention> PagedAttention::make(const nvinfer1::PluginFieldCollection* fields, Error& error) {
+std::unique_ptr<PagedAttention> PagedAttention::make(const nvinfer1::PluginFieldCollection* fields,
+                                                     nvinfer1::TensorRTPhase phase, Error& error) {
   AttentionAttributes attributes{};
   Bindings inputs;
   if (!AttentionAttributes::parse(fields, attributes, error) ||
       !inputs.resolve(kName, attributes.inputs, known_inputs(attributes), error)) {
     return nullptr;
   }
-  return std::make_unique<PagedAttention>(attributes, inputs);
+  return std::make_unique<PagedAttention>(attributes, inputs, phase);
 }
 
-PagedAttention::PagedAttention(const AttentionAttributes& attributes, const Bindings& own)
-    : CachePlugin(kName, own, {{own.place("q"), false}, {own.place("kv"), true}}, device_numbers(attributes)),
+PagedAttention::PagedAttention(const AttentionAttributes& attributes, const Bindings& own,
+                               nvinfer1::TensorRTPhase phase)
+    : CachePlugin(kName, phase, own, {{own.place("q"), false}, {own.place("kv"), true}}, device_numbers(attributes)),
       attributes_(attributes) {
   const auto place = [&](const char* name) { return inputs().place(name); };
   at_ = {place("q"),
@@ -69,7 +71,7 @@ PagedAttention::PagedAttention(const AttentionAttributes& attributes, const Bind
 }
 
 std::unique_ptr<CachePlugin> PagedAttention::copy() const {
-  return std::make_unique<PagedAttention>(attributes_, inputs());
+  return std::make_unique<PagedAttention>(attributes_, inputs(), phase());
 }
 
 PagedAttention::StreamPlaces PagedAttention::places_of(const std::string& prefix) const {

@@ -22,8 +22,9 @@ class PagedAttention final : public CachePlugin {
   static constexpr const char* kName = "PagedAttention";
 
   // Null with a message if the fields describe no node.
-  static std::unique_ptr<PagedAttention> make(const nvinfer1::PluginFieldCollection* fields, Error& error);
-  PagedAttention(const AttentionAttributes& attributes, const Bindings& inputs);
+  static std::unique_ptr<PagedAttention> make(const nvinfer1::PluginFieldCollection* fields,
+                                              nvinfer1::TensorRTPhase phase, Error& error);
+  PagedAttention(const AttentionAttributes& attributes, const Bindings& inputs, nvinfer1::TensorRTPhase phase);
 
  private:
   // Where an input is among the node's; -1 for those it does not have.

@@ -62,8 +62,9 @@ std::size_t bytes_of(DataType type) {
 
 }  // namespace
 
-CachePlugin::CachePlugin(const char* name, Bindings inputs, std::vector<Output> outputs, std::vector<float> table)
-    : name_(name), inputs_(std::move(inputs)), outputs_(std::move(outputs)), table_(std::move(table)) {}
+CachePlugin::CachePlugin(const char* name, nvinfer1::TensorRTPhase phase, Bindings inputs, std::vector<Output> outputs,
+                         std::vector<float> table)
+    : name_(name), phase_(phase), inputs_(std::move(inputs)), outputs_(std::move(outputs)), table_(std::move(table)) {}
 
 // 0 if `function(error)` succeeds; otherwise its message is reported.
 template <class Function>
@@ -194,7 +195,7 @@ std::size_t CachePlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs,
 std::int32_t CachePlugin::onShapeChange(const PluginTensorDesc* inputs, std::int32_t input_count,
                                         const PluginTensorDesc*, std::int32_t output_count) noexcept {
   return guarded([&](Error& error) {
-    return counts(input_count, output_count, error) && inputs_.check(name_, Shapes::of(inputs), true, error) &&
+    return counts(input_count, output_count, error) && inputs_.check(name_, Shapes::of(inputs), !building(), error) &&
            table_.upload(name_, error);
   });
 }
@@ -210,6 +211,10 @@ std::int32_t CachePlugin::enqueue(const PluginTensorDesc* input_descs, const Plu
 bool CachePlugin::enqueue_checked(const PluginTensorDesc* descs, const void* const* inputs, void* const* outputs,
                                   void* workspace, cudaStream_t stream, Error& error) {
   Type type{};
+  if (building()) {
+    warn(said_building_, "an engine is being built, and nothing is computed: serialize it, and deserialize it to run");
+    return true;
+  }
   if (!compute_type(descs[inputs_.model_place()].type, type))
     return error("%s: the compute type is not one this library has", name_);
   if (!table_.ready()) return error("%s: enqueued before onShapeChange", name_);
@@ -218,18 +223,18 @@ bool CachePlugin::enqueue_checked(const PluginTensorDesc* descs, const void* con
   return launch(call) == ok || error("%s: %s", name_, minicache_last_error());
 }
 
+void CachePlugin::warn(bool& said, const std::string& message) const {
+  if (!said) report(Severity::kWARNING, (std::string(name_) + ": " + message).c_str());
+  said = true;
+}
+
 bool CachePlugin::copy_pools(const PluginTensorDesc* descs, const void* const* inputs, void* const* outputs,
                              cudaStream_t stream, Error& error) {
   for (std::size_t i = 0; i < outputs_.size(); ++i) {
     const std::int32_t like = outputs_[i].like;
     if (!outputs_[i].aliased || outputs[i] == inputs[like]) continue;
-    if (!copied_) {
-      report(Severity::kWARNING,
-             (std::string(name_) + ": " + inputs_[like].name +
-              " is copied in every step: build engines with the preview feature ALIASED_PLUGIN_IO_10_03")
-                 .c_str());
-    }
-    copied_ = true;
+    warn(said_copied_, inputs_[like].name +
+                           " is copied in every step: build engines with the preview feature ALIASED_PLUGIN_IO_10_03");
     std::size_t bytes = bytes_of(descs[like].type);
     for (std::int32_t axis = 0; axis < descs[like].dims.nbDims; ++axis)
       bytes *= static_cast<std::size_t>(descs[like].dims.d[axis]);

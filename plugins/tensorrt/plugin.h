@@ -4,6 +4,9 @@
 //             pools are aliased to theirs (getAliasedInput), so that a step writes into the cache it was given
 //   runtime   attachToContext clones and puts constants on the device; onShapeChange checks extents; enqueue launches
 //
+// While an engine is built, TensorRT may enqueue plugins to time them. What tables of blocks hold then is anything, and
+// kernels go where tables send them: plugins made for the build phase launch nothing, and say so.
+//
 // enqueue neither allocates nor waits, so it may be captured in a CUDA graph. Errors go to the logger, and a code other
 // than 0 to TensorRT.
 #pragma once
@@ -79,7 +82,8 @@ class CachePlugin : public nvinfer1::IPluginV3,
   };
 
   // `table`: numbers `launch` finds on the device.
-  CachePlugin(const char* name, Bindings inputs, std::vector<Output> outputs, std::vector<float> table);
+  CachePlugin(const char* name, nvinfer1::TensorRTPhase phase, Bindings inputs, std::vector<Output> outputs,
+              std::vector<float> table);
   // What an engine keeps. Called once by constructors, when the attributes lie where they stay.
   template <class Attributes>
   void keep(const Attributes& attributes) {
@@ -94,6 +98,7 @@ class CachePlugin : public nvinfer1::IPluginV3,
   virtual std::int32_t launch(const Call& call) const = 0;
 
   const Bindings& inputs() const { return inputs_; }
+  nvinfer1::TensorRTPhase phase() const { return phase_; }
   const float* table() const { return table_.data(); }
 
  private:
@@ -107,13 +112,18 @@ class CachePlugin : public nvinfer1::IPluginV3,
   template <class Function>
   std::int32_t guarded(Function function) const noexcept;
 
+  bool building() const { return phase_ == nvinfer1::TensorRTPhase::kBUILD; }
+  // A warning, the first time.
+  void warn(bool& said, const std::string& message) const;
+
   const char* name_;
+  nvinfer1::TensorRTPhase phase_;
   Bindings inputs_;
   std::vector<Output> outputs_;
   DeviceTable table_;
   FieldList fields_;
   std::string metadata_;
-  bool copied_ = false;
+  bool said_copied_ = false, said_building_ = false;
 };
 
 }  // namespace minicache::trt

@@ -19,10 +19,10 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
   }
 
   nvinfer1::IPluginV3* createPlugin(const char*, const nvinfer1::PluginFieldCollection* fields,
-                                    nvinfer1::TensorRTPhase) noexcept override {
+                                    nvinfer1::TensorRTPhase phase) noexcept override {
     try {
       Error error;
-      std::unique_ptr<Plugin> plugin = Plugin::make(fields, error);
+      std::unique_ptr<Plugin> plugin = Plugin::make(fields, phase, error);
       if (plugin == nullptr) report(Severity::kERROR, error.message);
       return plugin.release();
     } catch (const std::exception& exception) {

@@ -81,6 +81,11 @@ class BuiltNode:
         assert [outputs[i].data_ptr() == inputs[j].data_ptr() for i, j in enumerate(builder.aliases()) if j >= 0]
         builder.configure(largest, results)
         self.workspace_bytes = builder.workspace(largest, results)
+        before = [x.clone() for x in outputs]
+        builder.enqueue([described(x) for x in inputs], results, None)
+        assert "an engine is being built, and nothing is computed" in harness.messages()
+        same = zip(before, outputs, strict=True)
+        assert all(torch.equal(a.view(torch.int8), b.view(torch.int8)) for a, b in same), "changed while building"
         kept = harness.create(node.op, builder.fields(), RUNTIME)
         self.plugin: Plugin = kept.attach()
         self._workspace = torch.empty(self.workspace_bytes + GUARD, dtype=torch.uint8, device=outputs[0].device)
