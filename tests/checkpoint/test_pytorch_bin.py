@@ -65,7 +65,9 @@ def test_unused_buffers_are_left_out_and_safetensors_come_first(tmp_path: Path) 
     state = torch.load(directory / FILE, weights_only=True) | {"model.mask": torch.ones(3, dtype=torch.bool)}
     torch.save(state, directory / FILE)
     loaded = load_checkpoint(str(directory), work_dir=tmp_path / "work")
-    assert loaded.format == "PyTorch checkpoint" and loaded.weights.keys() == load_checkpoint(str(source)).weights.keys()
+    assert (
+        loaded.format == "PyTorch checkpoint" and loaded.weights.keys() == load_checkpoint(str(source)).weights.keys()
+    )
     torch.save({}, source / FILE)
     assert load_checkpoint(str(source)).directory == source
 
