@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from minicache_trt.checkpoint import load_checkpoint, resolve_config
 from minicache_trt.errors import UserError
+from minicache_trt.runtime.llm import LLM
+from minicache_trt.runtime.request import SamplingParams
 from tests.support.checkpoints import SHAPES, make_checkpoint
 from tests.support.engines import build
 from tests.support.gguf_writer import write_gguf
@@ -138,6 +140,18 @@ def test_without_a_tokenizer_there_is_a_note(tmp_path: Path) -> None:
     file = write_gguf(make_checkpoint(tmp_path / "hf", num_hidden_layers=1), tmp_path / "model.gguf")
     (note,) = load_checkpoint(str(file), work_dir=tmp_path / "work").notes
     assert "could not be converted" in note and "--tokenizer DIR" in note
+
+
+def test_llm_takes_a_file(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "hf", num_hidden_layers=2, max_position_embeddings=256)
+    file = write_gguf(source, tmp_path / "model.gguf")
+    llm = LLM(model=file, method="full", num_threads=1)
+    (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
+    model = hugging_face_model(source)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([[5, 6, 7]])
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert output.outputs[0].token_ids == theirs[0, 3:].tolist()
 
 
 def other_freqs(writer: gguf.GGUFWriter) -> None:
