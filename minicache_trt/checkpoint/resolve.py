@@ -144,11 +144,16 @@ def load_checkpoint(
     place = locate(model, revision)
     sidecars = None if tokenizer is None else tokenizer_directory(Path(tokenizer))
     if load_format == "dummy":
+        if lora_dir is not None:
+            raise UserError(
+                "a dummy has no weights to merge an adapter into", "leave out --lora-dir or the load format"
+            )
         return _load_dummy(place, model, revision, token, work_dir, sidecars)
     directory, commit = _fetch(place, (*CONFIG_PATTERNS, *SIDECAR_PATTERNS), revision, token)
-    read_config(directory)  # an unsupported model is refused before its weights are downloaded
-    directory, commit = _fetch_weights(place, directory, commit, token)
-    config, raw, source = read_config(directory)
+    config, raw, source = read_config(directory)  # an unsupported model is refused before its weights are downloaded
+    if not isinstance(place, Path):
+        directory, commit = _fetch_weights(place, commit, token)
+        config, raw, source = read_config(directory)
     if lora_dir is not None:
         source = with_lora(source or hugging_face(directory, raw), Path(lora_dir))
     if source is None:
@@ -223,12 +228,8 @@ def _fetch(
     return download(place.hub_id if isinstance(place, Preset) else place, patterns, revision=revision, token=token)
 
 
-def _fetch_weights(
-    place: Path | Preset | str, directory: Path, commit: str | None, token: str | None
-) -> tuple[Path, str | None]:
+def _fetch_weights(place: Preset | str, commit: str | None, token: str | None) -> tuple[Path, str | None]:
     """The same with safetensors weights, or PyTorch ones where there are no others."""
-    if isinstance(place, Path):
-        return directory, commit
     beside = (*CONFIG_PATTERNS, *SIDECAR_PATTERNS)
     directory, commit = _fetch(place, (*beside, *WEIGHT_PATTERNS), commit, token)
     if any(directory.glob("*.safetensors")):

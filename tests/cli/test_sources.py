@@ -52,6 +52,17 @@ def test_build_and_run(invoke: Invoke, trtllm: Path, tokenizer: Path) -> None:
     assert not list(Path().glob(".minicache-trt-build.*"))
 
 
+def test_tokenizer_beside_the_ranks(invoke: Invoke, trtllm: Path, tokenizer: Path, workspace: Path) -> None:
+    copy = shutil.copytree(trtllm, workspace / "copy")
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, copy / path.name)
+    built = invoke("build", "-m", copy, "-o", "engine", "--max-seq-len", 128)
+    assert built.code == 0, built
+    config = json.loads(Path("engine/checkpoint/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
+    assert Path("engine/checkpoint/tokenizer.json").is_file()
+
+
 def test_tokenizer_at_run(invoke: Invoke, trtllm: Path, tokenizer: Path) -> None:
     assert invoke("build", "-m", trtllm, "-o", "engine", "--max-seq-len", 128).code == 0
     words = ["run", "-e", "engine", "-p", "the cat", "--max-tokens", 2, "--threads", 1]
@@ -89,6 +100,7 @@ def test_names_of_vllm(invoke: Invoke, checkpoint: Path) -> None:
         (["--tp_size", "2"], ["--tp-size 2: engines run on one device so far"]),
         (["--pp-size", "4"], ["--pp-size 4"]),
         (["--tokenizer", "nowhere"], ["--tokenizer: nowhere holds no tokenizer"]),
+        (["--load-format", "dummy", "--lora-dir", "x"], ["a dummy has no weights to merge an adapter into"]),
         (["--lora-dir", "nowhere"], ["--lora-dir: nowhere: no adapter_config.json"]),
     ],
 )
