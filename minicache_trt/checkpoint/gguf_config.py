@@ -91,23 +91,24 @@ def read_gguf_config(
         "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
     }
-    if family == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-        if window is not None:
-            config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    if family == "mixtral":
-        used = fields.get("expert_used_count", int)
-        config |= {"num_local_experts": experts, "num_experts_per_tok": used}
-    if family == "qwen3":
-        config["attention_bias"] = False
-    if family == "phi3":
-        config["pad_token_id"] = 0
-        if head_dim * heads == hidden:
-            del config["head_dim"]
+    config |= _family_fields(family, fields, shapes)
+    if family == "llama" and window is not None:
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     if family in ("qwen2", "qwen3") and window is not None:
         config |= {"use_sliding_window": True, "max_window_layers": 0}
+    if family == "phi3" and head_dim * heads == hidden:
+        del config["head_dim"]
     return config | _rope(fields, factors, family, head_dim)
+
+
+def _family_fields(family: str, fields: JsonFields, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Keys of config.json that only some families have."""
+    if family == "llama":
+        return {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_up.bias" in shapes}
+    if family == "mixtral":
+        used = fields.get("expert_used_count", int)
+        return {"num_local_experts": fields.get("expert_count", int), "num_experts_per_tok": used}
+    return {"qwen3": {"attention_bias": False}, "phi3": {"pad_token_id": 0}}.get(family, {})
 
 
 def _uniform(fields: JsonFields, key: str, default: int | None = None) -> int:
