@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from minicache_trt.backends import open_backend
@@ -25,13 +26,14 @@ from minicache_trt.staging import staged
 
 @dataclass(frozen=True)
 class BuildResult:
-    """``linked`` is False when the weights had to be copied (another file system)."""
+    """``linked`` is False when the weights had to be copied (another file system); ``notes`` are for people."""
 
     directory: Path
     model: ModelConfig
     plan: CompressionPlan
     build: BuildConfig
     linked: bool
+    notes: tuple[str, ...] = ()
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -60,6 +62,8 @@ def build_engine(
     calibrate: Calibrate | None = None,
     load_format: str = "auto",
     revision: str | None = None,
+    lora_dir: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     overwrite: bool = False,
     report: Report = silent,
 ) -> BuildResult:
@@ -68,7 +72,7 @@ def build_engine(
     Parameters
     ----------
     model : str
-        Preset, hub id or local checkpoint.
+        Preset, hub id or local checkpoint, of any format `minicache_trt.checkpoint.resolve` reads.
     output : str or Path
         Directory to create; it appears only when it is complete.
     configure : callable
@@ -78,6 +82,8 @@ def build_engine(
         ``auto`` or ``dummy`` (the model's shape without its weights).
     revision : str, optional
         Branch, tag or commit of a hub id.
+    lora_dir, tokenizer : str or Path, optional
+        As for `load_checkpoint`.
     overwrite : bool
         Replace an engine that is already there.
     report : callable
@@ -92,9 +98,18 @@ def build_engine(
         raise UserError(f"{model} is an engine, expected a checkpoint", f"its checkpoint is {Path(model) / CHECKPOINT}")
     with staged(output, overwrite) as staging:
         report("checkpoint", 0, 1)
-        work_dir = staging.with_name("dummy")
-        checkpoint = load_checkpoint(model, revision=revision, load_format=load_format, work_dir=work_dir)
+        checkpoint = load_checkpoint(
+            model,
+            revision=revision,
+            load_format=load_format,
+            work_dir=staging.with_name("converted"),
+            lora_dir=lora_dir,
+            tokenizer=tokenizer,
+            progress=partial(report, "convert"),
+        )
         plan, build = configure(checkpoint.config)
+        if checkpoint.int4 is not None:
+            build = _int4_build(build, checkpoint)
         plan.validate(checkpoint.config)
         open_backend(build.backend)
         _check_limits(checkpoint.config, build)
@@ -106,7 +121,7 @@ def build_engine(
         report("fingerprint", 0, 1)
         write_config(staging, EngineInfo(checkpoint.config, plan, build, _source(checkpoint)))
         report("fingerprint", 1, 1)
-    return BuildResult(output, checkpoint.config, plan, build, linked)
+    return BuildResult(output, checkpoint.config, plan, build, linked, checkpoint.notes)
 
 
 def load_engine(path: str | Path, num_threads: int | None = None, backend: str | None = None) -> Engine:
@@ -129,10 +144,22 @@ def load_engine(path: str | Path, num_threads: int | None = None, backend: str |
     return open_backend(backend or info.build.backend)(Path(path), info, num_threads)
 
 
+def _int4_build(build: BuildConfig, checkpoint: Checkpoint) -> BuildConfig:
+    """The weights of a checkpoint that is quantized to 4 bits stay as they are."""
+    if build.weights not in ("fp32", "int4"):
+        raise UserError(
+            f"weights {build.weights}: the {checkpoint.format} holds 4-bit weights",
+            "leave --weights out, or give the unquantized checkpoint",
+        )
+    return replace(build, weights="int4")
+
+
 def _source(checkpoint: Checkpoint) -> dict[str, object]:
+    origin = checkpoint.origin or checkpoint.directory
     return {
         "name": checkpoint.source,
-        "directory": None if checkpoint.dummy else str(checkpoint.directory.absolute()),
+        "format": checkpoint.format,
+        "directory": None if checkpoint.dummy else str(origin.absolute()),
         "revision": checkpoint.revision,
         "checksum": checkpoint.checksum(),
         "dummy": checkpoint.dummy,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from minicache_trt.checkpoint.quantize import write_quantized
+from minicache_trt.checkpoint.quantize import quantized_views, write_quantized
 from minicache_trt.checkpoint.resolve import Checkpoint
 from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
 from minicache_trt.compression.matrices import save_matrices
@@ -53,7 +53,10 @@ def write_engine(
         shutil.copyfile(file, target / file.name)
     quantized: dict[str, WeightView] = {}
     bits = WEIGHT_BITS.get(build.weights)
-    if bits is not None:
+    if checkpoint.int4 is not None:
+        linked &= link_or_copy(checkpoint.int4, staging / QUANTIZED)
+        quantized = quantized_views(staging / QUANTIZED)
+    elif bits is not None:
         linears = linear_views(checkpoint.config, checkpoint.weights)
         path = staging / QUANTIZED
         quantized = write_quantized(path, linears, bits, partial(report, "quantize"))

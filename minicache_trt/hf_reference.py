@@ -40,12 +40,15 @@ def load_model(directory: Path, info: EngineInfo, linears: Mapping[str, NDArray[
     if info.model.rope.divisors:
         rope["short_factor"] = rope["long_factor"] = list(info.model.rope.divisors)
     models: Any = getattr(transformers, config.architectures[0])
+    checkpoint = load_checkpoint(str(path))
+    if checkpoint.int4 is not None and not linears:  # there are no other weights
+        linears = dequantized_linears(checkpoint.int4, checkpoint.weights)
     if not linears:
         return models.from_pretrained(path, config=config, dtype=torch.float32)
-    views = load_checkpoint(str(path)).weights
+    views = checkpoint.weights
     weights = {name: view.torch().float() for name, view in views.items()}
     weights |= {f"{name}.weight": torch.from_numpy(weight) for name, weight in linears.items()}
-    head = weights.pop("lm_head.weight") if info.model.tie_word_embeddings else None
+    head = weights.pop("lm_head.weight", None) if info.model.tie_word_embeddings else None
     tensors = stored_tensors(info.model)
     state = {name: torch.cat([weights[part] for part in parts]) for name, parts in tensors.items()}
     model = models.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)

@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from minicache_trt.benchmark.timings import Timings
+from minicache_trt.checkpoint.source import INT4_MARK
+from minicache_trt.checkpoint.weights import read_json_object
 from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT
 from minicache_trt.errors import UserError
 
-PEERS = ("hf", "onnxruntime-genai")
+PEERS = ("hf", "onnxruntime-genai", "tensorrt-llm")
 GENAI_ENVIRONMENT = Path("build", "peers", "onnxruntime-genai")
 """Where ``benchmarks/peers.py`` puts onnxruntime-genai, relative to the repository."""
 _SETUP = "set it up with python benchmarks/peers.py, or name another with"
 _WORKER = Path(__file__).with_name("genai.py")
+_TENSORRT_LLM_WORKER = Path(__file__).with_name("trtllm.py")
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,46 @@ def hugging_face(engine: Path, threads: int | None, context: int) -> PeerCommand
 
     It completes a prompt of ``context`` tokens with either attention implementation first, and stays with the faster.
     """
+    _check_float_weights(engine, "transformers")
     worker = (sys.executable, "-m", "minicache_trt.benchmark.huggingface")
     return PeerCommand("hf", (*worker, str(engine / CHECKPOINT), str(threads or 0), str(context)))
+
+
+def tensorrt_llm(python: Path | None, engine: Path, batch: int, length: int) -> PeerCommand:
+    """TensorRT-LLM on the checkpoint inside an engine directory, through its LLM API.
+
+    Parameters
+    ----------
+    python : Path, optional
+        Interpreter of an environment with tensorrt_llm. Default: this one.
+    engine : Path
+    batch : int
+        Most prompts at a time.
+    length : int
+        Tokens of the longest sequence.
+
+    Raises
+    ------
+    UserError
+        There is no such interpreter, or the checkpoint's weights are 4-bit codes.
+    """
+    remedy = "install tensorrt-llm (it needs an NVIDIA GPU), or name the Python of its environment with --peer-python"
+    if python is not None and not python.is_file():
+        raise UserError(f"--peer-python: {python}: no such file", remedy)
+    _check_float_weights(engine, "TensorRT-LLM")
+    limits = (str(batch), str(length), str(batch * length))
+    arguments = (str(python or sys.executable), "-I", str(_TENSORRT_LLM_WORKER), str(engine / CHECKPOINT), *limits)
+    return PeerCommand("tensorrt-llm", arguments, remedy=remedy)
+
+
+def _check_float_weights(engine: Path, program: str) -> None:
+    """Refuse an engine whose checkpoint lacks the weights that are quantized."""
+    config = engine / CHECKPOINT / "config.json"
+    if config.is_file() and read_json_object(config).get(INT4_MARK):
+        raise UserError(
+            f"{engine}: its checkpoint holds 4-bit weights in a form that {program} does not read",
+            "build an engine from the unquantized checkpoint to compare with",
+        )
 
 
 def onnxruntime_genai(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from minicache_trt.checkpoint.families import FAMILIES
@@ -61,39 +62,69 @@ def stored_shape(shapes: Mapping[str, tuple[int, ...]], parts: list[str]) -> tup
     return sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:]
 
 
-def bind_weights(config: ModelConfig, views: Mapping[str, WeightView], directory: Path) -> dict[str, WeightView]:
+def bind_weights(
+    config: ModelConfig, views: Mapping[str, WeightView], directory: Path, elsewhere: Collection[str] = ()
+) -> dict[str, WeightView]:
     """Weights under their canonical names, checked against the config. Tensors the model has no use for are left out.
 
-    Weights that are stacked in one tensor become views of its rows.
+    Weights that are stacked in one tensor become views of its rows. ``elsewhere``: linear layers whose weights are not
+    among these tensors, because they are quantized.
 
     Raises
     ------
     UserError
         A weight is missing, or has another shape or an unsupported dtype.
     """
-    shapes, tensors = weight_shapes(config), stored_tensors(config)
-    missing = [name for name in tensors if name not in views]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"{directory}: {len(missing)} of {len(tensors)} weights are missing: {', '.join(missing[:3])}{more}",
-            "check that config.json belongs to these weights and that the download is complete",
-        )
+    shapes = weight_shapes(config)
+    absent = {f"{linear}.weight" for linear in elsewhere}
+    tensors = {name: parts for name, parts in stored_tensors(config).items() if not absent.issuperset(parts)}
+    require_weights(tensors, views, directory)
     bound: dict[str, WeightView] = {}
+    wrong: list[str] = []
     for name, parts in tensors.items():
         view, expected = views[name], stored_shape(shapes, parts)
         if view.shape != expected:
-            raise UserError(
-                f"{view.file}: {view.name}: expected shape {list(expected)} from config.json, got {list(view.shape)}",
-                "check that config.json belongs to these weights",
+            wrong.append(
+                f"{view.file}: {view.name}: expected shape {list(expected)} from config.json, got {list(view.shape)}"
             )
-        if view.dtype not in ITEM_SIZES:
-            raise UserError(
-                f"{view.file}: {view.name}: expected dtype {', '.join(ITEM_SIZES)}, got {view.dtype}",
-                "use the checkpoint's unquantized version",
-            )
+        elif view.dtype not in ITEM_SIZES:
+            wrong.append(f"{view.file}: {view.name}: expected dtype {', '.join(ITEM_SIZES)}, got {view.dtype}")
         first = 0
-        for part in parts:
+        for part in parts if not wrong else ():
             bound[part] = view.rows(first, shapes[part][0])
             first += shapes[part][0]
-    return {canonical: bound[canonical] for canonical in shapes}
+    if wrong:
+        raise UserError(
+            _several(wrong, "; "),
+            "use the checkpoint's unquantized version"
+            if "expected dtype" in wrong[0]
+            else "check that config.json belongs to these weights",
+        )
+    return {canonical: bound[canonical] for canonical in shapes if canonical not in absent}
+
+
+def require_weights(needed: Collection[str], found: Collection[str], where: Path) -> None:
+    """Refuse a checkpoint that lacks weights, naming them and what it has in their place.
+
+    Raises
+    ------
+    UserError
+        A name of ``needed`` is not in ``found``.
+    """
+    missing = [name for name in needed if name not in found]
+    if not missing:
+        return
+    layer = re.compile(r"\d+")
+    known = {layer.sub("*", name) for name in needed}
+    # A tensor of a kind the model does not have is what a missing one may have been renamed to.
+    unknown = list({layer.sub("*", name): name for name in found if layer.sub("*", name) not in known}.values())
+    raise UserError(
+        f"{where}: {len(missing)} of {len(needed)} weights are missing: {_several(missing, ', ')}"
+        + (f"; unknown ones instead: {_several(unknown, ', ')}" if unknown else ""),
+        "check that config.json belongs to these weights and that the download is complete",
+    )
+
+
+def _several(items: Sequence[str], separator: str) -> str:
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return separator.join(items[:3]) + more

@@ -97,7 +97,7 @@ def _check_supported(fields: JsonFields) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
             f"{fields.path}: quantization_config: quantized checkpoints ({method}) are not supported",
-            "use the unquantized checkpoint; weights are quantized when the engine is built",
+            "use the unquantized checkpoint (weights are quantized when the engine is built), or one in AWQ or GPTQ",
         )
 
 

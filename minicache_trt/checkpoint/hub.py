@@ -23,6 +23,8 @@ SIDECAR_PATTERNS = (
 
 CONFIG_PATTERNS = ("config.json", "generation_config.json")
 WEIGHT_PATTERNS = (INDEX_FILE, "model*.safetensors")
+PYTORCH_PATTERNS = ("pytorch_model.bin.index.json", "pytorch_model*.bin")
+"""For repositories without safetensors."""
 
 _NETWORK_MODULES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "socket", "ssl"}
 

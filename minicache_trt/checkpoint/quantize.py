@@ -53,11 +53,22 @@ def quantize_weight(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.
 
 
 def dequantize_weight(
-    codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int, columns: int
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    bits: int,
+    columns: int,
+    zeros: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.float32]:
-    """``[out, columns]`` as the engine's weight-only linear layers see it."""
+    """``[out, columns]`` as the engine's weight-only linear layers see it.
+
+    ``zeros``: 4-bit zero points ``[out, ceil(blocks / 2)]``, low bits first, of checkpoints that have them.
+    """
     wide = codes if bits == 8 else np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
-    values = (wide.astype(np.float32) - float(1 << (bits - 1))) * scales[..., None]
+    zero: NDArray[np.float32] | float = float(1 << (bits - 1))
+    if zeros is not None:
+        zero = np.stack([zeros & 15, zeros >> 4], -1).reshape(len(zeros), -1)[:, : scales.shape[1], None]
+        zero = zero.astype(np.float32)
+    values = (wide.astype(np.float32) - zero) * scales[..., None]
     return values.reshape(len(codes), -1)[:, :columns]
 
 
@@ -120,25 +131,37 @@ def quantized_views(path: Path) -> dict[str, WeightView]:
             {"U8": "uint8", "F32": "float32"}[entry["dtype"]],
         )
         for name, entry in header.items()
+        if name != "__metadata__"
     }
 
 
+def linears_in(path: Path) -> list[str]:
+    """Canonical names of the linear layers in a file of codes."""
+    with safe_open(path, framework="numpy") as file:
+        return sorted({key.rpartition(".")[0] for key in file.keys()})  # noqa: SIM118 (not iterable itself)
+
+
 def iterate_dequantized(path: Path, weights: Mapping[str, Sized]) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Name and float32 ``[out, in]`` of every linear layer in a file `write_quantized` wrote, one at a time.
+    """Name and float32 ``[out, in]`` of every linear layer in a file of codes, one at a time.
 
     Parameters
     ----------
     path : Path
+        Written by `write_quantized`, or from a checkpoint that was quantized before (whose metadata gives the bits).
     weights : mapping
-        Anything with a ``shape`` by canonical name: the last blocks of a row may be padded.
+        Anything with a ``shape`` by canonical name: the last blocks of a row may be padded. Layers that are not in it
+        fill their blocks.
     """
     with safe_open(path, framework="numpy") as file:
-        names = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 (not iterable itself)
-        for name in sorted(names):
+        keys = set(file.keys())
+        given = (file.metadata() or {}).get("bits")
+        for name in sorted({key.rpartition(".")[0] for key in keys}):
             codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
-            original = weights.get(f"{name}.weight", weights["embed.weight"])
-            bits = 8 * codes.shape[-1] // QUANTIZATION_BLOCK
-            yield name, dequantize_weight(codes, scales, bits, original.shape[-1])
+            zeros = file.get_tensor(f"{name}.zeros") if f"{name}.zeros" in keys else None
+            bits = int(given) if given else 8 * codes.shape[-1] // QUANTIZATION_BLOCK
+            original = weights.get(f"{name}.weight", weights["embed.weight"] if name == "lm_head" else None)
+            columns = codes.shape[1] * codes.shape[2] * 8 // bits if original is None else original.shape[-1]
+            yield name, dequantize_weight(codes, scales, bits, columns, zeros)
 
 
 def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArray[np.float32]]:

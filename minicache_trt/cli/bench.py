@@ -35,7 +35,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Measurements, after one that warms up.", rich_help_panel=GRID)] = 3,
     against: Annotated[
         str | None,
-        typer.Option(help="hf (transformers) or onnxruntime-genai: measured in turn.", rich_help_panel=PEER),
+        typer.Option(help="hf (transformers), onnxruntime-genai or tensorrt-llm, in turn.", rich_help_panel=PEER),
     ] = None,
     peer_model: Annotated[
         Path | None, typer.Option(help="onnxruntime-genai's export of the same checkpoint.", rich_help_panel=PEER)
@@ -43,8 +43,8 @@ def bench(
     peer_python: Annotated[
         Path | None,
         typer.Option(
-            help="Python of an environment with onnxruntime-genai.",
-            show_default="the one benchmarks/peers.py sets up",
+            help="Python of an environment with onnxruntime-genai or tensorrt-llm.",
+            show_default="the one benchmarks/peers.py sets up; this one",
             rich_help_panel=PEER,
         ),
     ] = None,
@@ -144,6 +144,10 @@ def _peer_command(
 
     if against is not None and against not in peers.PEERS:
         raise UserError(f"--against: unknown peer {against!r}", f"peers: {', '.join(peers.PEERS)}")
+    if against == "tensorrt-llm":
+        if model is not None:
+            raise UserError("--peer-model belongs to --against onnxruntime-genai")
+        return peers.tensorrt_llm(python, engine, max(grid.batch_sizes), grid.length)
     if against != "onnxruntime-genai":
         if model is not None or python is not None:
             raise UserError("--peer-model and --peer-python belong to --against onnxruntime-genai")

@@ -42,24 +42,38 @@ def build(
     backend: Annotated[
         str, typer.Option(help="onnxruntime, cuda (PyTorch with our kernels), or torch (reference).")
     ] = "onnxruntime",
-    max_batch_size: Annotated[int, typer.Option(help="Sequences in one step.", rich_help_panel=LIMITS)] = 8,
+    max_batch_size: Annotated[
+        int, typer.Option("--max-batch-size", "--max-num-seqs", help="Sequences in one step.", rich_help_panel=LIMITS)
+    ] = 8,
     max_seq_len: Annotated[
         int | None,
         typer.Option(
+            "--max-seq-len",
+            "--max-model-len",
             help="Prompt plus generated tokens.",
             show_default="the model's own, at most 4096",
             rich_help_panel=LIMITS,
         ),
     ] = None,
-    max_num_tokens: Annotated[int, typer.Option(help="Tokens in one step.", rich_help_panel=LIMITS)] = 2048,
+    max_num_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-num-tokens", "--max-num-batched-tokens", help="Tokens in one step.", rich_help_panel=LIMITS
+        ),
+    ] = 2048,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: the model's shape without its weights.")] = "auto",
     revision: options.Revision = None,
+    lora_dir: options.LoraDir = None,
+    tokenizer: options.TokenizerDir = None,
+    tp_size: options.TensorParallel = 1,
+    pp_size: options.PipelineParallel = 1,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an engine that is already there.")] = False,
     json: options.Json = False,
 ) -> None:
     """Build an engine directory from a checkpoint.
 
-    Weights are hard-linked, not copied; only weight-only formats write new ones.
+    Weights are hard-linked, not copied; only weight-only formats write new ones, and checkpoints that are not Hugging
+    Face safetensors are converted.
 
     [bold]Examples[/]
 
@@ -69,10 +83,13 @@ def build(
 
       minicache-trt build -m llama2-7b --method minicache4 --weights int4 -o engine
 
+      minicache-trt build --checkpoint_dir ./trtllm_ckpt --tokenizer ./Llama-2-7b-hf --output_dir engine
+
       minicache-trt build -m ./checkpoint --method smoothquant --calibration-text text.txt --backend torch -o engine
     """
     from minicache_trt.build import build_engine, default_max_seq_len
 
+    options.check_parallel(tp_size, pp_size)
     options.check_calibration_text(calibration_text, method, plan, load_format)
     plan_options = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)
 
@@ -93,6 +110,8 @@ def build(
             calibrate=None if calibration_text is None else partial(_calibrate, calibration_text),
             load_format=load_format,
             revision=revision,
+            lora_dir=lora_dir,
+            tokenizer=tokenizer,
             overwrite=force,
             report=report,
         )
@@ -100,6 +119,8 @@ def build(
     if json:
         print_json(summary)
         return
+    for note in result.notes:
+        stderr.print(f"note: {note}")
     if not result.linked:
         stderr.print("note: the weights were copied, because the output is on another file system than the checkpoint")
     rows = table(f"Engine {output}", "what", "value")
@@ -110,6 +131,16 @@ def build(
 
 def _calibrate(text: Path, plan: CompressionPlan, checkpoint: Checkpoint, report: Report) -> CompressionPlan:
     quiet_transformers()
+    if checkpoint.int4 is not None:
+        raise UserError(
+            f"the {checkpoint.format} holds 4-bit weights, which cannot be calibrated on",
+            "give the unquantized checkpoint, or use another method",
+        )
+    if checkpoint.sidecars is not None:
+        raise UserError(
+            "--calibration-text is read with the checkpoint's own tokenizer, so --tokenizer cannot be added to it",
+            "put the tokenizer's files into the checkpoint directory",
+        )
     progress = partial(report, "calibrate")
     return with_scales(plan, key_scales(checkpoint.directory, checkpoint.config, text, progress))
 

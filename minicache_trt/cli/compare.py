@@ -33,11 +33,15 @@ def compare(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Other side: torch (this engine in PyTorch), uncompressed (the same without its plan), or another "
-            "engine directory of the same model.",
-            show_default="torch",
-            rich_help_panel=LAYERS,
+            help="Other side. With --layers: torch (this engine in PyTorch), uncompressed (the same without its plan), "
+            "or another engine directory of the same model. Without: hf or tensorrt-llm, whose greedy tokens are "
+            "compared.",
+            show_default="torch with --layers",
         ),
+    ] = None,
+    peer_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with tensorrt-llm.", show_default="this one"),
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -66,6 +70,8 @@ def compare(
 
       minicache-trt compare -e engine --prompts prompts.txt --max-tokens 100
 
+      minicache-trt compare -e engine --prompts prompts.txt --against hf
+
       minicache-trt compare -e engine -p "def main():" --layers --against uncompressed --plot layers.png
     """
     if layers:
@@ -73,7 +79,13 @@ def compare(
         comparison = LayerOptions(against, tolerance, plot, max_tokens, threads, backend, config, json)
         compare_layers(engine, read_prompts(prompt, prompts), comparison)
         return
-    needless = {"--against": against, "--tolerance": tolerance, "--plot": plot}
+    from minicache_trt.cli.compare_peers import PEERS, peer_command, report_tokens
+
+    needless: dict[str, object] = {"--tolerance": tolerance, "--plot": plot}
+    if against not in PEERS:
+        needless["--against"] = against
+    if peer_python is not None and against != "tensorrt-llm":
+        raise UserError("--peer-python belongs to --against tensorrt-llm")
     given = [name for name, value in needless.items() if value is not None]
     if given:
         raise UserError(f"{', '.join(given)} only goes with --layers", "add --layers")
@@ -82,7 +94,11 @@ def compare(
 
     texts = read_prompts(prompt, prompts)
     info = read_engine(engine)
+    command = None if against is None else peer_command(against, engine, info, threads, peer_python)
     llm = open_llm(engine, threads, backend, options.cache_config(kv_cache_memory, gpu_fraction))
+    if command is not None:
+        report_tokens(llm, command, texts, max_tokens, engine, json)
+        return
     with progress_bars(not json) as report:
         result = compare_engine(llm, engine, info, texts, max_tokens, partial(report, "compare"))
     if json:

@@ -18,10 +18,34 @@ from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes, parse_bytes
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Preset (llama2-7b), Hugging Face hub id, or local checkpoint directory.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        "--model-dir",
+        "--checkpoint-dir",
+        help="Preset (llama2-7b), Hugging Face hub id, or local checkpoint: a Hugging Face directory (safetensors, "
+        "PyTorch, AWQ, GPTQ), a TensorRT-LLM checkpoint directory, or a GGUF file.",
+    ),
 ]
-EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="Engine directory, as written by build.")]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")]
+EngineDir = Annotated[Path, typer.Option("--engine", "-e", "--engine-dir", help="Engine directory that build wrote.")]
+TokenizerDir = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", "--tokenizer-dir", help="Directory of a tokenizer to use in place of the model's own."),
+]
+LoraDir = Annotated[
+    Path | None,
+    typer.Option("--lora-dir", help="LoRA adapter (peft's format) to merge into the weights."),
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp-size", "--tensor-parallel-size", help="GPUs each layer is spread over; only 1 so far.")
+]
+PipelineParallel = Annotated[
+    int, typer.Option("--pp-size", "--pipeline-parallel-size", help="GPUs the layers are dealt out to; only 1 so far.")
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", "--input-text", help="Prompt; may be given several times.")
+]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", help="File of prompts: one per line, or .jsonl with a field prompt.")
 ]
@@ -147,6 +171,16 @@ class PlanOptions:
             if (value := getattr(self, name)) is not None
         }
         return make_plan(config, method, MethodOptions(**chosen))
+
+
+def check_parallel(tensor: int, pipeline: int) -> None:
+    """Refuse what needs several GPUs."""
+    for flag, size in (("--tp-size", tensor), ("--pp-size", pipeline)):
+        if size != 1:
+            raise UserError(
+                f"{flag} {size}: engines run on one device so far",
+                f"leave {flag} out; a TensorRT-LLM checkpoint of several ranks is joined when it is built",
+            )
 
 
 def check_calibration_text(text: Path | None, method: str | None, plan: Path | None, load_format: str) -> None:

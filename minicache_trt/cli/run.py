@@ -47,6 +47,7 @@ def run(
     gpu_fraction: options.GpuFraction = None,
     threads: options.Threads = None,
     backend: options.Backend = None,
+    tokenizer: options.TokenizerDir = None,
     json: options.Json = False,
 ) -> None:
     """Generate text from prompts and print speed and cache use.
@@ -74,7 +75,7 @@ def run(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    llm = open_llm(engine, threads, backend, options.cache_config(kv_cache_memory, gpu_fraction))
+    llm = open_llm(engine, threads, backend, options.cache_config(kv_cache_memory, gpu_fraction), tokenizer)
     if len(texts) == 1 and not json:
         _stream(llm, texts[0], params)
     else:
@@ -88,24 +89,26 @@ def run(
         _print_usage(llm)
 
 
-def open_llm(engine: Path, threads: int | None, backend: str | None, config: KvCacheConfig) -> LLM:
-    """An engine directory, loaded, with its cache allocated and its tokenizer."""
+def open_llm(
+    engine: Path, threads: int | None, backend: str | None, config: KvCacheConfig, tokenizer: Path | None = None
+) -> LLM:
+    """An engine directory, loaded, with its cache allocated and its tokenizer or another."""
     with stderr.status(Text(f"loading {engine}")):
         from minicache_trt.build import load_engine
 
-        return text_llm(load_engine(engine, threads, backend), engine, config)
+        return text_llm(load_engine(engine, threads, backend), engine, config, tokenizer)
 
 
-def text_llm(engine: Engine, directory: Path, config: KvCacheConfig) -> LLM:
-    """A loaded engine with its cache allocated and the tokenizer of its directory."""
+def text_llm(engine: Engine, directory: Path, config: KvCacheConfig, tokenizer: Path | None = None) -> LLM:
+    """A loaded engine with its cache allocated and the tokenizer of its directory, or of another."""
     from minicache_trt.runtime.llm import LLM
 
     quiet_transformers()
-    llm = LLM.from_engine(engine, tokenizer=directory / CHECKPOINT, kv_cache_config=config)
+    llm = LLM.from_engine(engine, tokenizer=tokenizer or directory / CHECKPOINT, kv_cache_config=config)
     if llm.tokenizer is None:
         raise UserError(
-            f"{directory} has no tokenizer, so it takes no text",
-            "add tokenizer.json to the checkpoint and build the engine again",
+            f"{tokenizer or directory} has no tokenizer, so it takes no text",
+            "give --tokenizer DIR to run, or to build, or add tokenizer.json to the checkpoint and build again",
         )
     # What is loaded stays: the garbage collector need not look through it between tokens.
     gc.collect()

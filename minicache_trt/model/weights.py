@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from minicache_trt.checkpoint.quantize import QUANTIZATION_BLOCK
 from minicache_trt.checkpoint.weights import WeightView
 from minicache_trt.config import ModelConfig
 from minicache_trt.functions.tape import Emitter
@@ -39,8 +38,8 @@ class GraphWeights:
     locations : mapping
         Name of a view's file to its path relative to the engine directory.
     quantized : mapping
-        ``<linear>.codes`` (uint8 ``[out, blocks, bytes]``) and ``<linear>.scales`` (float32 ``[out, blocks]``) of the
-        weight-only format; empty for fp32.
+        ``<linear>.codes`` (uint8 ``[out, blocks, bytes]``), ``<linear>.scales`` (float32 ``[out, blocks]``) and, where
+        zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for fp32.
     bits : int, optional
         Bits of a weight-only code.
     """
@@ -93,11 +92,21 @@ class GraphWeights:
         return self.emitter.op("Gemm", x, weight, *([bias] if bias is not None else []), attrs={"transB": 1})
 
     def _quantized_linear(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
+        assert self._bits is not None
+        rows, blocks, size = self._quantized[f"{name}.codes"].shape
+        block = size * 8 // self._bits
         tied = name == "lm_head" and self._config.tie_word_embeddings
-        rows, columns = self._views["embed.weight" if tied else f"{name}.weight"].shape
-        codes = self._external(f"{name}.codes", self._quantized[f"{name}.codes"])
-        scales = self._external(f"{name}.scales", self._quantized[f"{name}.scales"])
-        attrs = {"K": columns, "N": rows, "bits": self._bits, "block_size": QUANTIZATION_BLOCK, "accuracy_level": 4}
+        original = self._views.get("embed.weight" if tied else f"{name}.weight")
+        columns = blocks * block if original is None else original.shape[1]
+        codes, scales, zeros = (
+            self._external(f"{name}.{kind}", self._quantized[f"{name}.{kind}"])
+            if f"{name}.{kind}" in self._quantized
+            else None
+            for kind in ("codes", "scales", "zeros")
+        )
+        attrs = {"K": columns, "N": rows, "bits": self._bits, "block_size": block, "accuracy_level": 4}
         # Inputs 4 to 6 are zero points (absent: symmetric), group index (absent) and bias.
-        inputs = [x, codes, scales, *([None, None, bias] if bias is not None else [])]
+        inputs = [x, codes, scales, zeros, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
         return self.emitter.op("MatMulNBits", *inputs, attrs=attrs, domain="com.microsoft")

@@ -192,7 +192,7 @@ def test_architectures_absent(write_config):
         ({"dtype": "float8_e4m3fn"}, "dtype: expected float16, bfloat16, float32, got 'float8_e4m3fn'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected bool, got 'no'"),
         ({"eos_token_id": "</s>"}, "eos_token_id: expected an id, a list of ids or null, got '</s>'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized checkpoints \(gptq\) are not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantized checkpoints \(fp8\) are not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected equal layers"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},

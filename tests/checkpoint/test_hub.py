@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import errors
+from safetensors.torch import load_file
 
 from minicache_trt.checkpoint import load_checkpoint, resolve_config
 from minicache_trt.checkpoint.hub import is_hub_id
@@ -135,3 +137,15 @@ def test_a_defect_is_not_explained_away(monkeypatch):
 )
 def test_hub_id(name, expected):
     assert is_hub_id(name) is expected
+
+
+def test_pytorch_weights_where_there_are_no_others(hub, tmp_path):
+    weights = hub.directory / "model.safetensors"
+    torch.save(load_file(weights), hub.directory / "pytorch_model.bin")
+    assert load_checkpoint("org/name").directory == hub.snapshot and not (hub.snapshot / "pytorch_model.bin").exists()
+    expected = load_file(weights)["model.norm.weight"].numpy()
+    weights.unlink()
+    (hub.snapshot / "model.safetensors").unlink()
+    checkpoint = load_checkpoint("org/name", work_dir=tmp_path / "work")
+    assert checkpoint.format == "PyTorch checkpoint" and checkpoint.origin == hub.snapshot
+    assert checkpoint.revision == COMMIT and (checkpoint.weights["norm.weight"].numpy() == expected).all()
