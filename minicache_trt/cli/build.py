@@ -52,6 +52,15 @@ def build(
         ),
     ] = None,
     max_num_tokens: Annotated[int, typer.Option(help="Tokens in one step.", rich_help_panel=LIMITS)] = 2048,
+    tp_size: Annotated[
+        int,
+        typer.Option(
+            "--tp-size",
+            "--tensor-parallel-size",
+            help="Ranks that share heads and columns, a process (and GPU) each.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 1,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: the model's shape without its weights.")] = "auto",
     revision: options.Revision = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an engine that is already there.")] = False,
@@ -79,7 +88,7 @@ def build(
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
         length = default_max_seq_len(config) if max_seq_len is None else max_seq_len
         try:
-            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend)
+            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend, tp_size=tp_size)
         except ValueError as error:
             raise UserError(str(error)) from error
         return plan_options(config), limits
@@ -131,6 +140,7 @@ def _summary(result: BuildResult, seconds: float) -> dict[str, Any]:
         "method": plan.method,
         "weights": limits.weights,
         "backend": limits.backend,
+        "tp_size": limits.tp_size,
         "max_seq_len": context,
         "cache_bytes_per_token": round(bytes_per_token(plan, model, context, limits.window), 1),
         "ratio_to_16_bit": round(ratio(plan, model, context, limits.window), 3),
