@@ -21,6 +21,7 @@ from minicache_trt.engine_directory import (
 )
 from minicache_trt.engine_writer import Report, write_engine
 from minicache_trt.errors import UserError
+from minicache_trt.parallel.engine import TensorParallelEngine, check_ranks
 from minicache_trt.staging import staged
 
 
@@ -112,11 +113,13 @@ def build_engine(
             build = _int4_build(build, checkpoint)
         plan.validate(checkpoint.config)
         open_backend(build.backend)
+        check_ranks(checkpoint.config, plan, build)
         _check_limits(checkpoint.config, build)
         checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
         report("checkpoint", 1, 1)
         if calibrate is not None:
             plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)
+            check_ranks(checkpoint.config, plan, build)
         linked = write_engine(staging, checkpoint, plan, build, report)
         report("fingerprint", 0, 1)
         write_config(staging, EngineInfo(checkpoint.config, plan, build, _source(checkpoint)))
@@ -141,7 +144,10 @@ def load_engine(path: str | Path, num_threads: int | None = None, backend: str |
         The directory is damaged or of another version, or the backend cannot run it.
     """
     info = read_engine(path)
-    return open_backend(backend or info.build.backend)(Path(path), info, num_threads)
+    name = backend or info.build.backend
+    if info.build.tp_size > 1:
+        return TensorParallelEngine(Path(path), info, name, num_threads)
+    return open_backend(name)(Path(path), info, num_threads)
 
 
 def _int4_build(build: BuildConfig, checkpoint: Checkpoint) -> BuildConfig:

@@ -165,6 +165,8 @@ class BuildConfig:
         Most recent tokens kept exact, at least one block.
     quantum : int
         Prompt tokens that attend to one another exactly before they are demoted; a multiple of the block size.
+    tp_size : int
+        Ranks that compute a step together, each with its share of heads and columns.
     """
 
     max_batch_size: int = 8
@@ -174,9 +176,10 @@ class BuildConfig:
     backend: str = "onnxruntime"
     window: int = 64
     quantum: int = 2048
+    tp_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "window", "quantum"):
+        for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "window", "quantum", "tp_size"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")

@@ -21,6 +21,7 @@ from minicache_trt.kernels.locate import open_library, runs_on
 from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.kernel_ops import KernelOps
+from minicache_trt.parallel.rank import ONE_RANK, Rank
 from minicache_trt.runtime.batch import Batch, Int32
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -45,6 +46,8 @@ class KernelEngine:
         Compute type, of weights, activations and pools: float16 or bfloat16; float32 with the host library alone.
     record : Recorder
         How decode steps are captured.
+    rank : Rank
+        Which of the engine's ranks this process is.
 
     Raises
     ------
@@ -60,15 +63,17 @@ class KernelEngine:
         device: torch.device,
         dtype: torch.dtype,
         record: Recorder,
+        rank: Rank = ONE_RANK,
     ) -> None:
         self.directory = directory
-        self.model, self.plan, self.build = info.model, info.plan, info.build
+        self.model, self.plan, self.build = rank.model(info.model), rank.plan(info), info.build
+        self._ranks = rank.collectives
         self.device, self.dtype, self.element_bytes = device, dtype, dtype.itemsize
         if self.model.head_dim not in HEAD_DIMS:
             names = f"{', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}"
             raise UserError(f"head_dim: expected {names}, got {self.model.head_dim}", "use --backend onnxruntime")
         with self._one_line_errors("loading the model"), torch.inference_mode():
-            self.weights = load_weights(directory, device, dtype)
+            self.weights = load_weights(directory, device, dtype, rank.shard)
             self.cache = KernelCache(library, self.model, self.plan, device, dtype)
         self._record = record
         self._host_logits = torch.empty(0, self.model.vocab_size)
@@ -117,7 +122,7 @@ class KernelEngine:
         def attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             return self.cache.attend(step, q, k, v, layer)
 
-        ops = KernelOps(self.model, self.weights, attention, self.cache.frequencies)
+        ops = KernelOps(self.model, self.weights, attention, self._ranks, self.cache.frequencies)
         inputs = step.tensors
         return decoder(self.model, ops, inputs["input_ids"], inputs["positions"], inputs["logit_index"])
 
@@ -156,6 +161,8 @@ class CudaEngine(KernelEngine):
     info : EngineInfo
     num_threads : int, optional
         Not used: the GPU computes.
+    rank : Rank
+        Which of the engine's ranks this process is.
 
     Raises
     ------
@@ -163,13 +170,15 @@ class CudaEngine(KernelEngine):
         No GPU, one that is too old, or no library for it.
     """
 
-    def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, info: EngineInfo, num_threads: int | None = None, rank: Rank = ONE_RANK
+    ) -> None:
         library = cuda_library()
         dtype = torch.bfloat16 if info.model.dtype == "bfloat16" else torch.float16
         device = torch.device("cuda", torch.cuda.current_device())
         # Which experts run is read back from the GPU, which no captured step can do.
         record = run_again if info.model.num_experts else CudaRecorder()
-        super().__init__(directory, info, library, device, dtype, record)
+        super().__init__(directory, info, library, device, dtype, record, rank)
 
 
 class HostKernelEngine(KernelEngine):
@@ -181,6 +190,8 @@ class HostKernelEngine(KernelEngine):
     info : EngineInfo
     num_threads : int, optional
         Default: PyTorch's own choice; the kernels themselves use one.
+    rank : Rank
+        Which of the engine's ranks this process is.
 
     Raises
     ------
@@ -188,11 +199,13 @@ class HostKernelEngine(KernelEngine):
         No library.
     """
 
-    def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, info: EngineInfo, num_threads: int | None = None, rank: Rank = ONE_RANK
+    ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         library = open_library("host")
-        super().__init__(directory, info, library, torch.device("cpu"), torch.float32, run_again)
+        super().__init__(directory, info, library, torch.device("cpu"), torch.float32, run_again, rank)
 
 
 def cuda_library() -> KernelLibrary:

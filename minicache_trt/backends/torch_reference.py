@@ -18,6 +18,7 @@ from minicache_trt.errors import UserError
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.torch_attention import Pools, paged_attention
 from minicache_trt.model.torch_ops import Attention, TorchOps
+from minicache_trt.parallel.rank import ONE_RANK, Rank
 from minicache_trt.runtime.batch import Batch, Int32
 
 _POOL_TYPES = {"model": torch.float32, "int8": torch.int8, "float16": torch.float16}
@@ -35,16 +36,21 @@ class TorchEngine:
     info : EngineInfo
     num_threads : int, optional
         Default: PyTorch's own choice. The setting is PyTorch's, for the whole process.
+    rank : Rank
+        Which of the engine's ranks this process is.
     """
 
     element_bytes = 4
 
-    def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, info: EngineInfo, num_threads: int | None = None, rank: Rank = ONE_RANK
+    ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.directory = directory
-        self.model, self.plan, self.build = info.model, info.plan, info.build
-        self._weights = load_weights(directory, torch.device("cpu"), torch.float32)
+        self.model, self.plan, self.build = rank.model(info.model), rank.plan(info), info.build
+        self._ranks = rank.collectives
+        self._weights = load_weights(directory, torch.device("cpu"), torch.float32, rank.shard)
         self._pools = Pools.of(self.model, self.plan, {})
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
@@ -72,7 +78,7 @@ class TorchEngine:
 
     def _ops(self, attention: Attention) -> TorchOps:
         """The decoder's operations; a tracing engine takes note of what they compute."""
-        return TorchOps(self.model, self._weights, attention)
+        return TorchOps(self.model, self._weights, attention, self._ranks)
 
     @torch.inference_mode()
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:

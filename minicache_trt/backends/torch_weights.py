@@ -10,10 +10,11 @@ from torch import Tensor
 from minicache_trt.checkpoint.quantize import iterate_dequantized
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED
+from minicache_trt.parallel.shard import WHOLE, Shard, add_output_rows, shard_tensor, shard_view
 
 
-def load_weights(directory: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights of an engine directory by canonical name; weight-only formats are dequantized.
+def load_weights(directory: Path, device: torch.device, dtype: torch.dtype, shard: Shard = WHOLE) -> dict[str, Tensor]:
+    """Weights of an engine directory by canonical name, one rank's share of them; weight-only formats are dequantized.
 
     Each is moved on its own, straight from the mapped file: beside what is returned, memory holds one weight at a time.
     Those of a CPU's float32 checkpoint stay where they are, in the file.
@@ -29,8 +30,11 @@ def load_weights(directory: Path, device: torch.device, dtype: torch.dtype) -> d
     if (directory / QUANTIZED).exists():
         for name, weight in iterate_dequantized(directory / QUANTIZED, views):
             dequantized.add(f"{name}.weight")
-            result[f"{name}.weight"] = torch.from_numpy(weight).to(device).to(dtype)
+            part = shard_tensor(f"{name}.weight", torch.from_numpy(weight), shard)
+            part = part if shard.size == 1 else part.clone()  # a view would keep all of the weight
+            result[f"{name}.weight"] = part.to(device).to(dtype)
     for name, view in views.items():
         if name not in dequantized:
-            result[name] = view.torch().to(device).to(dtype)
+            result[name] = shard_view(name, view, shard).to(device).to(dtype).contiguous()
+    add_output_rows(result, shard)
     return result

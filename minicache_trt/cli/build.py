@@ -89,14 +89,14 @@ def build(
     """
     from minicache_trt.build import build_engine, default_max_seq_len
 
-    options.check_parallel(tp_size, pp_size)
+    options.check_pipeline(pp_size)
     options.check_calibration_text(calibration_text, method, plan, load_format)
     plan_options = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
         length = default_max_seq_len(config) if max_seq_len is None else max_seq_len
         try:
-            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend)
+            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend, tp_size=tp_size)
         except ValueError as error:
             raise UserError(str(error)) from error
         return plan_options(config), limits
@@ -162,6 +162,7 @@ def _summary(result: BuildResult, seconds: float) -> dict[str, Any]:
         "method": plan.method,
         "weights": limits.weights,
         "backend": limits.backend,
+        "tp_size": limits.tp_size,
         "max_seq_len": context,
         "cache_bytes_per_token": round(bytes_per_token(plan, model, context, limits.window), 1),
         "ratio_to_16_bit": round(ratio(plan, model, context, limits.window), 3),

@@ -38,7 +38,10 @@ LoraDir = Annotated[
     typer.Option("--lora-dir", help="LoRA adapter (peft's format) to merge into the weights."),
 ]
 TensorParallel = Annotated[
-    int, typer.Option("--tp-size", "--tensor-parallel-size", help="GPUs each layer is spread over; only 1 so far.")
+    int,
+    typer.Option(
+        "--tp-size", "--tensor-parallel-size", help="Ranks that share heads and columns, a process (and GPU) each."
+    ),
 ]
 PipelineParallel = Annotated[
     int, typer.Option("--pp-size", "--pipeline-parallel-size", help="GPUs the layers are dealt out to; only 1 so far.")
@@ -173,14 +176,13 @@ class PlanOptions:
         return make_plan(config, method, MethodOptions(**chosen))
 
 
-def check_parallel(tensor: int, pipeline: int) -> None:
-    """Refuse what needs several GPUs."""
-    for flag, size in (("--tp-size", tensor), ("--pp-size", pipeline)):
-        if size != 1:
-            raise UserError(
-                f"{flag} {size}: engines run on one device so far",
-                f"leave {flag} out; a TensorRT-LLM checkpoint of several ranks is joined when it is built",
-            )
+def check_pipeline(size: int) -> None:
+    """Refuse layers on several GPUs."""
+    if size != 1:
+        raise UserError(
+            f"--pp-size {size}: layers are not dealt out to several GPUs",
+            "use --tp-size; a TensorRT-LLM checkpoint of several ranks is joined when it is built",
+        )
 
 
 def check_calibration_text(text: Path | None, method: str | None, plan: Path | None, load_format: str) -> None:

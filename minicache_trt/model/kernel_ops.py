@@ -9,15 +9,21 @@ from torch import Tensor
 
 from minicache_trt.config import ModelConfig
 from minicache_trt.model.torch_ops import Attention, TorchOps
+from minicache_trt.parallel.collectives import Collectives
 
 
 class KernelOps(TorchOps):
     """Parameters: as `TorchOps`; ``frequencies``: float32 ``[rotary_dim / 2]`` on the device of the weights."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], attention: Attention, frequencies: Tensor
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        attention: Attention,
+        ranks: Collectives,
+        frequencies: Tensor,
     ) -> None:
-        super().__init__(config, weights, attention)
+        super().__init__(config, weights, attention, ranks)
         self._frequencies = frequencies
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:

@@ -11,17 +11,29 @@ from torch import Tensor
 from minicache_trt.config import ModelConfig
 from minicache_trt.model.decoder import gated_mlp
 from minicache_trt.model.rope import inverse_frequencies
+from minicache_trt.parallel.collectives import ALONE, Collectives
+from minicache_trt.parallel.shard import sums_over_ranks
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 class TorchOps:
-    """Parameters: the model's shape, its weights by canonical name, and the attention over the cache."""
+    """Parameters: the model's shape, its weights by canonical name, the attention over the cache, and other ranks.
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], attention: Attention) -> None:
+    With several ranks, shape and weights are one rank's share (`minicache_trt.parallel.shard`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        attention: Attention,
+        ranks: Collectives = ALONE,
+    ) -> None:
         self._config = config
         self._weights = weights
         self._attention = attention
+        self._ranks = ranks
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._weights["embed.weight"][ids]
@@ -29,9 +41,12 @@ class TorchOps:
     def linear(self, x: Tensor, name: str) -> Tensor:
         # A tied output layer has a weight of its own only where it is quantized and the embedding is not.
         tied = name == "lm_head" and f"{name}.weight" not in self._weights
-        return F.linear(
-            x, self._weights["embed.weight" if tied else f"{name}.weight"], self._weights.get(f"{name}.bias")
-        )
+        weight, bias = self._weights["embed.weight" if tied else f"{name}.weight"], self._weights.get(f"{name}.bias")
+        if sums_over_ranks(name):
+            y = self._ranks.sum(F.linear(x, weight))
+            return y if bias is None else y + bias
+        y = F.linear(x, weight, bias)
+        return self._ranks.gather(y) if name == "lm_head" and len(weight) < self._config.vocab_size else y
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()
@@ -70,7 +85,7 @@ class TorchOps:
             rows, place = torch.where(chosen == expert)
             result = gated_mlp(self, x[rows], f"{name}.experts.{expert}")
             out.index_add_(0, rows, result * shares[rows, place][:, None])
-        return out
+        return self._ranks.sum(out)
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]

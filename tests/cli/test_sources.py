@@ -97,7 +97,6 @@ def test_names_of_vllm(invoke: Invoke, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--tp_size", "2"], ["--tp-size 2: engines run on one device so far"]),
         (["--pp-size", "4"], ["--pp-size 4"]),
         (["--tokenizer", "nowhere"], ["--tokenizer: nowhere holds no tokenizer"]),
         (["--load-format", "dummy", "--lora-dir", "x"], ["a dummy has no weights to merge an adapter into"]),

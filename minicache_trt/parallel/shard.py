@@ -1,0 +1,148 @@
+"""One rank's share of a model, of its weights and of its plan.
+
+Attention is cut by heads, the MLP by columns (Megatron-LM, arXiv 1909.08053): projections into them hold some rows of
+their weights, projections out of them some columns, so that a layer needs two sums. Streams store every KV head on its
+own, so a rank's compressed tier is the part of the whole one that holds its heads, code by code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minicache_trt.checkpoint.weights import WeightView
+from minicache_trt.compression.matrices import stream_matrices
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import ModelConfig
+from minicache_trt.errors import UserError
+
+_INTO = re.compile(r".*\.(attention\.[qkv]|mlp\.(gate|up)|experts\.\d+\.(gate|up))\.(weight|bias)")
+_OUT_OF = re.compile(r".*\.(attention\.o|mlp\.down|experts\.\d+\.down)\.weight")
+_HEAD_AXES = {"head_map": 1, "align": 1, "encode": 0, "decode": 0, "mean": 0, "sigma": 0}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank ``rank`` of ``size``."""
+
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank: expected 0 to {self.size - 1}, got {self.rank}")
+
+    def part(self, extent: int) -> slice:
+        """This rank's share of ``extent`` things, which the number of ranks divides."""
+        count = extent // self.size
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+
+WHOLE = Shard()
+
+
+def check_shardable(model: ModelConfig, plan: CompressionPlan, size: int) -> None:
+    """Refuse what cannot be cut into ``size`` equal ranks.
+
+    Raises
+    ------
+    UserError
+        Naming the size that does not divide, or the stream that spans heads of several ranks.
+    """
+    if size < 1:
+        raise UserError(f"tp_size: expected a positive number, got {size}")
+    for name in ("num_kv_heads", "num_heads", "intermediate_size"):
+        value = getattr(model, name)
+        if value % size:
+            possible = [n for n in range(1, model.num_kv_heads + 1) if _divides(model, n)]
+            raise UserError(
+                f"tp_size: expected a divisor of the model's {name} ({value}), got {size}",
+                f"possible for this model: {', '.join(map(str, possible))}",
+            )
+    for index, stream in enumerate(plan.streams if size > 1 else ()):
+        if stream.norm == "token" and (stream.merge == "slerp" or stream.retained):
+            raise UserError(
+                f"plan: streams[{index}].norm: 'token' spans all heads, which lie on {size} ranks",
+                "use norm 'head' (--norm head)",
+            )
+        if stream.match_heads:
+            heads = stream_matrices(plan.matrices, index)["head_map"]
+            each = model.num_kv_heads // size
+            if (heads // each != np.arange(model.num_kv_heads) // each).any():
+                raise UserError(
+                    f"plan: tensor streams.{index}.head_map matches heads of different ranks",
+                    f"calibrate the plan with heads matched in groups of {each}, or use fewer ranks",
+                )
+
+
+def _divides(model: ModelConfig, size: int) -> bool:
+    return not (model.num_kv_heads % size or model.num_heads % size or model.intermediate_size % size)
+
+
+def shard_model(model: ModelConfig, shard: Shard) -> ModelConfig:
+    """The shape one rank computes; vocabulary and hidden size are whole."""
+    return replace(
+        model,
+        num_heads=model.num_heads // shard.size,
+        num_kv_heads=model.num_kv_heads // shard.size,
+        intermediate_size=model.intermediate_size // shard.size,
+    )
+
+
+def shard_plan(plan: CompressionPlan, model: ModelConfig, shard: Shard) -> CompressionPlan:
+    """The plan with the constants of one rank's heads; ``model`` is the whole one."""
+    if shard.size == 1:
+        return plan
+    own = shard.part(model.num_kv_heads)
+    matrices: dict[str, NDArray[np.generic]] = {}
+    for name, value in plan.matrices.items():
+        kind = name.rsplit(".", 1)[1]
+        part = value[:, own] if _HEAD_AXES[kind] else value[own]
+        matrices[name] = (part - own.start).astype(part.dtype) if kind == "head_map" else part
+    return replace(plan, matrices=matrices)
+
+
+def shard_view(name: str, view: WeightView, shard: Shard) -> Tensor:
+    """One rank's share of a mapped weight; rows stay in the file, columns are cut out when they are moved."""
+    if shard.size > 1 and _is_rows(name, view.shape[0], shard):
+        own = shard.part(view.shape[0])
+        return view.rows(own.start, own.stop - own.start).torch()
+    return shard_tensor(name, view.torch(), shard)
+
+
+def shard_tensor(name: str, weight: Tensor, shard: Shard) -> Tensor:
+    """One rank's share of a weight by canonical name, a view of it."""
+    if shard.size == 1:
+        return weight
+    if _is_rows(name, len(weight), shard):
+        return weight[shard.part(len(weight))]
+    if _OUT_OF.fullmatch(name):
+        return weight[:, shard.part(weight.shape[1])]
+    return weight
+
+
+def add_output_rows(weights: dict[str, Tensor], shard: Shard) -> None:
+    """Give a rank its rows of an output layer that is the embedding itself."""
+    embed = weights["embed.weight"]
+    if shard.size > 1 and "lm_head.weight" not in weights and splits_vocabulary(len(embed), shard):
+        weights["lm_head.weight"] = embed[shard.part(len(embed))]
+
+
+def splits_vocabulary(vocab_size: int, shard: Shard) -> bool:
+    """Whether ranks compute a part of the logits each, or all of them."""
+    return vocab_size % shard.size == 0
+
+
+def sums_over_ranks(name: str) -> bool:
+    """Whether a linear layer (without ``.weight``) takes what lies on several ranks. Experts are summed up first."""
+    return name.endswith((".attention.o", ".mlp.down"))
+
+
+def _is_rows(name: str, rows: int, shard: Shard) -> bool:
+    if name in ("lm_head.weight", "lm_head.bias"):
+        return splits_vocabulary(rows, shard)
+    return _INTO.fullmatch(name) is not None
