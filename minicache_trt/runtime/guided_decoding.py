@@ -34,22 +34,20 @@ class Constraint:
     Parameters
     ----------
     matcher : LLMatcher
-        At the beginning of its grammar; its tokenizer's one end token is ``eos_token_ids[0]``, where there is one.
+        At the beginning of its grammar.
     vocab_size : int
         Of the model.
+    end_token : int
+        What the matcher takes for the end of the output.
     eos_token_ids : tuple of int
-        All of them may end a complete output.
-    may_end : bool
-        Otherwise they never come, and the caller ends the output when it is complete.
+        All of them may end a complete output; without any, the caller ends it when it is complete.
     """
 
-    def __init__(
-        self, matcher: _Matcher, vocab_size: int, eos_token_ids: tuple[int, ...], may_end: bool = True
-    ) -> None:
+    def __init__(self, matcher: _Matcher, vocab_size: int, end_token: int, eos_token_ids: tuple[int, ...]) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._end_token = end_token
         self._eos_token_ids = eos_token_ids
-        self._may_end = may_end
 
     @property
     def complete(self) -> bool:
@@ -67,8 +65,9 @@ class Constraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
         self._check()
-        if self._eos_token_ids:
-            allowed[list(self._eos_token_ids)] = self._may_end and allowed[self._eos_token_ids[0]]
+        may_end = allowed[self._end_token]
+        allowed[self._end_token] = False
+        allowed[list(self._eos_token_ids)] = may_end
         if not allowed.any():
             raise ValueError("guided_decoding: no token of this model continues the output")
         return allowed
@@ -87,7 +86,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"guided_decoding: {first_line(self._matcher.get_error())}")
+            raise ValueError(f"guided_decoding: {summary(self._matcher.get_error())}")
 
 
 class GuidedDecoder:
@@ -110,8 +109,8 @@ class GuidedDecoder:
         self._lock = threading.Lock()
         self._library_tokenizer: Any = None
 
-    def start(self, params: GuidedDecodingParams, may_end: bool) -> Constraint:
-        """The beginning of an output; ``may_end``: by an end-of-sequence token.
+    def start(self, params: GuidedDecodingParams, ignore_eos: bool) -> Constraint:
+        """The beginning of an output; ``ignore_eos``: no end-of-sequence token may come.
 
         Raises
         ------
@@ -124,34 +123,35 @@ class GuidedDecoder:
             raise UserError(
                 "guided decoding needs the package llguidance", "install it: pip install 'minicache-trt[guided]'"
             ) from error
-        vocabulary = self._vocabulary()
+        vocabulary, end_token = self._vocabulary()
         try:
             matcher = LLMatcher(vocabulary, _grammar(LLMatcher, params), log_level=0)
         except ValueError as error:
-            raise UserError(f"guided_decoding: {first_line(str(error))}") from error
+            raise UserError(f"guided_decoding: {summary(str(error))}") from error
         if matcher.is_error():
-            raise UserError(f"guided_decoding: {first_line(matcher.get_error())}")
-        return Constraint(matcher, self._vocab_size, self._eos_token_ids, may_end)
+            raise UserError(f"guided_decoding: {summary(matcher.get_error())}")
+        return Constraint(matcher, self._vocab_size, end_token, () if ignore_eos else self._eos_token_ids)
 
-    def _vocabulary(self) -> Any:
-        """The tokenizer as llguidance wants it, made once."""
+    def _vocabulary(self) -> tuple[Any, int]:
+        """The tokenizer as llguidance wants it, made once, and the token it takes for the end."""
         from llguidance.hf import from_tokenizer
 
         tokenizer: Any = self._tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise UserError("guided decoding needs a fast Hugging Face tokenizer (tokenizer.json), this model has none")
+        # Where the model has no end token, some special one stands in that no output contains.
+        ends = [token for token in (*self._eos_token_ids, *tokenizer.all_special_ids, 0) if token < len(tokenizer)]
         with self._lock:
             if self._library_tokenizer is None:
                 size = max(len(tokenizer), self._vocab_size)
-                # Without an end token of its own a vocabulary gets one that no model can sample.
-                eos = self._eos_token_ids[0] if self._eos_token_ids else size
-                self._library_tokenizer = from_tokenizer(tokenizer, n_vocab=max(size, eos + 1), eos_token=eos)
-            return self._library_tokenizer
+                self._library_tokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=ends[0])
+            return self._library_tokenizer, ends[0]
 
 
-def first_line(text: str) -> str:
-    """The first line of a library's message."""
-    return text.strip().split("\n", 1)[0]
+def summary(text: str) -> str:
+    """A library's message of many lines on one: the first, and the one that says what is wrong."""
+    first, *others = text.strip().split("\n")
+    return " ".join([first, *(line for line in others if line.startswith("error: "))])
 
 
 def _grammar(matcher: Any, params: GuidedDecodingParams) -> str:

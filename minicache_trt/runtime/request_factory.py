@@ -116,7 +116,7 @@ class RequestFactory:
         if self._guided_decoder is None:
             eos_token_ids = self._model.eos_token_ids
             self._guided_decoder = GuidedDecoder(self.tokenizer, self._model.vocab_size, eos_token_ids)
-        return self._guided_decoder.start(params.guided_decoding, not params.ignore_eos)
+        return self._guided_decoder.start(params.guided_decoding, params.ignore_eos)
 
 
 def request_options(priority: int, cache_salt: str | None, timeout: float | None) -> RequestOptions:
