@@ -160,6 +160,9 @@ class Runner:
         self._compress(self.scheduler.demote())
         step = self.scheduler.schedule()
         self._measure_cache()
+        for item in step.work:
+            if item.sequence.first_step is None:
+                item.sequence.first_step = started
         logits = self.engine.decode(build_batch(step, self.cache))
         jobs = [self._jobs[item.sequence] for item in step.work]
         tokens: list[int | None] = []
