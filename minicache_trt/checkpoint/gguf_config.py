@@ -108,8 +108,9 @@ def _family_fields(family: str, fields: JsonFields, shapes: Mapping[str, Sequenc
     if family == "mixtral":
         used = fields.get("expert_used_count", int)
         return {"num_local_experts": fields.get("expert_count", int), "num_experts_per_tok": used}
-    others: dict[str, dict[str, Any]] = {"qwen3": {"attention_bias": False}, "phi3": {"pad_token_id": 0}}
-    return others.get(family, {})
+    if family == "phi3":
+        return {"pad_token_id": 0}
+    return {"attention_bias": False} if family == "qwen3" else {}
 
 
 def _uniform(fields: JsonFields, key: str, default: int | None = None) -> int:

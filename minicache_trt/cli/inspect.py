@@ -67,7 +67,8 @@ def _describe(engine: Path, info: EngineInfo, json: bool) -> None:
         return
     rows = table(f"Engine {engine}", "what", "value")
     model, build = info.model, info.build
-    rows.add_row("source", f"{info.source['name']}{' (dummy weights)' if info.source['dummy'] else ''}")
+    form = "dummy weights" if info.source["dummy"] else info.source.get("format", "Hugging Face checkpoint")
+    rows.add_row("source", f"{info.source['name']} ({form})")
     rows.add_row(
         "model",
         f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, heads {model.num_heads}:"
