@@ -93,6 +93,29 @@ def test_enqueue_neither_allocates_nor_waits(harness: Harness, kernels: Kernels)
     assert blocking() == prepared
 
 
+def test_pools_that_are_not_aliased_are_copied(harness: Harness, kernels: Kernels) -> None:
+    """Where TensorRT gives the pool memory of its own: the same numbers there, the input as it was, one warning."""
+    case = plugin_case(harness, kernels, CONFIG, "kivi4", STEPS["mixed"], torch.float32)
+    cache = case.cache
+    assert isinstance(cache, PluginCache)
+    before = cache.tensors["kv.1"].clone()
+    expected = case.attend(kernels, 1)
+    updated = cache.tensors["kv.1"].clone()
+    cache.tensors["kv.1"].copy_(before)
+    step_inputs = StepInputs(StepShape.of(case.batch), kernels.device)
+    step_inputs.load(case.batch)
+    built = cache.built["layers.1.attention"]
+    given = [described(x) for x in cache.inputs(built.node, cache.roles(step_inputs, case.q, case.k, case.v))]
+    out, kv = torch.empty_like(case.q), torch.empty_like(before)
+    workspace = torch.empty(built.workspace_bytes, dtype=torch.uint8)
+    harness.messages()
+    for _ in range(2):
+        built.plugin.enqueue(given, [described(out), described(kv)], workspace.data_ptr())
+    assert harness.messages().count("kv is copied in every step") == 1
+    assert torch.equal(kv, updated) and torch.equal(out, expected)
+    assert torch.equal(cache.tensors["kv.1"], before)
+
+
 WRONG_EXTENTS = {
     "q": ((512, 64), "q: expected [T, 256], got [512, 64]"),
     "kv": ((48, 2, 4, 64, 64), "kv: expected [Nf, 2, 2, 64, 64], got [48, 2, 4, 64, 64]"),

@@ -78,7 +78,8 @@ class BuiltNode:
         results = [described(x) for x in outputs]
         for place in range(len(inputs) + len(outputs)):
             assert builder.supports(place, largest, results), (node.name, place)
-        assert [outputs[i].data_ptr() == inputs[j].data_ptr() for i, j in enumerate(builder.aliases()) if j >= 0]
+        aliased = [(x, inputs[place]) for x, place in zip(outputs, builder.aliases(), strict=True) if place >= 0]
+        assert all(x.data_ptr() == source.data_ptr() for x, source in aliased)
         builder.configure(largest, results)
         self.workspace_bytes = builder.workspace(largest, results)
         before = [x.clone() for x in outputs]
