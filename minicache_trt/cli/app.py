@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.cli import bench, build, compare, doctor, inspect, models, plan, run
+from minicache_trt.cli import bench, build, compare, doctor, evaluate, inspect, models, plan, run
 from minicache_trt.cli.console import stdout
 
 app = typer.Typer(
@@ -45,5 +45,6 @@ NEED_NOTHING = (models.models, doctor.doctor)
 
 VERBS = (build.build, run.run, compare.compare, bench.bench, models.models, plan.plan, inspect.inspect, doctor.doctor)
 
+app.command("eval", no_args_is_help=True)(evaluate.evaluate)
 for verb in VERBS:
     app.command(no_args_is_help=verb not in NEED_NOTHING)(verb)
