@@ -41,19 +41,24 @@ class Result:
         return Scores.joined([cell.scores for cell in self.tasks[task]])
 
 
-def run_tasks(llm: LLM, cells: Mapping[str, Sequence[Cell]], report: Callable[[int], None]) -> dict[str, Any]:
-    """Scores of every cell of every task; ``report`` takes the number of examples done."""
+def run_tasks(
+    llm: LLM, cells: Mapping[str, Sequence[Cell]], report: Callable[[int], None]
+) -> dict[str, tuple[CellScores, ...]]:
+    """Scores of every cell of every task; ``report`` takes the number of examples done.
+
+    Examples of all tasks run together, as many as the engine takes at a time.
+    """
     prefix, batch = exact_prefix(llm.engine.build), llm.engine.build.max_batch_size
-    done, found = 0, dict[str, Any]()
+    everything = [example for of_task in cells.values() for cell in of_task for example in cell.examples]
+    if not everything:
+        return {}
+    scores = score_examples(llm, everything, prefix, batch, llm.engine.model.vocab_size, report)
+    done, found = 0, dict[str, tuple[CellScores, ...]]()
     for task, of_task in cells.items():
         rows = []
         for cell in of_task:
-
-            def progress(count: int, before: int = done) -> None:
-                report(before + count)
-
-            scores = score_examples(llm, cell.examples, prefix, batch, llm.engine.model.vocab_size, progress)
-            rows.append(CellScores(cell.length, cell.depth, scores))
+            own = scores.part(done, done + len(cell.examples))
+            rows.append(CellScores(cell.length, cell.depth, own))
             done += len(cell.examples)
         found[task] = tuple(rows)
     return found

@@ -45,8 +45,16 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        names = ("nll", "right", "count", "exact", "answers")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        columns = [part.columns() for part in parts]
+        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+    def part(self, start: int, stop: int) -> Scores:
+        """Examples ``start`` to ``stop``."""
+        return Scores(*(column[start:stop] for column in self.columns()))
+
+    def columns(self) -> tuple[Array, ...]:
+        """The fields, in their order."""
+        return self.nll, self.right, self.count, self.exact, self.answers
 
 
 def exact_prefix(build: BuildConfig) -> int:
