@@ -3,7 +3,8 @@
 Each figure is a list of plans, scored on the same windows of text and the same repeated random segments through the
 engine's cache, and written as JSON and as a picture. Intervals are 95 % paired bootstrap intervals over sequences.
 
-    python benchmarks/paper_figures.py --checkpoint DIR --text FILE --calibration-text FILE --json-dir benchmarks/results
+    python benchmarks/paper_figures.py --checkpoint DIR --text FILE --calibration-text FILE \\
+        --json-dir benchmarks/results --plot-dir docs/figures
 """
 
 from __future__ import annotations
@@ -70,14 +71,28 @@ def main(
         variants = make(config, states)
         results = [measured(v.key, v.plan.validate(config), f"{chosen}: {v.series} {v.x}") for v in variants]
         summary = summarize([full, *results])
-        report(chosen, f"{title}; {label}", axis, variants, summary, tasks.split(","), json_dir / f"paper-{chosen}-{label}.json")
+        report(
+            chosen,
+            f"{title}; {label}",
+            axis,
+            variants,
+            summary,
+            tasks.split(","),
+            json_dir / f"paper-{chosen}-{label}.json",
+        )
         if plot_dir is not None:
             plot_dir.mkdir(parents=True, exist_ok=True)
             draw(f"{title}; {label}", axis, variants, summary, tasks.split(","), plot_dir / f"{chosen}-{label}.svg")
 
 
 def report(
-    chosen: str, title: str, axis: str, variants: list[Variant], summary: list[dict[str, Any]], tasks: list[str], file: Path
+    chosen: str,
+    title: str,
+    axis: str,
+    variants: list[Variant],
+    summary: list[dict[str, Any]],
+    tasks: list[str],
+    file: Path,
 ) -> None:
     """Table and JSON of one figure."""
     columns = ["series", axis, "bits", *(column for task in tasks for column in _columns(task))]
@@ -112,7 +127,9 @@ def _short(stream: Any) -> dict[str, Any]:
 
 
 def _columns(task: str) -> tuple[str, str]:
-    return ("perplexity", "change [95 %]") if TASKS[task].headline == "perplexity" else (f"{task} [95 %]", f"{task} nll")
+    return (
+        ("perplexity", "change [95 %]") if TASKS[task].headline == "perplexity" else (f"{task} [95 %]", f"{task} nll")
+    )
 
 
 def draw(
@@ -125,17 +142,19 @@ def draw(
         headline = TASKS[task].headline
         name = "perplexity_change" if headline == "perplexity" else headline
         for color, series in zip(LINES, dict.fromkeys(v.series for v in variants), strict=False):
-            rows = [(places.index(v.x), line["tasks"][task]) for v, line in zip(variants, summary[1:], strict=True)
-                    if v.series == series]  # fmt: skip
-            middle = [100 * values[name] for _, values in rows]
-            spread = [[max(0.0, y - 100 * v[f"{name}_interval"][0]) for y, (_, v) in zip(middle, rows, strict=True)],
-                      [max(0.0, 100 * v[f"{name}_interval"][1] - y) for y, (_, v) in zip(middle, rows, strict=True)]]  # fmt: skip
-            panel.errorbar([x for x, _ in rows], middle, spread, marker="o", markersize=4, capsize=3, color=color,
+            lines = [(v.x, line) for v, line in zip(variants, summary[1:], strict=True) if v.series == series]
+            figures = [line["tasks"][task] for _, line in lines]
+            rows = [[100 * value for value in (f[name], *f[f"{name}_interval"])] for f in figures]
+            spread = [[max(0.0, y - low) for y, low, _ in rows], [max(0.0, high - y) for y, _, high in rows]]
+            at = [places.index(x) for x, _ in lines]
+            panel.errorbar(at, [y for y, _, _ in rows], spread, marker="o", markersize=4, capsize=3, color=color,
                            label=series, linewidth=1.2)  # fmt: skip
         panel.axhline(100 * summary[0]["tasks"][task][name], color="#999999", linewidth=0.8, linestyle=":")
         long = max(map(len, places)) > 8
         panel.set_xticks(range(len(places)), places, rotation=30 if long else 0, ha="right" if long else "center")
-        panel.set(title=task, xlabel=axis, ylabel="change of perplexity, %" if headline == "perplexity" else f"{headline}, %")
+        panel.set(
+            title=task, xlabel=axis, ylabel="change of perplexity, %" if headline == "perplexity" else f"{headline}, %"
+        )
         panel.grid(alpha=0.3)
     panel.legend(fontsize=8, frameon=False)
     set_title(figure, title)

@@ -123,7 +123,11 @@ def interpolation(config: ModelConfig, states: States) -> list[Variant]:
         return dataclasses.replace(stream, t=float(sizes[1] / sizes.sum()))
 
     dynamic = [
-        Variant("t of each stream", label, dataclasses.replace(base, streams=tuple(relative(s, power) for s in base.streams)))
+        Variant(
+            "t of each stream",
+            label,
+            dataclasses.replace(base, streams=tuple(relative(s, power) for s in base.streams)),
+        )
         for label, power in (("by norm", 1), ("by inverse norm", -1))
     ]
     return fixed + dynamic
@@ -162,7 +166,9 @@ def group_size(config: ModelConfig, states: States) -> list[Variant]:
             return Stream(part, layers, (Segment(config.head_dim, "model"),), merge="slerp", t=0.5)
 
         found.append(Variant("spherical mean", f"{size}", grouped(config, groups, sphere, f"sphere{size}")))
-        found.append(Variant("joint KLT, rank head_dim", f"{size}", klt(config, states, groups, config.head_dim, "model")))
+        found.append(
+            Variant("joint KLT, rank head_dim", f"{size}", klt(config, states, groups, config.head_dim, "model"))
+        )
     return found
 
 

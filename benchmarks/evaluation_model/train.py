@@ -198,7 +198,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     state: Annotated[Path | None, typer.Option(help="File to resume from; default OUTPUT.state.")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Checkpoint to go on from, with its tokenizer.")] = None,
-    held_out: Annotated[Path | None, typer.Option(help="Documents, separated by newline and NUL, to leave out.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Documents (newline and NUL between) to leave out.")] = None,
     held_text: Annotated[Path | None, typer.Option(help="Write the held-out sources here.")] = None,
     minutes: Annotated[float, typer.Option(help="Time of the training loop.")] = 80.0,
     layers: int = 16, hidden: int = 256, intermediate: int = 512, heads: int = 4, kv_heads: int = 2,
@@ -244,7 +244,17 @@ def main(
     if compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    train(trainer, data, tokenizer, output, state or output.with_suffix(".state"), minutes, batch_tokens, seed, save_minutes)
+    train(
+        trainer,
+        data,
+        tokenizer,
+        output,
+        state or output.with_suffix(".state"),
+        minutes,
+        batch_tokens,
+        seed,
+        save_minutes,
+    )
 
 
 def train(

@@ -90,9 +90,7 @@ class TokenizedText:
 
     def source(self) -> Source:
         """What the long-range tasks are made of: this text as haystack, ordinary tokens as noise."""
-        ordinary = np.setdiff1d(
-            np.arange(min(self._vocab_size, len(self._tokenizer))), self._tokenizer.all_special_ids
-        )
+        ordinary = np.setdiff1d(np.arange(min(self._vocab_size, len(self._tokenizer))), self._tokenizer.all_special_ids)
 
         def encode(text: str) -> Tokens:
             ids: Tokens = self._tokenizer.encode(text, add_special_tokens=False)
