@@ -54,23 +54,35 @@ class HarnessTasks:
             )
         if self.include_path is not None and not self.include_path.is_dir():
             raise UserError(f"--include-path: no such directory {self.include_path}")
+        quiet()
+        # The folder alone first: to look through all tasks that come with lm-eval-harness takes seconds.
+        if self.include_path is None or not self._load(own_only=True):
+            self._load(own_only=False)
+
+    def _load(self, own_only: bool) -> bool:
+        """Find and load the tasks; False when ``own_only`` and that did not do."""
         from lm_eval.tasks import TaskManager, get_task_dict
 
-        quiet()
-        self._manager: Any = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
+        folder = None if self.include_path is None else str(self.include_path)
+        self._manager: Any = TaskManager(include_path=folder, include_defaults=not own_only)
         known = set(self._manager.all_tasks)
         for name in self.names:
             if name not in known:
+                if own_only:
+                    return False
                 raise unknown_task(name, sorted(known))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 get_task_dict(list(self.names), self._manager)
         except Exception as error:  # whatever a task's own code or its data raise
+            if own_only:
+                return False
             cause = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"{', '.join(self.names)}: lm-eval-harness cannot load it: {cause[:300]}",
                 "its data must be on this machine or reachable",
             ) from error
+        return True
 
     def __call__(self, llm: LLM) -> dict[str, Any]:
         """Run the tasks on an engine.

@@ -25,9 +25,10 @@ Encoded = tuple[Any, list[int], list[int]]
 class EngineLM(TemplateLM):  # type: ignore[misc]
     """Answers requests through an engine's cache.
 
-    A context is a prompt, prefilled; a continuation is decoded token by token, so it reads the context compressed where
-    it is out of the exact window. Rolling windows are text: only their first tokens are a prompt. What is too long
-    loses tokens on the left, as with lm-eval-harness's own models.
+    A context without its last token is a prompt, prefilled; that token and a continuation are decoded one by one, so
+    every scored token reads the context compressed where it is out of the exact window. Rolling windows are text: only
+    their first tokens are a prompt. To generate, the whole context is a prompt. What is too long loses tokens on the
+    left, as with lm-eval-harness's own models.
 
     Parameters
     ----------
@@ -81,7 +82,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return text
 
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
-        return self._score([(context, continuation, len(context)) for _, context, continuation in requests])
+        return self._score([(context, continuation, len(context) - 1) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the engine's length of which every token is scored once."""

@@ -36,7 +36,10 @@ def hugging_face(task_folder: Path) -> dict[str, Any]:
 
     model = HFLM(pretrained=str(DEMO), dtype="float32", device="cpu", max_length=LENGTH, batch_size=1)
     output: dict[str, Any] = simple_evaluate(
-        model=model, tasks=list(BODIES), task_manager=TaskManager(include_path=str(task_folder)), bootstrap_iters=0
+        model=model,
+        tasks=list(BODIES),
+        task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
+        bootstrap_iters=0,
     )
     return output
 
@@ -55,7 +58,7 @@ def test_answers_are_hugging_faces(tmp_path: Path, task_folder: Path, hugging_fa
     mine: dict[str, Any] = simple_evaluate(
         model=EngineLM(open_engine(tmp_path / "engine", "full")),
         tasks=list(BODIES),
-        task_manager=TaskManager(include_path=str(task_folder)),
+        task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
         bootstrap_iters=0,
     )
     choices, theirs = responses(mine, "local_choice"), responses(hugging_face, "local_choice")
