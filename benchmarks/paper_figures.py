@@ -9,8 +9,6 @@ engine's cache, and written as JSON and as a picture. Intervals are 95 % paired 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +80,7 @@ def main(
         )
         if plot_dir is not None:
             plot_dir.mkdir(parents=True, exist_ok=True)
-            draw(f"{title}; {label}", axis, variants, summary, tasks.split(","), plot_dir / f"{chosen}-{label}.svg")
+            draw(f"{title}; {label}", axis, variants, summary, tasks.split(","), plot_dir / f"{chosen}-{label}.png")
 
 
 def report(
@@ -109,21 +107,9 @@ def report(
                 cells += [span(values, headline, ".1%"), f"{values['nll']:.3f}"]
         rows.append(cells)
     points = [{"series": FULL, "x": "", **summary[0]}]
-    points += [
-        {"series": v.series, "x": v.x, "streams": [_short(s) for s in v.plan.streams], **line}
-        for v, line in zip(variants, summary[1:], strict=True)
-    ]
+    points += [{"series": v.series, "x": v.x, **line} for v, line in zip(variants, summary[1:], strict=True)]
     counts = ", ".join(f"{sum(c['examples'] for c in summary[0]['tasks'][t]['cells'])} {t}" for t in tasks)
     write_report(f"{title} ({counts} sequences)", columns, rows, {"figure": chosen, "points": points}, file)
-
-
-def _short(stream: Any) -> dict[str, Any]:
-    """The fields of a stream that are not its defaults."""
-    defaults = {f.name: f.default for f in dataclasses.fields(stream)}
-    values = json.loads(json.dumps(dataclasses.asdict(stream)))
-    return {k: v for k, v in values.items() if v != defaults[k] and k != "segments"} | {
-        "segments": [f"{s.format}x{s.length}" for s in stream.segments]
-    }
 
 
 def _columns(task: str) -> tuple[str, str]:

@@ -106,14 +106,29 @@ def layers_merged(config: ModelConfig, states: States) -> list[Variant]:
     ]
 
 
+def single_pairs(config: ModelConfig, states: States) -> list[Variant]:
+    """One pair of layers merged, all others as they are: which pairs bear it."""
+    found = []
+    for first in range(0, config.num_layers - 1, 2):
+        whole = minicache(config, merge_start=first)
+        streams = []
+        for stream in whole.streams:
+            if len(stream.layers) == 1 or stream.layers[0] == first:
+                streams.append(stream)
+            else:
+                streams += [Stream(stream.part, (layer,), stream.segments) for layer in stream.layers]
+        found.append(Variant("minicache", f"{first}+{first + 1}", dataclasses.replace(whole, streams=tuple(streams))))
+    return found
+
+
 def gamma(config: ModelConfig, states: States) -> list[Variant]:
     """Table 2: tokens retained exactly."""
-    return [Variant("minicache", f"{g:g}", minicache(config, gamma=g)) for g in (0.0, 0.05, 0.1, 0.25, 0.5)]
+    return [Variant("minicache", f"{g:g}", minicache(config, gamma=g)) for g in (0.0, 0.05, 0.25, 0.5)]
 
 
 def interpolation(config: ModelConfig, states: States) -> list[Variant]:
     """The weight t of the later layer, and one t for every stream from the magnitudes of its two layers."""
-    fixed = [Variant("same t everywhere", f"{t:g}", minicache(config, t=t)) for t in (0.0, 0.3, 0.5, 0.6, 0.7, 1.0)]
+    fixed = [Variant("same t everywhere", f"{t:g}", minicache(config, t=t)) for t in (0.0, 0.5, 0.6, 1.0)]
     base = minicache(config)
 
     def relative(stream: Stream, power: int) -> Stream:
@@ -139,9 +154,8 @@ def retention(config: ModelConfig, states: States) -> list[Variant]:
     few = round(0.05 * BLOCK_SIZE)
     rules = [("none", base, {"retained": 0})]
     rules += [(f"topk {few}", base, {}), ("topk 16", base, {"retained": 16})]
-    for rule in ("threshold", "paper_literal"):
-        for g in (0.05, 0.5):
-            rules.append((f"{rule} {g:g}", base, {"retained": 16, "retention": rule, "gamma": g}))
+    for rule, g in (("threshold", 0.5), ("paper_literal", 0.05), ("paper_literal", 0.5)):
+        rules.append((f"{rule} {g:g}", base, {"retained": 16, "retention": rule, "gamma": g}))
     return [Variant("retention", name, changed(plan, **fields)) for name, plan, fields in rules]
 
 
@@ -260,6 +274,7 @@ def klt(
 
 FIGURES: dict[str, tuple[str, str, Callable[[ModelConfig, States], list[Variant]]]] = {
     "layers": ("Layers merged (Figure 1b)", "layers merged", layers_merged),
+    "pairs": ("One pair of layers merged", "layers", single_pairs),
     "gamma": ("Retained tokens (Table 2)", "gamma", gamma),
     "t": ("Interpolation", "t", interpolation),
     "retention": ("Which tokens are retained", "rule", retention),
