@@ -51,7 +51,7 @@ def main(
     config, label = resolve_config(str(checkpoint)), name or checkpoint.resolve().name
     tokenized = TokenizedText(AutoTokenizer.from_pretrained(checkpoint), read_documents(text), config.vocab_size)
     settings = Settings(length=length, windows=windows, examples=examples)
-    build = build_for(length, windows + examples * (len(tasks.split(",")) - 1), "fp32", "onnxruntime")
+    build = build_for(length, windows + examples * (len(tasks.split(",")) - 1))
     cells = make_cells(tasks.split(","), tokenized, settings, exact_prefix(build))
     states = states_of(checkpoint, config, "\n".join(read_documents(calibration_text)), calibration_tokens)
     known: dict[Any, Result] = {}

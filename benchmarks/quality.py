@@ -29,7 +29,7 @@ from minicache_trt.cli.console import stderr
 from minicache_trt.compression.methods import CALIBRATED_METHODS, MERGING_METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
-from minicache_trt.config import ModelConfig
+from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.evaluation.contenders import FULL, Contender, build_for
 from minicache_trt.evaluation.evaluate import evaluate
@@ -84,7 +84,7 @@ def main(
     config = resolve_config(str(checkpoint))
     tokenized = TokenizedText(AutoTokenizer.from_pretrained(checkpoint), documents, config.vocab_size)
     settings = Settings(length=length, windows=windows, examples=segments)
-    build = build_for(length, 64, weights, "onnxruntime")
+    build = build_for(length, 64, BuildConfig(weights=weights))
     cells = make_cells(("perplexity", "repeat"), tokenized, settings, exact_prefix(build))
     names = [FULL, *(method for method in methods.split(",") if method != FULL)]
     contenders = [Contender(Path(m).name, checkpoint, plan_for(m, merge_start, config), build) for m in names]

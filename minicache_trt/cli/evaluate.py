@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from minicache_trt.cli.console import print_json, progress_bars, quiet_transform
 from minicache_trt.compression.methods import CALIBRATED_METHODS, MERGING_METHODS, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
-from minicache_trt.config import WEIGHT_FORMATS, ModelConfig
+from minicache_trt.config import WEIGHT_FORMATS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, EngineInfo, read_engine, tool_versions
 from minicache_trt.errors import UserError
 
@@ -215,10 +215,11 @@ def _contenders(
     if (engine is None) == (model is None):
         raise UserError("expected --engine or --model, and not both")
     info = None if engine is None else read_engine(engine)
-    weights = chosen.weights or (info.build.weights if info else "fp32")
+    like = info.build if info else BuildConfig()
+    like = replace(like, backend=chosen.backend or like.backend)
     try:
-        backend = chosen.backend or (info.build.backend if info else "onnxruntime")
-        build = build_for(settings.longest, chosen.batch_size, weights, backend)
+        like = replace(like, weights=chosen.weights or like.weights)
+        build = build_for(settings.longest, chosen.batch_size, like)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     rows: list[Contender] = []
@@ -253,7 +254,6 @@ def _check_engine(engine: Path, info: EngineInfo, settings: Settings) -> None:
 
 def _cells(contenders: list[Contender], tasks: list[str], text: Path | None, settings: Settings) -> dict[str, Any]:
     """Examples, made with the checkpoint's tokenizer before any engine runs."""
-    from minicache_trt.config import BuildConfig
     from minicache_trt.evaluation.contenders import no_tokenizer
     from minicache_trt.evaluation.scoring import exact_prefix
     from minicache_trt.evaluation.tasks import make_cells
@@ -268,8 +268,8 @@ def _cells(contenders: list[Contender], tasks: list[str], text: Path | None, set
         return {}
     config = load_config(checkpoint)
     tokenized = TokenizedText(tokenizer, read_documents(text), config.vocab_size)
-    prefix = max(exact_prefix(contender.build or BuildConfig()) for contender in contenders)
-    return make_cells(tasks, tokenized, settings, prefix)
+    # The engine that is there has the window of those built beside it.
+    return make_cells(tasks, tokenized, settings, exact_prefix(contenders[0].build or BuildConfig()))
 
 
 def load_config(checkpoint: Path) -> ModelConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,14 @@ class Memory:
         return asdict(self)
 
 
-def build_for(length: int, batch: int, weights: str, backend: str) -> BuildConfig:
-    """Limits of the engines that are built here: ``batch`` sequences of ``length`` tokens, whole blocks of them."""
+DEFAULTS = BuildConfig()
+
+
+def build_for(length: int, batch: int, like: BuildConfig = DEFAULTS) -> BuildConfig:
+    """Limits of the engines that are built here: ``batch`` sequences of whole blocks that hold ``length`` tokens.
+
+    Weights, backend, window and quantum are those of ``like``.
+    """
     whole = -(-length // BLOCK_SIZE) * BLOCK_SIZE
-    return BuildConfig(max_batch_size=batch, max_seq_len=whole, weights=weights, backend=backend)
+    tokens = max(DEFAULTS.max_num_tokens, batch)
+    return replace(like, max_batch_size=batch, max_seq_len=whole, max_num_tokens=tokens)

@@ -85,6 +85,26 @@ def test_refusals(refused: Refused, checkpoint: Path, engine: Path, text: Path) 
     refused(["eval", "-e", engine, "--text", text, "--length", 256], "built for sequences of 192 tokens")
 
 
+def test_window_is_the_engines(invoke: Invoke, refused: Refused, checkpoint: Path, text: Path, workspace: Path) -> None:
+    """Engines built beside one with a larger window have that window, and as much less to score."""
+    from minicache_trt.build import build_engine
+    from minicache_trt.compression.methods import make_plan
+    from minicache_trt.config import BuildConfig
+
+    limits = BuildConfig(2, MAX_SEQ_LEN, MAX_SEQ_LEN, window=128)
+    build_engine(str(checkpoint), "wide", lambda config: (make_plan(config, "kivi4"), limits))
+    arguments = ["eval", "-e", "wide", "--methods", "kivi4", "--text", text, *SMALL]
+    refused(arguments, "windows of 192 tokens hold nothing to score, the first 193 are context")
+    result = invoke(*arguments, "--tasks", "copy", "--length", 190, "--segment", 10, "--json")
+    assert result.code == 2, result
+    limits = BuildConfig(2, 320, 320, window=128)
+    build_engine(str(checkpoint), "wider", lambda config: (make_plan(config, "kivi4"), limits))
+    result = invoke("eval", "-e", "wider", "--methods", "kivi4", "--text", text, *SMALL, "--length", 320, "--json")
+    assert result.code == 0, result
+    _, own, built = json.loads(result.out)["methods"]
+    assert own["tasks"]["perplexity"]["nll"] == pytest.approx(built["tasks"]["perplexity"]["nll"], rel=1e-5)
+
+
 def test_two_rows_of_one_name(invoke: Invoke, refused: Refused, checkpoint: Path, text: Path, workspace: Path) -> None:
     assert invoke("plan", "-m", checkpoint, "--method", "rtn", "--save", "rtn.json").code == 0
     refused(["eval", "-m", checkpoint, "--text", text, "--methods", "rtn", "--plan", "rtn.json", *SMALL], "'rtn'")

@@ -130,7 +130,7 @@ def test_memory_is_what_is_allocated(tmp_path: Path) -> None:
     from minicache_trt.checkpoint import resolve_config
     from minicache_trt.contract import compressed_pools
 
-    config, limits = resolve_config(str(DEMO)), build_for(512, 4, "fp32", "onnxruntime")
+    config, limits = resolve_config(str(DEMO)), build_for(512, 4)
     cells = {"repeat": [Cell(200, None, (Example([0, *[7] * 199], ((150, 200),)),))]}
     plan = make_plan(config, "kivi4")
     results = evaluate([Contender("row", DEMO, plan, limits)], cells, None, 1, None, lambda *_: None)
