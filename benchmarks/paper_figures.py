@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 import typer
 from common import run
-from paper_plans import FIGURES, Variant, states_of
+from paper_plans import FIGURES, Variant, merged_pairs, states_of
 from reporting import write_report
 from transformers import AutoTokenizer
 
 from minicache_trt.checkpoint.resolve import resolve_config
 from minicache_trt.cli.console import stderr
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.config import ModelConfig
 from minicache_trt.evaluation.contenders import FULL, Contender, build_for
 from minicache_trt.evaluation.evaluate import Result, evaluate
 from minicache_trt.evaluation.report import span, summarize
@@ -29,6 +30,7 @@ from minicache_trt.evaluation.tasks import TASKS, Settings, make_cells
 from minicache_trt.evaluation.text import TokenizedText, read_documents
 from minicache_trt.plots.figure import new_figure, save, set_title
 
+TOLERATED = 0.05
 LINES = ("#1f77b4", "#d95f02", "#2a9d3a", "#555555")
 
 
@@ -68,6 +70,9 @@ def main(
         title, axis, make = FIGURES[chosen]
         variants = make(config, states)
         results = [measured(v.key, v.plan.validate(config), f"{chosen}: {v.series} {v.x}") for v in variants]
+        if chosen == "pairs":
+            variants.append(selected(config, variants, summarize([full, *results])))
+            results.append(measured(variants[-1].key, variants[-1].plan, f"{chosen}: {variants[-1].x}"))
         summary = summarize([full, *results])
         report(
             chosen,
@@ -81,6 +86,13 @@ def main(
         if plot_dir is not None:
             plot_dir.mkdir(parents=True, exist_ok=True)
             draw(f"{title}; {label}", axis, variants, summary, tasks.split(","), plot_dir / f"{chosen}-{label}.png")
+
+
+def selected(config: ModelConfig, variants: list[Variant], summary: list[dict[str, Any]]) -> Variant:
+    """Every pair merged that cost less than 0.05 nats on every task when it was merged alone."""
+    costs = [max(values["nll_change"] for values in line["tasks"].values()) for line in summary[1:]]
+    firsts = [int(v.x.split("+")[0]) for v, cost in zip(variants, costs, strict=True) if cost < TOLERATED]
+    return Variant(f"{len(firsts)} pairs", "all that bear it", merged_pairs(config, firsts))
 
 
 def report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,19 +106,21 @@ def layers_merged(config: ModelConfig, states: States) -> list[Variant]:
     ]
 
 
+def merged_pairs(config: ModelConfig, firsts: Collection[int]) -> CompressionPlan:
+    """MiniCache for the pairs that begin with ``firsts``; the other layers as they are."""
+    whole, streams = minicache(config, merge_start=0), []
+    for stream in whole.streams:
+        if len(stream.layers) == 1 or stream.layers[0] in firsts:
+            streams.append(stream)
+        else:
+            streams += [Stream(stream.part, (layer,), stream.segments) for layer in stream.layers]
+    return dataclasses.replace(whole, streams=tuple(streams))
+
+
 def single_pairs(config: ModelConfig, states: States) -> list[Variant]:
     """One pair of layers merged, all others as they are: which pairs bear it."""
-    found = []
-    for first in range(0, config.num_layers - 1, 2):
-        whole = minicache(config, merge_start=first)
-        streams = []
-        for stream in whole.streams:
-            if len(stream.layers) == 1 or stream.layers[0] == first:
-                streams.append(stream)
-            else:
-                streams += [Stream(stream.part, (layer,), stream.segments) for layer in stream.layers]
-        found.append(Variant("minicache", f"{first}+{first + 1}", dataclasses.replace(whole, streams=tuple(streams))))
-    return found
+    firsts = range(0, config.num_layers - 1, 2)
+    return [Variant("one pair", f"{first}+{first + 1}", merged_pairs(config, {first})) for first in firsts]
 
 
 def gamma(config: ModelConfig, states: States) -> list[Variant]:
