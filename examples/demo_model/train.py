@@ -80,24 +80,24 @@ def load_corpus() -> tuple[Corpus, Corpus]:
     return train, held
 
 
-def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with prose counted more often than code."""
+def train_tokenizer(texts: list[str], vocab: int = VOCAB, context: int = 2048) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of some texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(corpus.topics * 4 + corpus.docstrings * 2 + corpus.code, trainer)
+    bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<s>",
         eos_token="</s>",
-        model_max_length=2048,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 
@@ -358,7 +358,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     corpus, held = load_corpus()
-    tokenizer = train_tokenizer(corpus)
+    tokenizer = train_tokenizer(corpus.topics * 4 + corpus.docstrings * 2 + corpus.code)  # prose counts more
     streams = {name: stream(tokenizer, getattr(corpus, name)) for name in ("code", "docstrings", "topics")}
     print("tokens:", {name: len(ids) for name, ids in streams.items()}, flush=True)
     tokens = train(args, streams, tokenizer)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.cli import bench, build, compare, doctor, inspect, models, plan, run, serve
+from minicache_trt.cli import bench, build, compare, doctor, evaluate, inspect, models, plan, run, serve
 from minicache_trt.cli.console import stdout
 from minicache_trt.cli.deploy import deploy
 
@@ -56,6 +56,7 @@ VERBS = (
     doctor.doctor,
 )
 
+app.command("eval", no_args_is_help=True)(evaluate.evaluate)
 for verb in VERBS:
     app.command(no_args_is_help=verb not in NEED_NOTHING)(verb)
 

@@ -1,0 +1,278 @@
+"""``minicache-trt eval``: what compression costs in quality, method by method."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minicache_trt.cli import options
+from minicache_trt.cli.console import print_json, progress_bars, quiet_transformers, stderr, stdout
+from minicache_trt.compression.methods import CALIBRATED_METHODS, MERGING_METHODS, METHODS, MethodOptions, make_plan
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.plan_json import load_plan
+from minicache_trt.config import WEIGHT_FORMATS, BuildConfig, ModelConfig
+from minicache_trt.engine_directory import CHECKPOINT, EngineInfo, read_engine, tool_versions
+from minicache_trt.errors import UserError
+
+if TYPE_CHECKING:
+    from minicache_trt.evaluation.contenders import Contender
+    from minicache_trt.evaluation.harness import HarnessTasks
+    from minicache_trt.evaluation.tasks import Settings
+
+WHO, WHAT, HARNESS, OUTPUT = "Who is compared", "What is measured", "lm-eval-harness", "Output"
+DEFAULT_TASKS = "perplexity,repeat"
+
+
+def evaluate(
+    engine: Annotated[
+        Path | None,
+        typer.Option("--engine", "-e", help="Engine directory: as it is, a row of its own.", rich_help_panel=WHO),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Preset, hub id or checkpoint, in place of --engine.", rich_help_panel=WHO),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help=f"Comma-separated: {', '.join(METHODS)}. Full is always there.", rich_help_panel=WHO),
+    ] = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option("--plan", help="plan.json; may be given several times.", rich_help_panel=WHO)
+    ] = None,
+    merge_start: Annotated[
+        int | None, typer.Option(help="First merged layer of merging methods.", rich_help_panel=WHO)
+    ] = None,
+    calibration_text: options.CalibrationText = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help=f"Weights of engines built here: {', '.join(WEIGHT_FORMATS)}.", rich_help_panel=WHO),
+    ] = None,
+    revision: options.Revision = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: perplexity, repeat, copy, passkey, keyvalue, or lm-eval-harness's.",
+            rich_help_panel=WHAT,
+        ),
+    ] = DEFAULT_TASKS,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text the model has not seen; documents separated by newline and NUL.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", rich_help_panel=WHAT)] = 512,
+    windows: Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=WHAT)] = 64,
+    examples: Annotated[int, typer.Option(help="Examples of every other task.", rich_help_panel=WHAT)] = 40,
+    lengths: Annotated[
+        str | None, typer.Option(help="Lengths of examples, comma-separated; default --length.", rich_help_panel=WHAT)
+    ] = None,
+    depths: Annotated[
+        str, typer.Option(help="passkey: where it is told, comma-separated.", rich_help_panel=WHAT)
+    ] = "0,0.25,0.5,0.75,1",
+    segment: Annotated[int, typer.Option(help="repeat, copy: random tokens.", rich_help_panel=WHAT)] = 150,
+    queries: Annotated[int, typer.Option(help="keyvalue: names asked for.", rich_help_panel=WHAT)] = 4,
+    seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=WHAT)] = 0,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own.", rich_help_panel=HARNESS)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", rich_help_panel=HARNESS)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples shown.", rich_help_panel=HARNESS)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in engines built here.")] = 16,
+    threads: options.Threads = None,
+    backend: options.Backend = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw bits against loss into this .png, .svg or .pdf file.", rich_help_panel=OUTPUT),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Measure quality and memory of compression methods side by side.
+
+    Everything runs through an engine's own cache: scored tokens read compressed history. Changes and their 95 %
+    intervals (paired bootstrap over sequences) are against the same model without compression.
+
+    [bold]Examples[/]
+
+      minicache-trt eval -m ./checkpoint --methods kivi4,kivi2,minicache4 --text held_out.txt --plot pareto.png
+
+      minicache-trt eval -e engine --text held_out.txt --tasks perplexity,passkey,keyvalue --lengths 1024,4096
+
+      minicache-trt eval -e engine --tasks hellaswag,arc_easy --limit 200 --length 1024
+    """
+    from minicache_trt.evaluation.contenders import check_names
+    from minicache_trt.evaluation.evaluate import evaluate as run
+    from minicache_trt.evaluation.report import summarize, tables
+    from minicache_trt.evaluation.tasks import TASKS
+    from minicache_trt.plots.figure import check_file
+
+    quiet_transformers()
+    settings = _settings(length, windows, examples, lengths, depths, segment, queries, seed)
+    ours, harness = _tasks(tasks, include_path, limit, num_fewshot)
+    if ours and text is None:
+        raise UserError(f"{ours[0]} needs text", "give --text FILE, a text of the kind the model will read")
+    if plot is not None:
+        if not ours:
+            raise UserError(f"--plot draws {', '.join(TASKS)}, and none of them is in --tasks")
+        check_file(plot)
+    chosen = Chosen(_names(methods), tuple(plan or ()), merge_start, calibration_text, weights, batch_size, backend)
+    contenders = _contenders(engine, model, revision, chosen, settings)
+    check_names(contenders)
+    cells = _cells(contenders, ours, text, settings)
+    with progress_bars(not json) as report:
+        results = run(contenders, cells, harness, threads, backend, report)
+    summary = summarize(results)
+    source = str(engine or model)
+    if plot is not None:
+        from minicache_trt.evaluation.plots import draw_pareto
+
+        draw_pareto(summary, plot, f"{source}: bits against loss")
+    if json:
+        asked = {"text": None if text is None else str(text), "tasks": [*ours, *(harness.names if harness else ())]}
+        print_json({"model": source, **asked, **asdict(settings), "tools": tool_versions(), "methods": summary})
+        return
+    for rows in tables(summary, source):
+        stdout.print(rows)
+    if plot is not None:
+        stderr.print(f"wrote {plot}")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The flags that say which engines are built."""
+
+    methods: tuple[str, ...]
+    plans: tuple[Path, ...]
+    merge_start: int | None
+    calibration_text: Path | None
+    weights: str | None
+    batch_size: int
+    backend: str | None
+
+    def plan(self, method: str, config: ModelConfig, checkpoint: Path) -> CompressionPlan:
+        """A named method's plan, calibrated where it must be."""
+        merging = MethodOptions(merge_start=self.merge_start if method in MERGING_METHODS else None)
+        found = make_plan(config, method, merging)
+        if method not in CALIBRATED_METHODS:
+            return found
+        if self.calibration_text is None:
+            raise UserError(f"method {method!r} needs text to calibrate on", "give --calibration-text FILE")
+        from minicache_trt.compression.smoothquant import key_scales, with_scales
+
+        return with_scales(found, key_scales(checkpoint, config, self.calibration_text, lambda done, total: None))
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+
+
+def _settings(
+    length: int, windows: int, examples: int, lengths: str | None, depths: str, segment: int, queries: int, seed: int
+) -> Settings:
+    from minicache_trt.evaluation.tasks import Settings
+
+    def numbers(flag: str, words: tuple[str, ...], kind: type) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(word) for word in words)
+        except ValueError as error:
+            raise UserError(f"{flag}: expected numbers separated by commas, got {','.join(words)!r}") from error
+
+    all_lengths, all_depths = numbers("--lengths", _names(lengths), int), numbers("--depths", _names(depths), float)
+    try:
+        return Settings(length, windows, examples, all_lengths, all_depths, segment, queries, seed)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+
+def _tasks(
+    names: str, include_path: Path | None, limit: int | None, num_fewshot: int | None
+) -> tuple[list[str], HarnessTasks | None]:
+    from minicache_trt.evaluation.harness import HarnessTasks
+    from minicache_trt.evaluation.tasks import TASKS, split_names
+
+    ours, others = split_names(_names(names))
+    if not ours and not others:
+        raise UserError("--tasks names no task", f"tasks: {', '.join(TASKS)}")
+    if others:
+        return ours, HarnessTasks(tuple(others), include_path, limit, num_fewshot)
+    given = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
+    needless = [name for name, value in given.items() if value is not None]
+    if needless:
+        raise UserError(f"{', '.join(needless)} only goes with tasks of lm-eval-harness", "name one in --tasks")
+    return ours, None
+
+
+def _contenders(
+    engine: Path | None, model: str | None, revision: str | None, chosen: Chosen, settings: Settings
+) -> list[Contender]:
+    """Full first, then the engine as it is, the methods and the plans."""
+    from minicache_trt.checkpoint.resolve import load_checkpoint
+    from minicache_trt.evaluation.contenders import FULL, Contender, build_for
+
+    if (engine is None) == (model is None):
+        raise UserError("expected --engine or --model, and not both")
+    info = None if engine is None else read_engine(engine)
+    like = info.build if info else BuildConfig()
+    like = replace(like, backend=chosen.backend or like.backend)
+    try:
+        like = replace(like, weights=chosen.weights or like.weights)
+        build = build_for(settings.longest, chosen.batch_size, like)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    rows: list[Contender] = []
+    if engine is not None and info is not None:
+        _check_engine(engine, info, settings)
+        checkpoint, config = engine / CHECKPOINT, info.model
+        rows.append(Contender(engine.resolve().name, engine, info.plan, None))
+    else:
+        loaded = load_checkpoint(str(model), revision=revision)
+        checkpoint, config = loaded.directory, loaded.config
+    if settings.longest > config.max_position_embeddings:
+        raise UserError(
+            f"sequences of {settings.longest} tokens are beyond the model's {config.max_position_embeddings} positions",
+            "lower --length and --lengths",
+        )
+    named = [name for name in chosen.methods if name != FULL]
+    plans = [(name, chosen.plan(name, config, checkpoint)) for name in (FULL, *named)]
+    plans += [(path.stem, load_plan(path).validate(config)) for path in chosen.plans]
+    built = [Contender(name, checkpoint, found, build) for name, found in plans]
+    return [built[0], *rows, *built[1:]]
+
+
+def _check_engine(engine: Path, info: EngineInfo, settings: Settings) -> None:
+    if info.source.get("dummy"):
+        raise UserError(f"{engine} has dummy weights, so its quality means nothing", "build it from a checkpoint")
+    if settings.longest > info.build.max_seq_len:
+        raise UserError(
+            f"{engine} was built for sequences of {info.build.max_seq_len} tokens, expected {settings.longest}",
+            "lower --length and --lengths, or build it with a larger --max-seq-len",
+        )
+
+
+def _cells(contenders: list[Contender], tasks: list[str], text: Path | None, settings: Settings) -> dict[str, Any]:
+    """Examples, made with the checkpoint's tokenizer before any engine runs."""
+    from minicache_trt.evaluation.contenders import no_tokenizer
+    from minicache_trt.evaluation.scoring import exact_prefix
+    from minicache_trt.evaluation.tasks import make_cells
+    from minicache_trt.evaluation.text import TokenizedText, read_documents
+    from minicache_trt.runtime.tokenizer import load_tokenizer
+
+    checkpoint = contenders[0].source
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise no_tokenizer(checkpoint)
+    if text is None:
+        return {}
+    config = load_config(checkpoint)
+    tokenized = TokenizedText(tokenizer, read_documents(text), config.vocab_size)
+    # The engine that is there has the window of those built beside it.
+    return make_cells(tasks, tokenized, settings, exact_prefix(contenders[0].build or BuildConfig()))
+
+
+def load_config(checkpoint: Path) -> ModelConfig:
+    from minicache_trt.checkpoint import resolve_config
+
+    return resolve_config(str(checkpoint))

@@ -1,0 +1,65 @@
+"""Loss against memory: which methods nobody beats in both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minicache_trt.evaluation.tasks import TASKS
+from minicache_trt.plots.figure import COLORS, new_figure, save, set_title
+
+LABELS = {"perplexity": "nll change, nats per token", "accuracy": "tokens right", "exact": "answers right"}
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points ``(bits, loss)`` that no other point beats in one and equals in the other; by bits."""
+    best, found = float("inf"), []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[index][1] < best:
+            best = points[index][1]
+            found.append(index)
+    return found
+
+
+def draw_pareto(summary: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """A panel per task: bits per number against loss, with 95 % intervals; the front is a line.
+
+    Parameters
+    ----------
+    summary : sequence of dict
+        Of `minicache_trt.evaluation.report.summarize`.
+    path : Path
+    title : str
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
+    """
+    tasks = list(summary[0]["tasks"])
+    figure = new_figure(5.2 * len(tasks), 4.6)
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        _panel(axis, summary, task)
+    set_title(figure, title)
+    save(figure, path)
+
+
+def _panel(axis: Any, summary: Sequence[dict[str, Any]], task: str) -> None:
+    headline = TASKS[task].headline
+    name, sign = ("nll_change", 1) if headline == "perplexity" else (headline, -1)
+    bits = [line["memory"]["bits"] for line in summary]
+    values = [line["tasks"][task][name] for line in summary]
+    for line, x, y in zip(summary, bits, values, strict=True):
+        low, high = line["tasks"][task][f"{name}_interval"]
+        spread = [[max(0.0, y - low)], [max(0.0, high - y)]]
+        axis.errorbar([x], [y], spread, fmt="o", color=COLORS["neutral"], capsize=3, markersize=5)
+        axis.annotate(line["method"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, parse_math=False)
+    front = pareto([(x, sign * y) for x, y in zip(bits, values, strict=True)])
+    axis.plot([bits[i] for i in front], [values[i] for i in front], color=COLORS["merged"], zorder=0, linewidth=1.5)
+    axis.set_xscale("log", base=2)
+    ticks = [tick for tick in (1, 2, 4, 8, 16) if min(bits) / 1.5 <= tick <= max(bits) * 1.5]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set(title=task, xlabel="bits per number of keys and values", ylabel=LABELS[headline])
+    axis.grid(alpha=0.3)
