@@ -96,6 +96,8 @@ def build_engine(
         checkpoint = load_checkpoint(model, revision=revision, load_format=load_format, work_dir=work_dir)
         plan, build = configure(checkpoint.config)
         plan.validate(checkpoint.config)
+        if not checkpoint.dummy:
+            plan.check_source(checkpoint.checksum())
         open_backend(build.backend)
         _check_limits(checkpoint.config, build)
         checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
