@@ -37,6 +37,9 @@ KEEP_EVERY = 8
 LOSS_STEPS = 4
 """Corrections of the loss that is asked of the sum, until the whole plan keeps its budget."""
 
+MARGIN = 0.05
+"""Differences between plans that are taken for noise."""
+
 Report = Callable[[str, int, int], None]
 
 
@@ -64,6 +67,8 @@ class Calibration:
     uncompressed : Losses
         Of the model itself, on the sequences the plans were verified on.
     front : tuple of FrontPoint
+    state : State
+        To be removed once everything is written.
     """
 
     chosen: Verified
@@ -75,6 +80,7 @@ class Calibration:
     similarities: Similarities | None
     search: Search
     sizes: Sizes
+    state: State
     text_hash: str
     checksum: str
 
@@ -128,14 +134,12 @@ def calibrate(
     streams, plans = (Evaluator(model, each, settings.window) for each in (sets.search, sets.verify))
     report("reference", 1, 1)
     found = list(families(moments, config, settings, context))
-    search = Search(
-        found, config, streams, plans, settings.recall_share, state.measured, state.save_measured, report
-    )
+    search = Search(found, config, streams, plans, settings.recall_share, state.measured, state.save_measured, report)
     chosen, choice, tried, baselines = _Chooser(search, sizes, settings, report).choose(target_ratio, max_loss)
     chosen = replace(chosen, plan=replace(chosen.plan, calibrated_on=checksum))
     front = _front(search, sizes)
     return Calibration(
-        chosen, choice, tried, baselines, plans.uncompressed, front, alike, search, sizes, digest, checksum
+        chosen, choice, tried, baselines, plans.uncompressed, front, alike, search, sizes, state, digest, checksum
     )
 
 
@@ -196,8 +200,16 @@ class _Chooser:
         else:
             assert max_loss is not None
             tried = self._losing(max_loss)
-        best = min(tried, key=lambda row: (self._search.total(row[0]), row[0].block_bytes)) if target_ratio else tried[0]
+        best = self._best(tried) if target_ratio is not None else tried[0]
         return best[0], best[1], tuple(row[0] for row in tried if row is not best), baselines
+
+    def _best(self, tried: list[tuple[Verified, Choice]]) -> tuple[Verified, Choice]:
+        """The least loss; a later one has to be better by more than `MARGIN`."""
+        best = tried[0]
+        for row in tried[1:]:
+            if self._search.total(row[0]) < (1 - MARGIN) * self._search.total(best[0]):
+                best = row
+        return best
 
     def _baseline(self, name: str) -> Verified:
         config = self._search.config

@@ -2,8 +2,8 @@
 
 Sensitivity is the Fisher information: with labels drawn from the model's own distribution, the second moment of the
 log-likelihood's derivative is the Hessian of the divergence, so that errors of covariance C in a stream's restored
-vectors cost about ``tr(F C) / 2``. The derivative is taken with respect to what later tokens read as compressed history,
-not to the exact vectors within their window.
+vectors cost about ``tr(F C) / 2``. The derivative is taken with respect to what later tokens read as compressed
+history, not to the exact vectors within their window.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Evaluator:
             hidden = model.layer(layer, hidden, 0, lambda _, q, k, v: masked_attention(q, k, v, visible))
         hidden = model.final(hidden)
         expected, information = [], []
-        for rows in hidden[torch.from_numpy(samples.scored)].split(LOGIT_ROWS):
+        for rows in torch.split(hidden[torch.from_numpy(samples.scored)], LOGIT_ROWS):
             log_p = (rows @ model.output_weight.T).log_softmax(-1)
             if not torch.isfinite(log_p).all():
                 raise UserError(
@@ -150,7 +150,7 @@ class Evaluator:
         following = torch.from_numpy(samples.tokens).roll(-1, 1)[scored]
         result = []
         parts = (hidden[scored], following, batch.expected, batch.information)
-        for rows, target, expected, information in zip(*(part.split(LOGIT_ROWS) for part in parts), strict=True):
+        for rows, target, expected, information in zip(*(torch.split(part, LOGIT_ROWS) for part in parts), strict=True):
             logits = rows @ self.model.output_weight.T
             total = logits.logsumexp(-1)
             divergence = information - (expected * rows).sum(-1) + total

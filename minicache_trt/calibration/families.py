@@ -24,7 +24,6 @@ from minicache_trt.contract import stream_layout
 Constants = dict[str, NDArray[np.generic]]
 
 
-
 @dataclass(frozen=True)
 class Candidate:
     """One way to store a group.
@@ -140,9 +139,7 @@ def block_bytes(stream: Stream, config: ModelConfig) -> int:
     return sum(pool.block_bytes(BASELINE_BYTES) for pool in stream_layout(0, stream, config).pools.values())
 
 
-def families(
-    moments: Moments, config: ModelConfig, settings: CalibrationSettings, positions: int
-) -> Iterator[Family]:
+def families(moments: Moments, config: ModelConfig, settings: CalibrationSettings, positions: int) -> Iterator[Family]:
     """All groups of consecutive layers of the sizes asked for, keys in each basis that is allowed."""
     for part in PARTS:
         bases = ["post_rope"]

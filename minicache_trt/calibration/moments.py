@@ -84,9 +84,7 @@ class Moments:
         np.minimum(self.lowest[part, layer], low, out=self.lowest[part, layer])
         np.maximum(self.highest[part, layer], high, out=self.highest[part, layer])
 
-    def _products(
-        self, target: Array, part: int, layer: int, x: Tensor, weights: Tensor, recent: list[Tensor]
-    ) -> None:
+    def _products(self, target: Array, part: int, layer: int, x: Tensor, weights: Tensor, recent: list[Tensor]) -> None:
         recent.append(x)
         del recent[: -target.shape[1]]
         scaled = (x * weights[:, None, None, None]).transpose(0, 1).flatten(1, 2)
@@ -95,12 +93,10 @@ class Moments:
             target[part, apart, layer - apart] += product.double().numpy()
 
     def group(self, sums: Array, part: int, layers: tuple[int, ...]) -> Array:
-        """Products of consecutive layers side by side, ``[H, m D, m D]``: of ``second`` or ``gradient``, not divided."""
+        """Products of consecutive layers side by side, ``[H, m D, m D]``: sums, of ``second`` or ``gradient``."""
         rows = []
         for i in layers:
-            row = [
-                sums[part, j - i, i] if j >= i else np.swapaxes(sums[part, i - j, j], -1, -2) for j in layers
-            ]
+            row = [sums[part, j - i, i] if j >= i else np.swapaxes(sums[part, i - j, j], -1, -2) for j in layers]
             rows.append(np.concatenate(row, -1))
         result: Array = np.concatenate(rows, -2)
         return result

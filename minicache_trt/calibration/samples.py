@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def _recall_sequence(
 
 
 def _vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> int:
-    return len(tokenizer) if hasattr(tokenizer, "__len__") else config.vocab_size
+    return len(tokenizer) if isinstance(tokenizer, Sized) else config.vocab_size
 
 
 def _begin(tokenizer: Tokenizer) -> list[int]:
@@ -138,9 +138,7 @@ def _begin(tokenizer: Tokenizer) -> list[int]:
     return [] if token is None else [token]
 
 
-def _text_windows(
-    path: Path, tokenizer: Tokenizer, config: ModelConfig, length: int, count: int
-) -> NDArray[np.int64]:
+def _text_windows(path: Path, tokenizer: Tokenizer, config: ModelConfig, length: int, count: int) -> NDArray[np.int64]:
     """``count`` windows of ``length`` tokens that do not overlap: a part of the text each, read where it lies."""
     try:
         size = path.stat().st_size

@@ -37,9 +37,9 @@ class CalibrationSettings:
         Of synthetic sequences and sampled labels.
     """
 
-    length: int = 1024
-    moment_sequences: int = 64
-    gradient_sequences: int = 16
+    length: int = 512
+    moment_sequences: int = 96
+    gradient_sequences: int = 24
     search_sequences: int = 8
     verify_sequences: int = 16
     recall_share: float = 0.3

@@ -46,7 +46,10 @@ def similarities(model: CalibrationModel, samples: Samples, moments: Moments) ->
             if layer:
                 pair = (layer - 1, layer)
                 before.append(compare_vectors(PARTS[part], pair, False, _rows(previous[part]), _rows(x)))
-                slots = [y[:, torch.from_numpy(moments.head_map[part, at])] for y, at in ((previous[part], layer - 1), (x, layer))]
+                slots = [
+                    y[:, torch.from_numpy(moments.head_map[part, at])]
+                    for y, at in ((previous[part], layer - 1), (x, layer))
+                ]
                 turned = slots[1] @ torch.from_numpy(rotations[part, layer - 1]).float()
                 after.append(compare_vectors(PARTS[part], pair, False, _rows(slots[0]), _rows(turned)))
             previous[part] = x

@@ -111,7 +111,8 @@ class CompressionPlan:
         """
         if self.calibrated_on not in (None, checksum):
             raise UserError(
-                "plan: it was calibrated on another checkpoint than this one", "calibrate this checkpoint, or use that one"
+                "plan: it was calibrated on another checkpoint than this one",
+                "calibrate this checkpoint, or use that one",
             )
 
 

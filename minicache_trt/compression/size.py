@@ -56,7 +56,7 @@ def sequence_bytes(
 
 
 def held_blocks(config: ModelConfig, context: int, demoted: int) -> tuple[int, int]:
-    """Compressed and full blocks a sequence of ``context`` tokens holds, of which ``demoted`` blocks were compressed."""
+    """Compressed and full blocks that a sequence of ``context`` tokens holds once ``demoted`` were compressed."""
     behind = 0 if config.sliding_window is None else max(0, context + 1 - config.sliding_window) // BLOCK_SIZE
     return max(0, demoted - behind), -(-context // BLOCK_SIZE) - max(demoted, behind)
 
