@@ -158,12 +158,12 @@ def _moments(
             state.save_moments(sums, done)
 
     return collect(
-        model, sets.moments, sets.gradients, token_weights(sets.moments, sets.gradients, settings.recall_share),
+        model, sets.moments, sets.gradients, token_weights(sets.moments, settings.recall_share),
         settings.window, moments, state.done, keep, lambda done, total: report("moments", done, total),
     )  # fmt: skip
 
 
-def token_weights(samples: Samples, gradients: int, recall_share: float) -> NDArray[np.float64]:
+def token_weights(samples: Samples, recall_share: float) -> NDArray[np.float64]:
     """Weight of a token of each sequence, so that recall has its share whatever the number of its sequences."""
     share = samples.recall.mean()
     if not 0 < share < 1:

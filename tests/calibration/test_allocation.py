@@ -31,7 +31,8 @@ def test_distortion_of_normal_numbers(bits: int) -> None:
 def test_every_step_is_the_best_of_its_size() -> None:
     runs = np.array([9.0, 2.0, 0.7, 0.05])
     found = {
-        sum(s.length * s.bits for s in each.segments) // RUN: each for each in gaussian_allocations(runs.repeat(RUN) / RUN)
+        sum(s.length * s.bits for s in each.segments) // RUN: each
+        for each in gaussian_allocations(runs.repeat(RUN) / RUN)
     }
     assert sorted(found) == list(range(1, 17))
     for total, each in found.items():
@@ -41,7 +42,9 @@ def test_every_step_is_the_best_of_its_size() -> None:
             if sum(bits) == total
         )
         assert each.expected == pytest.approx(least)
-        assert len(each.segments) <= 4 and [s.bits for s in each.segments] == sorted({s.bits for s in each.segments})[::-1]
+        assert (
+            len(each.segments) <= 4 and [s.bits for s in each.segments] == sorted({s.bits for s in each.segments})[::-1]
+        )
 
 
 def test_what_is_beyond_the_largest_rank_is_lost() -> None:
