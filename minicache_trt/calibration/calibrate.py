@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from minicache_trt.calibration.collect import collect, first_moments
 from minicache_trt.calibration.evaluator import Evaluator, Losses
-from minicache_trt.calibration.families import families
+from minicache_trt.calibration.families import families, smallest_block_bytes
 from minicache_trt.calibration.model import CalibrationModel
 from minicache_trt.calibration.moments import Moments
 from minicache_trt.calibration.samples import Samples, SampleSets, sample_sets, text_hash
@@ -111,13 +111,8 @@ def calibrate(
     """
     config = checkpoint.config.for_context(context)
     sizes = Sizes(config, context, settings.window)
-    if target_ratio is not None and sizes.budget(target_ratio) <= 0:
-        limit = sizes.ratio(0)
-        raise UserError(
-            f"--target-ratio: {target_ratio:g}x cannot be reached: at {context} tokens the exact window alone allows "
-            f"less than {limit:.2f}x",
-            "ask for less, or for a longer --context",
-        )
+    if target_ratio is not None:
+        _check_ratio(target_ratio, sizes, settings)
     tokenizer = load_tokenizer(checkpoint.directory)
     if tokenizer is None:
         raise UserError(
@@ -141,6 +136,22 @@ def calibrate(
     return Calibration(
         chosen, choice, tried, baselines, plans.uncompressed, front, alike, search, sizes, state, digest, checksum
     )
+
+
+def _check_ratio(ratio: float, sizes: Sizes, settings: CalibrationSettings) -> None:
+    budget, smallest = sizes.budget(ratio), smallest_block_bytes(sizes.config, settings)
+    if budget <= 0:
+        raise UserError(
+            f"--target-ratio: {ratio:g}x cannot be reached: at {sizes.context} tokens the exact window alone allows "
+            f"less than {sizes.ratio(0):.2f}x",
+            "ask for less, or for a longer --context",
+        )
+    if smallest > budget:
+        raise UserError(
+            f"--target-ratio: {ratio:g}x cannot be reached at {sizes.context} tokens: the smallest plan of this model "
+            f"is {sizes.ratio(smallest):.2f}x",
+            "ask for less, for a longer --context or for larger --groups",
+        )
 
 
 def _moments(
@@ -179,7 +190,7 @@ def _front(search: Search, sizes: Sizes) -> tuple[FrontPoint, ...]:
         choice = search.solve(budget) if budget > 0 else []
         if choice:
             size = sum(each.block_bytes for each in choice)
-            expected = sum(search.loss(each) for each in choice)
+            expected = search.expected(choice)
             points.append(FrontPoint(sizes.ratio(size), sizes.bits(size), expected))
     return tuple(points)
 
@@ -196,7 +207,7 @@ class _Chooser:
         """The chosen plan, its streams, the other plans tried, and the baselines."""
         baselines = tuple(self._baseline(name) for name in BASELINES)
         if target_ratio is not None:
-            tried = self._within(self._budget(target_ratio), baselines)
+            tried = self._within(self._sizes.budget(target_ratio), baselines)
         else:
             assert max_loss is not None
             tried = self._losing(max_loss)
@@ -215,16 +226,6 @@ class _Chooser:
         config = self._search.config
         plan = make_plan(config, name)
         return self._search.verify_plan(name, plan, compressed_block_bytes(plan, config, BASELINE_BYTES))
-
-    def _budget(self, ratio: float) -> int:
-        budget, smallest = self._sizes.budget(ratio), self._search.smallest()
-        if smallest > budget:
-            raise UserError(
-                f"--target-ratio: {ratio:g}x cannot be reached at {self._sizes.context} tokens: the smallest plan of "
-                f"this model is {self._sizes.ratio(smallest):.2f}x",
-                "ask for less, for a longer --context or for larger --groups",
-            )
-        return budget
 
     def _within(self, budget: int, baselines: tuple[Verified, ...]) -> list[tuple[Verified, Choice]]:
         """Plans within a budget: the search's, those without merging and with sinks, and baselines that fit."""
@@ -250,7 +251,7 @@ class _Chooser:
         asked, tried = most, []
         for step in range(LOSS_STEPS):
             self._report("whole plans", step, LOSS_STEPS)
-            choice = search.settle(lambda: search.solve(largest, most=asked), rounds)  # noqa: B023
+            choice = search.settle(lambda: search.solve(largest, most=asked), rounds, asked)  # noqa: B023
             tried.append((search.verify(f"expected to lose {math.expm1(asked):.2%}", choice), choice))
             loss = max(search.total(tried[-1][0]), 1e-9)
             asked *= min(2.0, 0.98 * most / loss)

@@ -9,15 +9,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache_trt.calibration.allocation import Allocation, gaussian_allocations, minmax_allocations
+from minicache_trt.calibration.allocation import RUN, Allocation, gaussian_allocations, minmax_allocations
 from minicache_trt.calibration.klt import JointTransform, joint_transform
+from minicache_trt.calibration.knapsack import Option, fewest_bytes
 from minicache_trt.calibration.moments import Moments
 from minicache_trt.calibration.rotary import average_mean, average_moment
 from minicache_trt.calibration.settings import CalibrationSettings
 from minicache_trt.compression.matrices import required
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.size import BASELINE_BYTES
-from minicache_trt.compression.stream import MAX_GROUP, PARTS, Stream
+from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import stream_layout
 
@@ -134,6 +135,22 @@ def with_sink(candidate: Candidate, config: ModelConfig) -> Candidate:
     return Candidate(stream, block_bytes(stream, config), candidate.expected)
 
 
+def smallest_block_bytes(config: ModelConfig, settings: CalibrationSettings) -> int:
+    """Bytes per block of the smallest plan these settings allow, of any model of this shape."""
+    segments = (Segment(RUN, "g1", transform="hadamard"),)
+    options = []
+    for chain, part in enumerate(PARTS):
+        for layers in _groups(config, settings):
+            stream = Stream(part, layers, segments, merge="linear")
+            options.append(Option(chain, layers[0], len(layers), block_bytes(stream, config), 0.0))
+    return fewest_bytes(options, config.num_layers)
+
+
+def _groups(config: ModelConfig, settings: CalibrationSettings) -> Iterator[tuple[int, ...]]:
+    for size in settings.group_sizes:
+        yield from (tuple(range(start, start + size)) for start in range(config.num_layers - size + 1))
+
+
 def block_bytes(stream: Stream, config: ModelConfig) -> int:
     """Bytes of one compressed block of a stream."""
     return sum(pool.block_bytes(BASELINE_BYTES) for pool in stream_layout(0, stream, config).pools.values())
@@ -145,10 +162,6 @@ def families(moments: Moments, config: ModelConfig, settings: CalibrationSetting
         bases = ["post_rope"]
         if part == "key" and settings.read_cost == "any" and config.rotary_dim == config.head_dim:
             bases.append("pre_rope")
-        for size in settings.group_sizes:
-            if size > min(MAX_GROUP, config.num_layers):
-                continue
-            for start in range(config.num_layers - size + 1):
-                for basis in bases:
-                    layers = tuple(range(start, start + size))
-                    yield Family(part, layers, basis, moments, config, settings.damping, positions)
+        for layers in _groups(config, settings):
+            for basis in bases:
+                yield Family(part, layers, basis, moments, config, settings.damping, positions)

@@ -10,7 +10,7 @@ from statistics import median
 from minicache_trt.calibration.coded import CodedStream, coded_streams
 from minicache_trt.calibration.evaluator import Evaluator, Losses
 from minicache_trt.calibration.families import Candidate, Constants, Family, with_sink
-from minicache_trt.calibration.knapsack import Option, Table, fewest_bytes
+from minicache_trt.calibration.knapsack import Option, Table
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
@@ -54,8 +54,9 @@ class Search:
     streams, plans : Evaluator
         For single streams, and for whole plans.
     recall_share : float
-    measured : dict
-        By candidate key, of an earlier run; new ones are added.
+    known : dict
+        Measurements by candidate key, of an earlier run; new ones are added. They save time and change nothing: only
+        what this search has come across counts in `measured`.
     keep : callable
         Called after each measurement.
     progress : callable
@@ -64,10 +65,11 @@ class Search:
 
     def __init__(
         self, families: Sequence[Family], config: ModelConfig, streams: Evaluator, plans: Evaluator,
-        recall_share: float, measured: dict[str, Measured], keep: Callable[[], None],
+        recall_share: float, known: dict[str, Measured], keep: Callable[[], None],
         progress: Callable[[str, int, int], None],
     ) -> None:  # fmt: skip
-        self.config, self.measured = config, measured
+        self.config, self._known = config, known
+        self.measured: dict[str, Measured] = {}
         self._families = {family.name: family for family in families}
         self._streams, self._plans = streams, plans
         self._recall_share = recall_share
@@ -78,18 +80,11 @@ class Search:
         stream = candidate.stream
         return self._families[f"{stream.part} {'-'.join(map(str, stream.layers))} {stream.basis}"]
 
-    def loss(self, candidate: Candidate) -> float:
-        """Measured loss, or the estimate corrected by what was measured of its family, or of its kind."""
-        return self._loss(candidate, self.family(candidate), self._factors())
-
     def _loss(self, candidate: Candidate, family: Family, factors: dict[str, float]) -> float:
+        """Measured loss, or the estimate corrected by what was measured of its family, or of its kind."""
         if candidate.key in self.measured:
             return self._mix(self.measured[candidate.key])
         return candidate.expected * factors.get(family.name, factors.get(self._kind(family), 1.0))
-
-    def smallest(self, merge: bool = True) -> int:
-        """Bytes per block of the smallest plan."""
-        return fewest_bytes([option for option, _ in self._options(merge, ())], self.config.num_layers)
 
     def solve(self, budget: int, merge: bool = True, sinks: Sequence[str] = (), most: float | None = None) -> Choice:
         """The plan of least loss within ``budget`` bytes per block, or the smallest that loses at most ``most``.
@@ -116,25 +111,47 @@ class Search:
         new = [each for each in choice if each.key not in self.measured and each.stream.merge == "linear"]
         for done, candidate in enumerate(new):
             self._progress("streams", done, len(new))
-            coded = CodedStream.of(candidate.stream, self._constants(candidate), self.config)
-            text, recall = self._streams.measure([coded]).divergence
-            self.measured[candidate.key] = Measured(self.family(candidate).name, candidate.expected, text, recall)
-            self._keep()
+            if candidate.key not in self._known:
+                coded = CodedStream.of(candidate.stream, self._constants(candidate), self.config)
+                text, recall = self._streams.measure([coded]).divergence
+                self._known[candidate.key] = Measured(self.family(candidate).name, candidate.expected, text, recall)
+                self._keep()
+            self.measured[candidate.key] = self._known[candidate.key]
         if new:
             self._progress("streams", len(new), len(new))
         return len(new)
 
-    def settle(self, solve: Callable[[], Choice], rounds: int) -> Choice:
-        """Solve and measure until the solution is made of measured streams, or the rounds are over."""
+    def settle(self, solve: Callable[[], Choice], rounds: int, most: float | None = None) -> Choice:
+        """Solve and measure until the solution stays within what has been measured, or the rounds are over.
+
+        Returns
+        -------
+        list of Candidate
+            The best choice of all rounds by what its streams measured: the least loss, with ``most`` the smallest one
+            that loses at most so much (or the least loss, if all lose more).
+        """
+        best: tuple[tuple[float, ...], Choice] | None = None
         for _ in range(rounds):
-            if not self.measure(solve()):
+            choice = solve()
+            new = self.measure(choice)
+            loss, size = self.expected(choice), sum(each.block_bytes for each in choice)
+            rank = (loss, size) if most is None else (loss > most, loss if loss > most else size)
+            if best is None or rank < best[0]:
+                best = rank, choice
+            if not new:
                 break
-        return solve()
+        assert best is not None
+        return best[1]
+
+    def expected(self, choice: Choice) -> float:
+        """Sum of the streams' losses."""
+        factors = self._factors()
+        return sum(self._loss(each, self.family(each), factors) for each in choice)
 
     def verify(self, name: str, choice: Choice) -> Verified:
         """Measure the plan made of a choice."""
         size = sum(candidate.block_bytes for candidate in choice)
-        expected = sum(self.loss(candidate) for candidate in choice)
+        expected = self.expected(choice)
         return self.verify_plan(name, self.plan(choice), size, expected)
 
     def verify_plan(self, name: str, plan: CompressionPlan, size: int, expected: float = math.nan) -> Verified:

@@ -12,7 +12,7 @@ from minicache_trt.calibration.settings import CalibrationSettings
 ROOT = Path(__file__).parents[2]
 
 SMALL = CalibrationSettings(
-    length=256, moment_sequences=8, gradient_sequences=4, search_sequences=4, verify_sequences=4, rounds=2
+    length=192, moment_sequences=8, gradient_sequences=4, search_sequences=2, verify_sequences=2, rounds=2
 )
 """Few, short sequences: what is tested is that everything is computed as defined, not that plans are good."""
 

@@ -47,26 +47,38 @@ def test_a_ratio_is_kept(result: Calibration, demo: Path, tmp_path: Path) -> Non
     assert again.to_dict() == plan.to_dict() and again.calibrated_on == load_checkpoint(str(demo)).checksum()
 
 
+@pytest.mark.long
+def test_it_loses_less_than_kivi4_at_its_ratio(demo: Path, code_text: Path, tmp_path: Path) -> None:
+    settings = CalibrationSettings(moment_sequences=32, gradient_sequences=8, search_sequences=4, verify_sequences=8)
+    found = run(demo, code_text, tmp_path / "plan.json", 3.0, settings=settings)
+    kivi4 = next(each for each in found.baselines if each.name == "kivi4")
+    assert found.search.total(found.chosen) < 0.2 * found.search.total(kivi4)
+    assert found.chosen.block_bytes <= found.sizes.budget(3.0)
+
+
 def test_it_loses_less_than_every_other(result: Calibration) -> None:
     total = result.search.total(result.chosen)
     assert math.isfinite(total)
     by_name = {each.name: result.search.total(each) for each in (*result.tried, *result.baselines)}
     assert total * (1 - module.MARGIN) <= min(loss for name, loss in by_name.items() if name != "kivi4")
-    assert total < by_name["kivi4"] and total < 0.2 * by_name["kivi2"]
+    assert total < 0.2 * by_name["kivi2"]
     assert "without merging" in {result.chosen.name, *by_name}
 
 
 def test_every_stream_was_measured(result: Calibration) -> None:
     linear = [each for each in result.choice if each.stream.merge == "linear"]
-    measured = [each.key in result.search.measured for each in linear]
-    assert sum(measured) > 0.6 * len(linear)
+    assert linear and all(each.key in result.search.measured for each in linear)
+    total = sum(result.search.measured[each.key].text for each in linear)
+    assert 0 < total < 0.1
 
 
+@pytest.mark.long
 def test_reading_for_free(demo: Path, code_text: Path, tmp_path: Path) -> None:
     free = run(demo, code_text, tmp_path / "plan.json", settings=replace(SMALL, read_cost="free", rounds=1))
     assert {stream.basis for stream in free.chosen.plan.streams} == {"post_rope"}
 
 
+@pytest.mark.long
 def test_a_loss_is_kept(demo: Path, code_text: Path, tmp_path: Path) -> None:
     most = math.log1p(0.01)
     found = run(demo, code_text, tmp_path / "plan.json", None, most, replace(SMALL, rounds=1))
@@ -124,6 +136,7 @@ def test_a_killed_run_goes_on(
     assert not list(tmp_path.glob(".plan.calibration*"))
 
 
+@pytest.mark.long
 def test_another_text_starts_again(
     demo: Path, code_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
