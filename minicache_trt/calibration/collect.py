@@ -89,6 +89,7 @@ def run_layers(
     visible = visible_keys(0, samples.tokens.shape[1], model.config.sliding_window)
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        _check_finite(layer, key, value)
         observe(layer, (unrotate(model.config, key), value))
         return masked_attention(query, key, value, visible)
 
@@ -97,16 +98,20 @@ def run_layers(
         hidden = model.layer(layer, hidden, 0, attend)
 
 
+def _check_finite(layer: int, key: Tensor, value: Tensor) -> None:
+    if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
+        raise UserError(
+            f"layer {layer} computes keys or values that are not finite on the calibration text",
+            "check the checkpoint: its weights may be damaged",
+        )
+
+
 def _add_moments(model: CalibrationModel, samples: Samples, weights: Tensor, moments: Moments) -> None:
     visible = visible_keys(0, samples.tokens.shape[1], model.config.sliding_window)
     recent: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
-            raise UserError(
-                f"layer {layer} computes keys or values that are not finite on the calibration text",
-                "check the checkpoint: its weights may be damaged",
-            )
+        _check_finite(layer, key, value)
         for part, x in enumerate((key, value)):
             moments.add_range(part, layer, x)
             moments.add(part, layer, x if part else unrotate(model.config, x), weights, recent[part])
@@ -132,6 +137,7 @@ def _add_gradients(
     errors = [[torch.zeros(shape, requires_grad=True) for _ in range(config.num_layers)] for _ in PARTS]
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        _check_finite(layer, key, value)
         keys, values = (torch.cat([x + errors[i][layer], x], 2) for i, x in enumerate((key, value)))
         return masked_attention(query, keys, values, both)
 
