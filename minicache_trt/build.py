@@ -112,6 +112,8 @@ def build_engine(
         if checkpoint.int4 is not None:
             build = _int4_build(build, checkpoint)
         plan.validate(checkpoint.config)
+        if not checkpoint.dummy:
+            plan.check_source(checkpoint.checksum())
         open_backend(build.backend)
         check_ranks(checkpoint.config, plan, build)
         _check_limits(checkpoint.config, build)

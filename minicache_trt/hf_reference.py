@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from minicache_trt.checkpoint.binding import stored_tensors
 from minicache_trt.checkpoint.quantize import dequantized_linears
 from minicache_trt.checkpoint.resolve import load_checkpoint
+from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
 from minicache_trt.reference import Reference
 
@@ -32,14 +33,16 @@ def load_model(directory: Path, info: EngineInfo, linears: Mapping[str, NDArray[
     LongRoPE has the divisors the engine was built with at every length. ``linears``: weights by canonical name (without
     ``.weight``) that take the place of the checkpoint's.
     """
-    import transformers
+    return _load(directory / CHECKPOINT, info.model, linears)
 
-    path = directory / CHECKPOINT
-    config = transformers.AutoConfig.from_pretrained(path)
-    rope = config.rope_parameters
-    if info.model.rope.divisors:
-        rope["short_factor"] = rope["long_factor"] = list(info.model.rope.divisors)
-    models: Any = getattr(transformers, config.architectures[0])
+
+def load_checkpoint_model(path: Path, shape: ModelConfig) -> Any:
+    """Hugging Face's model of a checkpoint directory, float32, with the divisors of ``shape`` at every length."""
+    return _load(path, shape, {})
+
+
+def _load(path: Path, shape: ModelConfig, linears: Mapping[str, NDArray[np.float32]]) -> Any:
+    models, config = _model_class(path, shape)
     checkpoint = load_checkpoint(str(path))
     if checkpoint.int4 is not None and not linears:  # there are no other weights
         linears = dequantized_linears(checkpoint.int4, checkpoint.weights)
@@ -48,11 +51,22 @@ def load_model(directory: Path, info: EngineInfo, linears: Mapping[str, NDArray[
     views = checkpoint.weights
     weights = {name: view.torch().float() for name, view in views.items()}
     weights |= {f"{name}.weight": torch.from_numpy(weight) for name, weight in linears.items()}
-    head = weights.pop("lm_head.weight", None) if info.model.tie_word_embeddings else None
-    tensors = stored_tensors(info.model)
+    head = weights.pop("lm_head.weight", None) if shape.tie_word_embeddings else None
+    tensors = stored_tensors(shape)
     state = {name: torch.cat([weights[part] for part in parts]) for name, parts in tensors.items()}
     model = models.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     if head is not None:
         # The engine quantizes the output layer but not the embedding it shares its weight with.
         model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     return model
+
+
+def _model_class(path: Path, shape: ModelConfig) -> tuple[Any, Any]:
+    """Class and configuration of a checkpoint's model; a LongRoPE model keeps the divisors of ``shape``."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    if shape.rope.divisors:
+        rope = config.rope_parameters
+        rope["short_factor"] = rope["long_factor"] = list(shape.rope.divisors)
+    return getattr(transformers, config.architectures[0]), config

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.cli import bench, build, compare, doctor, evaluate, inspect, models, plan, run, serve
+from minicache_trt.cli import bench, build, calibrate, compare, doctor, evaluate, inspect, models, plan, run, serve
 from minicache_trt.cli.console import stdout
 from minicache_trt.cli.deploy import deploy
 
@@ -52,6 +52,7 @@ VERBS = (
     bench.bench,
     models.models,
     plan.plan,
+    calibrate.calibrate,
     inspect.inspect,
     doctor.doctor,
 )

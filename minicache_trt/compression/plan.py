@@ -28,11 +28,14 @@ class CompressionPlan:
         Each (part, layer) exactly once, or empty.
     matrices : mapping
         Calibrated constants by ``streams.<i>.<name>``; see `minicache_trt.compression.matrices`.
+    calibrated_on : str, optional
+        Checksum of the checkpoint the constants were computed from; no other takes the plan.
     """
 
     method: str
     streams: tuple[Stream, ...] = ()
     matrices: Matrices = field(default_factory=dict, compare=False, repr=False)
+    calibrated_on: str | None = None
 
     @property
     def compresses(self) -> bool:
@@ -95,7 +98,22 @@ class CompressionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan without its matrices, as plan.json and an engine's config.json hold it."""
-        return {"method": self.method, "streams": [dataclasses.asdict(stream) for stream in self.streams]}
+        source = {} if self.calibrated_on is None else {"calibrated_on": self.calibrated_on}
+        streams = [dataclasses.asdict(stream) for stream in self.streams]
+        return {"method": self.method, **source, "streams": streams}
+
+    def check_source(self, checksum: str) -> None:
+        """Refuse a checkpoint whose checksum is not the one the plan was calibrated on.
+
+        Raises
+        ------
+        UserError
+        """
+        if self.calibrated_on not in (None, checksum):
+            raise UserError(
+                "plan: it was calibrated on another checkpoint than this one",
+                "calibrate this checkpoint, or use that one",
+            )
 
 
 def _check_rank(index: int, stream: Stream, config: ModelConfig) -> None:

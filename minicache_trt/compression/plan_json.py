@@ -28,9 +28,10 @@ def plan_from_dict(data: Any, matrices: Matrices | None = None) -> CompressionPl
     UserError
         Naming the path of the field that is missing, unknown or out of range.
     """
-    fields = _object(data, "", {"method", "streams"}, {"method", "streams"})
+    fields = _object(data, "", {"method", "calibrated_on", "streams"}, {"method", "streams"})
     streams = tuple(_stream(item, f"streams[{i}]") for i, item in enumerate(_list(fields["streams"], "streams")))
-    return CompressionPlan(_typed(fields["method"], str, "method"), streams, matrices or {})
+    source = None if "calibrated_on" not in fields else _typed(fields["calibrated_on"], str, "calibrated_on")
+    return CompressionPlan(_typed(fields["method"], str, "method"), streams, matrices or {}, source)
 
 
 def needs_matrices(plan: CompressionPlan) -> bool:

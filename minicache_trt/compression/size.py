@@ -49,12 +49,16 @@ def sequence_bytes(
     element_bytes : int
         Bytes of a compute-type number.
     """
-    blocks = compressed_blocks(plan, context, window)
-    behind = 0 if config.sliding_window is None else max(0, context + 1 - config.sliding_window) // BLOCK_SIZE
-    full = -(-context // BLOCK_SIZE) - max(blocks, behind)
-    return max(0, blocks - behind) * compressed_block_bytes(plan, config, element_bytes) + full * full_block_bytes(
+    compressed, full = held_blocks(config, context, compressed_blocks(plan, context, window))
+    return compressed * compressed_block_bytes(plan, config, element_bytes) + full * full_block_bytes(
         config, element_bytes
     )
+
+
+def held_blocks(config: ModelConfig, context: int, demoted: int) -> tuple[int, int]:
+    """Compressed and full blocks that a sequence of ``context`` tokens holds once ``demoted`` were compressed."""
+    behind = 0 if config.sliding_window is None else max(0, context + 1 - config.sliding_window) // BLOCK_SIZE
+    return max(0, demoted - behind), -(-context // BLOCK_SIZE) - max(demoted, behind)
 
 
 def bytes_per_token(

@@ -125,7 +125,7 @@ def stream_statistics(traces: Sequence[Trace], plan: CompressionPlan, num_layers
         norms += [LayerNorms(part, layer, Spread.of(np.linalg.norm(x, axis=-1))) for layer, x in enumerate(vectors)]
         adjacent = {(layer, layer + 1) for layer in range(num_layers - 1)}
         for a, b in sorted(adjacent | merged.keys()):
-            pairs.append(_pair(part, (a, b), (a, b) in merged, vectors[a], vectors[b]))
+            pairs.append(compare_vectors(part, (a, b), (a, b) in merged, vectors[a], vectors[b]))
     return StreamStatistics(sum(len(trace["kv.0"]) for trace in traces), granularity, tuple(norms), tuple(pairs))
 
 
@@ -135,9 +135,10 @@ def _vectors(traces: Sequence[Trace], layer: int, place: int, granularity: str) 
     return x.reshape(len(x), -1) if granularity == "token" else x.reshape(-1, x.shape[-1])
 
 
-def _pair(
+def compare_vectors(
     part: str, layers: tuple[int, int], merged: bool, a: NDArray[np.float64], b: NDArray[np.float64]
 ) -> PairSimilarity:
+    """Compare vectors ``[vectors, components]`` of two layers, row by row."""
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosine = np.clip((a * b).sum(-1) / np.where(lengths == 0, 1, lengths), -1, 1)
     angle = np.degrees(np.arccos(cosine))

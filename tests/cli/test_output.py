@@ -19,7 +19,7 @@ from minicache_trt.engine_directory import MATRICES, QUANTIZED, read_engine
 from tests.cli.command import Invoke, assert_refused, run_process
 from tests.cli.conftest import MAX_SEQ_LEN
 
-VERBS = ("build", "run", "compare", "bench", "models", "plan", "inspect", "doctor")
+VERBS = ("build", "calibrate", "run", "compare", "bench", "models", "plan", "inspect", "doctor")
 PROMPT = "the cat sat on"
 ONE_THREAD = ["--threads", "1"]
 """More would only wait for one another."""

@@ -1,0 +1,1 @@
+"""From a checkpoint and a text to the compression plan that costs the model least: moments, candidates, search."""

@@ -1,0 +1,89 @@
+"""A checkpoint's decoder, layer by layer, with attention given by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from minicache_trt.config import ModelConfig
+from minicache_trt.hf_reference import load_checkpoint_model
+
+ATTENTION = "minicache_trt_calibrate"
+"""Name under which the attention below is registered with transformers."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""From layer, queries ``[S, num_heads, T, D]`` (scaled), keys after RoPE and values ``[S, num_kv_heads, T, D]`` to
+outputs ``[S, num_heads, T, D]``."""
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, attend: Attend,
+    **settings: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The signature of transformers' attention functions around an `Attend`; ``mask`` is None."""
+    return attend(module.layer_idx, query * scaling, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Attention of scaled queries to keys that are ``visible [T, n]`` (bool), as `Attend` returns it."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, scale=1.0, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def visible_keys(begin: int, end: int, sliding_window: int | None) -> Tensor:
+    """Which of keys ``[0, end)`` queries at positions ``[begin, end)`` see, ``[T, end]`` bool."""
+    distance = torch.arange(begin, end)[:, None] - torch.arange(end)
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
+
+
+class CalibrationModel:
+    """Hugging Face's modules of a checkpoint in float32, run one layer after another.
+
+    Parameters
+    ----------
+    directory : Path
+        The checkpoint.
+    config : ModelConfig
+        For the context it is calibrated for (`ModelConfig.for_context`).
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        self.config = config
+        model: Any = load_checkpoint_model(directory, config)
+        model.set_attn_implementation(ATTENTION)
+        self._model = model.eval().requires_grad_(False)
+        self.output_weight: Tensor = model.lm_head.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states ``[S, T, hidden]`` of token ids ``[S, T]`` before the first layer."""
+        result: Tensor = self._model.model.embed_tokens(tokens)
+        return result
+
+    def layer(self, index: int, hidden: Tensor, first: int, attend: Attend) -> Tensor:
+        """Hidden states after a layer, for tokens at positions ``first`` and on."""
+        positions = torch.arange(first, first + hidden.shape[1])[None]
+        rotary = self._model.model.rotary_emb(hidden, positions)
+        result: Tensor = self._model.model.layers[index](
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=rotary,
+            use_cache=False,
+            attend=attend,
+        )
+        return result
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the last norm; logits are their products with ``output_weight [vocab, hidden]``."""
+        result: Tensor = self._model.model.norm(hidden)
+        return result

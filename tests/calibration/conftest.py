@@ -1,0 +1,35 @@
+"""The bundled checkpoint and texts to calibrate on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minicache_trt.calibration.settings import CalibrationSettings
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = CalibrationSettings(
+    length=192, moment_sequences=8, gradient_sequences=4, search_sequences=2, verify_sequences=2, rounds=2
+)
+"""Few, short sequences: what is tested is that everything is computed as defined, not that plans are good."""
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    return ROOT / "examples" / "demo_model" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def code_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This package's own sources: text of the kind the demo model was trained on."""
+    path = tmp_path_factory.mktemp("text") / "code.txt"
+    sources = sorted((ROOT / "minicache_trt").rglob("*.py"))[:60]
+    path.write_text("\n\0".join(source.read_text(encoding="utf-8") for source in sources), encoding="utf-8", newline="")
+    return path
+
+
+def random_tokens(count: int, length: int, vocab: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, vocab, (count, length))

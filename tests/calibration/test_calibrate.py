@@ -1,0 +1,173 @@
+"""The whole calibration of the bundled model: its plans, its losses, and going on after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minicache_trt.calibration import calibrate as module
+from minicache_trt.calibration.calibrate import Calibration, calibrate
+from minicache_trt.calibration.evaluator import Evaluator
+from minicache_trt.calibration.moments import Moments
+from minicache_trt.calibration.settings import CalibrationSettings
+from minicache_trt.checkpoint import load_checkpoint
+from minicache_trt.compression.plan_json import load_plan, save_plan
+from minicache_trt.compression.size import ratio
+from minicache_trt.errors import UserError
+from tests.calibration.conftest import SMALL
+
+CONTEXT = 1024
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def run(demo: Path, text: Path, output: Path, ratio: float | None = 5.0, loss: float | None = None,
+        settings: CalibrationSettings = SMALL) -> Calibration:  # fmt: skip
+    return calibrate(load_checkpoint(str(demo)), text, output, CONTEXT, settings, ratio, loss, silent)
+
+
+@pytest.fixture(scope="module")
+def result(demo: Path, code_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    return run(demo, code_text, tmp_path_factory.mktemp("calibration") / "plan.json")
+
+
+def test_a_ratio_is_kept(result: Calibration, demo: Path, tmp_path: Path) -> None:
+    config = load_checkpoint(str(demo)).config
+    plan = result.chosen.plan
+    assert 5.0 <= ratio(plan, config, CONTEXT, 64) < 5.4
+    assert result.sizes.ratio(result.chosen.block_bytes) == pytest.approx(ratio(plan, config, CONTEXT, 64))
+    save_plan(plan, tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json").validate(config)
+    assert again.to_dict() == plan.to_dict() and again.calibrated_on == load_checkpoint(str(demo)).checksum()
+
+
+@pytest.mark.long
+def test_it_loses_less_than_kivi4_at_its_ratio(demo: Path, code_text: Path, tmp_path: Path) -> None:
+    settings = CalibrationSettings(moment_sequences=32, gradient_sequences=8, search_sequences=4, verify_sequences=8)
+    found = run(demo, code_text, tmp_path / "plan.json", 3.0, settings=settings)
+    kivi4 = next(each for each in found.baselines if each.name == "kivi4")
+    assert found.search.total(found.chosen) < 0.2 * found.search.total(kivi4)
+    assert found.chosen.block_bytes <= found.sizes.budget(3.0)
+
+
+def test_it_loses_less_than_every_other(result: Calibration) -> None:
+    total = result.search.total(result.chosen)
+    assert math.isfinite(total)
+    by_name = {each.name: result.search.total(each) for each in (*result.tried, *result.baselines)}
+    assert total * (1 - module.MARGIN) <= min(loss for name, loss in by_name.items() if name != "kivi4")
+    assert total < 0.2 * by_name["kivi2"]
+    assert "without merging" in {result.chosen.name, *by_name}
+
+
+def test_every_stream_was_measured(result: Calibration) -> None:
+    linear = [each for each in result.choice if each.stream.merge == "linear"]
+    assert linear and all(each.key in result.search.measured for each in linear)
+    total = sum(result.search.measured[each.key].text for each in linear)
+    assert 0 < total < 0.1
+
+
+@pytest.mark.long
+def test_reading_for_free(demo: Path, code_text: Path, tmp_path: Path) -> None:
+    free = run(demo, code_text, tmp_path / "plan.json", settings=replace(SMALL, read_cost="free", rounds=1))
+    assert {stream.basis for stream in free.chosen.plan.streams} == {"post_rope"}
+
+
+@pytest.mark.long
+def test_a_loss_is_kept(demo: Path, code_text: Path, tmp_path: Path) -> None:
+    most = math.log1p(0.01)
+    found = run(demo, code_text, tmp_path / "plan.json", None, most, replace(SMALL, rounds=1))
+    assert found.search.total(found.chosen) <= most
+    kept = [each for each in found.tried if found.search.total(each) <= most]
+    assert all(found.chosen.block_bytes <= each.block_bytes for each in kept)
+    assert found.sizes.ratio(found.chosen.block_bytes) > 3
+
+
+def digest(plan: Path) -> list[str]:
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in (plan, plan.with_suffix(".safetensors"))]
+
+
+def test_a_killed_run_goes_on(
+    demo: Path, code_text: Path, tmp_path: Path, result: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the sums and again in the middle of the search: the same plan, to the bit."""
+    whole, parts = tmp_path / "whole.json", tmp_path / "plan.json"
+    save_plan(result.chosen.plan, whole)
+    monkeypatch.setattr(module, "KEEP_EVERY", 1)
+
+    class Killed(BaseException):
+        pass
+
+    added, measured = 0, 0
+    add, measure = Moments.add, Evaluator.measure
+
+    def stop_adding(self: Moments, part: int, *rest: object) -> None:
+        nonlocal added
+        added += 1
+        if added == 70:
+            raise Killed
+        add(self, part, *rest)  # type: ignore[arg-type]
+
+    def stop_measuring(self: Evaluator, streams: object) -> object:
+        nonlocal measured
+        measured += 1
+        if measured == 9:
+            raise Killed
+        return measure(self, streams)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Moments, "add", stop_adding)
+    with pytest.raises(Killed):
+        run(demo, code_text, parts)
+    monkeypatch.setattr(Evaluator, "measure", stop_measuring)
+    with pytest.raises(Killed):
+        run(demo, code_text, parts)
+    assert added < 2 * 70 + 8 * 16  # the sums went on where they were
+    before = added
+    again = run(demo, code_text, parts)
+    assert added == before and len(list(tmp_path.glob(".plan.calibration*"))) == 2
+    save_plan(again.chosen.plan, parts)
+    assert digest(parts) == digest(whole)
+    again.state.remove()
+    assert not list(tmp_path.glob(".plan.calibration*"))
+
+
+@pytest.mark.long
+def test_another_text_starts_again(
+    demo: Path, code_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "plan.json"
+
+    class Killed(BaseException):
+        pass
+
+    def stop(self: Evaluator, streams: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(Evaluator, "measure", stop)
+    with pytest.raises(Killed):
+        run(demo, code_text, plan)
+    other = tmp_path / "other.txt"
+    other.write_bytes(code_text.read_bytes()[:-1])
+    calls: list[int] = []
+    add = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, *rest: (calls.append(1), add(self, *rest))[1])
+    with pytest.raises(Killed):
+        run(demo, code_text, plan)
+    assert not calls
+    with pytest.raises(Killed):
+        run(demo, other, plan)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    "asked, said", [(17.0, "allows less than 16.00x"), (15.99, "the smallest plan of this model is")]
+)
+def test_ratios_out_of_reach(demo: Path, code_text: Path, tmp_path: Path, asked: float, said: str) -> None:
+    with pytest.raises(UserError, match=f"{asked:g}x cannot be reached") as caught:
+        run(demo, code_text, tmp_path / "plan.json", asked)
+    assert said in str(caught.value)
