@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.cli import bench, build, compare, doctor, inspect, models, plan, run
+from minicache_trt.cli import bench, bench_serve, build, compare, doctor, inspect, models, plan, run
 from minicache_trt.cli.console import stdout
 
 app = typer.Typer(
@@ -43,7 +43,12 @@ def root(
 NEED_NOTHING = (models.models, doctor.doctor)
 """Verbs that do something without any option."""
 
-VERBS = (build.build, run.run, compare.compare, bench.bench, models.models, plan.plan, inspect.inspect, doctor.doctor)
+VERBS = (build.build, run.run, compare.compare, models.models, plan.plan, inspect.inspect, doctor.doctor)
 
 for verb in VERBS:
     app.command(no_args_is_help=verb not in NEED_NOTHING)(verb)
+
+bench_group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+bench_group.callback(invoke_without_command=True)(bench.bench)
+bench_group.command("serve")(bench_serve.serve)
+app.add_typer(bench_group, name="bench")
