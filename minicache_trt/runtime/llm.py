@@ -29,6 +29,7 @@ from minicache_trt.runtime.scoring import scoring_jobs
 from minicache_trt.runtime.statistics import Statistics
 from minicache_trt.runtime.temporary_engine import engine_directory
 from minicache_trt.runtime.tokenizer import Tokenizer
+from minicache_trt.runtime.wakeups import Wakeups
 
 
 class LLM:
@@ -102,6 +103,7 @@ class LLM:
         self._requests = RequestFactory(engine.model, engine.build, tokenizer)
         self._loop: EngineLoop | None = None
         self._loop_lock = threading.Lock()
+        self._wakeups = Wakeups()
 
     def __enter__(self) -> LLM:
         return self
@@ -206,8 +208,8 @@ class LLM:
         generation = self._requests.one(prompt, sampling_params, request_options(priority, cache_salt, timeout))
         with self._loop_lock:
             if self._loop is None:
-                self._loop = EngineLoop(self._runner)
-        request = AsyncRequest(generation, self._loop.cancel)
+                self._loop = EngineLoop(self._runner, self._wakeups.flush)
+        request = AsyncRequest(generation, self._loop.cancel, self._wakeups)
         if generation.finished:
             request.update(Update.of(generation))
         else:
