@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.cli import bench, bench_serve, build, compare, doctor, inspect, models, plan, run
+from minicache_trt.cli import bench, bench_serve, build, compare, doctor, inspect, models, plan, run, serve
 from minicache_trt.cli.console import stdout
 
 app = typer.Typer(
@@ -43,7 +43,16 @@ def root(
 NEED_NOTHING = (models.models, doctor.doctor)
 """Verbs that do something without any option."""
 
-VERBS = (build.build, run.run, compare.compare, models.models, plan.plan, inspect.inspect, doctor.doctor)
+VERBS = (
+    build.build,
+    run.run,
+    serve.serve,
+    compare.compare,
+    models.models,
+    plan.plan,
+    inspect.inspect,
+    doctor.doctor,
+)
 
 for verb in VERBS:
     app.command(no_args_is_help=verb not in NEED_NOTHING)(verb)

@@ -14,6 +14,10 @@ Listener = Callable[[Update], None]
 """Called in the engine thread whenever a job changes, the last time when it is finished; must not wait."""
 
 
+class EngineClosed(UserError):
+    """The engine thread takes no more jobs."""
+
+
 class EngineLoop:
     """Owns a runner: jobs come and go from any thread, steps run in one.
 
@@ -50,12 +54,12 @@ class EngineLoop:
 
         Raises
         ------
-        UserError
+        EngineClosed
             After `shutdown`.
         """
         with self._changed:
             if self._closed:
-                raise UserError("the engine is shutting down and takes no more requests")
+                raise EngineClosed("the engine is shutting down and takes no more requests")
             self._commands.append(lambda: self._add(job, listener))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="minicache-trt-engine", daemon=True)

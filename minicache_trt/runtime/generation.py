@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minicache_trt.runtime.demotion import Demotion
+from minicache_trt.runtime.guided_decoding import Constraint
+from minicache_trt.runtime.observer import RequestObserver
 from minicache_trt.runtime.request import (
     DEFAULT_OPTIONS,
     CompletionOutput,
@@ -16,7 +19,7 @@ from minicache_trt.runtime.request import (
     SamplingParams,
     Sequence,
 )
-from minicache_trt.runtime.sampler import Logits, NonFiniteLogits, sample, top_logprobs
+from minicache_trt.runtime.sampler import Logits, sample, top_logprobs
 from minicache_trt.runtime.scheduler import Work
 from minicache_trt.runtime.tokenizer import Detokenizer, Tokenizer
 
@@ -62,6 +65,9 @@ class Generation:
         Without one the text stays empty.
     options : RequestOptions
         Its place among others.
+    constraint : Constraint, optional
+        At its beginning; made for ``params.guided_decoding``.
+    observer : RequestObserver, optional
     """
 
     def __init__(
@@ -74,9 +80,12 @@ class Generation:
         eos_token_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
         options: RequestOptions = DEFAULT_OPTIONS,
+        constraint: Constraint | None = None,
+        observer: RequestObserver | None = None,
     ) -> None:
         max_len = min(len(token_ids) + params.max_tokens, max_seq_len)
-        self.sequence = Sequence(list(token_ids), len(token_ids), max_len, options=options)
+        logits_start = None if params.prompt_logprobs is None else 0
+        self.sequence = Sequence(list(token_ids), len(token_ids), max_len, logits_start, options)
         self.request_id = request_id
         self.event: TokenEvent | None = None
         self.finish_reason: str | None = "length" if max_len == len(token_ids) else None
@@ -87,6 +96,10 @@ class Generation:
         self._generator = np.random.default_rng(params.seed)
         self._detokenizer = Detokenizer(tokenizer, list(token_ids), params.stop_strings) if tokenizer else None
         self._logprobs: list[dict[int, Logprob]] = []
+        self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self._constraint = constraint
+        self._observer = observer
+        self._started = False
         self._stop_reason: int | str | None = None
 
     @property
@@ -96,17 +109,21 @@ class Generation:
     def advance(self, item: Work, logits: Logits) -> int | None:
         """Sample when the item reached the last known token."""
         self.event = None
+        if self._observer is not None and not self._started:
+            self._observer.started(self.sequence)
+        self._started = True
+        self._record_prompt_logprobs(item, logits)
         if item.end < self.sequence.num_tokens:
             return None
         token: int | None
         try:
-            token = sample(logits[-1], self._params, self.sequence.token_ids, self._generator)
+            token = self._sample(logits[-1])
             self._record_logprobs(logits[-1], token)
             self._check_stop(token)
-        except NonFiniteLogits as error:
+        except ValueError as error:  # logits that are not finite, or a grammar that grew too complex
             token = None
             self.finish_reason, self._stop_reason = "error", str(error)
-        self.event = TokenEvent(self.request_id, token, self._take_text(), self.finish_reason)
+        self._tell(token)
         return token
 
     def compressed(self, demotion: Demotion) -> None:
@@ -115,7 +132,7 @@ class Generation:
     def end(self, reason: str, message: str | None = None) -> None:
         """End the request before its time, with what it has."""
         self.finish_reason, self._stop_reason = reason, message
-        self.event = TokenEvent(self.request_id, None, self._take_text(), reason)
+        self._tell(None)
 
     def output(self) -> RequestOutput:
         """The request as it stands."""
@@ -137,11 +154,46 @@ class Generation:
             stop_reason=self._stop_reason if finished else None,
         )
         cached = self.sequence.num_cached_tokens or 0
-        return RequestOutput(self.request_id, self._prompt, tokens[:prompt_len], [completion], finished, cached)
+        prompt_logprobs = None if self._params.prompt_logprobs is None else self._prompt_logprobs
+        return RequestOutput(
+            self.request_id, self._prompt, tokens[:prompt_len], [completion], finished, cached, prompt_logprobs
+        )
+
+    def _sample(self, logits: Logits) -> int:
+        sequence, constraint = self.sequence, self._constraint
+        allowed = constraint.allowed() if constraint else None
+        if sequence.num_tokens - sequence.prompt_len < self._params.min_tokens:
+            allowed = self._without_ends(np.ones(len(logits), np.bool_) if allowed is None else allowed)
+        token = sample(logits, self._params, sequence.token_ids, self._generator, sequence.prompt_len, allowed)
+        if constraint:
+            constraint.accept(token)
+        return token
+
+    def _without_ends(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The tokens that do not end the output; all of them when there is no other."""
+        others = allowed.copy()
+        others[list(self._eos_token_ids | self._stop_token_ids)] = False
+        return others if others.any() else allowed
+
+    def _tell(self, token: int | None) -> None:
+        self.event = TokenEvent(self.request_id, token, self._take_text(), self.finish_reason)
+        if self._observer is not None:
+            self._observer.advanced(self.event)
+
+    def _record_prompt_logprobs(self, item: Work, logits: Logits) -> None:
+        """Rows of the prompt that are seen for the first time; after a preemption they come again."""
+        if self._params.prompt_logprobs is None:
+            return
+        known, prompt = self._prompt_logprobs, self.sequence.token_ids[: self.sequence.prompt_len]
+        for position, row in zip(range(item.end - item.num_logits, item.end), logits, strict=True):
+            if position + 1 == len(known) < len(prompt):
+                known.append(top_logprobs(row, prompt[position + 1], self._params.prompt_logprobs))
 
     def _record_logprobs(self, logits: Logits, token: int) -> None:
         if self._params.logprobs is not None:
             self._logprobs.append(top_logprobs(logits, token, self._params.logprobs))
+        if self._observer is not None:
+            self._observer.sampled(self.sequence.num_tokens, logits)
 
     def _check_stop(self, token: int) -> None:
         if token in self._stop_token_ids:
@@ -155,6 +207,9 @@ class Generation:
             if self._detokenizer.stop_match is not None:
                 self.finish_reason, self._stop_reason = "stop", self._detokenizer.stop_match
                 return
+        if self._constraint and self._constraint.complete and not self._eos_token_ids:
+            self.finish_reason = "stop"
+            return
         if self.sequence.num_tokens + 1 >= self.sequence.max_len:
             self.finish_reason = "length"
 

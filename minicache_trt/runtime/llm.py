@@ -21,6 +21,8 @@ from minicache_trt.runtime.cache_sizes import CacheSizes
 from minicache_trt.runtime.engine_loop import EngineLoop
 from minicache_trt.runtime.generation import Generation, TokenEvent
 from minicache_trt.runtime.job import Job, Update
+from minicache_trt.runtime.load import Load
+from minicache_trt.runtime.observer import RequestObserver
 from minicache_trt.runtime.prompts import PromptLike
 from minicache_trt.runtime.request import RequestOutput, SamplingParams
 from minicache_trt.runtime.request_factory import RequestFactory, request_options
@@ -122,6 +124,11 @@ class LLM:
         return self._runner.statistics
 
     @property
+    def load(self) -> Load:
+        """Requests and blocks in use now; any thread may ask."""
+        return Load.of(self._runner)
+
+    @property
     def cache_sizes(self) -> CacheSizes:
         """Blocks and bytes of both tiers."""
         return self._runner.sizes
@@ -178,6 +185,7 @@ class LLM:
         priority: int = 0,
         cache_salt: str | None = None,
         timeout: float | None = None,
+        observer: RequestObserver | None = None,
     ) -> AsyncRequest:
         """Start completing one prompt and return at once; an engine thread runs as long as there are requests.
 
@@ -185,15 +193,16 @@ class LLM:
 
         Parameters
         ----------
-        prompt : str, list of int or dict
+        prompt, sampling_params
             As for `generate`.
-        sampling_params : SamplingParams, optional
         priority : int
             Smaller is earlier, see `RequestOptions`.
         cache_salt : str, optional
             Only requests with the same salt share cached prefixes.
         timeout : float, optional
             Seconds from now after which the request ends with ``finish_reason`` ``timeout`` and what it has.
+        observer : RequestObserver, optional
+            Told what happens, in the engine thread.
 
         Returns
         -------
@@ -205,12 +214,13 @@ class LLM:
         UserError
             When the request cannot be used, the LLM has been shut down, or another thread is in `generate`.
         """
-        generation = self._requests.one(prompt, sampling_params, request_options(priority, cache_salt, timeout))
+        options = request_options(priority, cache_salt, timeout)
+        generation = self._requests.one(prompt, sampling_params, options, observer)
         with self._loop_lock:
-            if self._loop is None:
-                self._loop = EngineLoop(self._runner, self._wakeups.flush)
+            self._loop = self._loop or EngineLoop(self._runner, self._wakeups.flush)
         request = AsyncRequest(generation, self._loop.cancel, self._wakeups)
         if generation.finished:
+            generation.end("length")
             request.update(Update.of(generation))
         else:
             self._loop.submit(generation, request.update)
@@ -224,12 +234,7 @@ class LLM:
         drain : bool
             Let requests run to their end; otherwise they end now, with ``finish_reason`` ``abort``.
         timeout : float, optional
-            Seconds to wait; requests that need longer are aborted then.
-
-        Returns
-        -------
-        bool
-            Whether every request had ended by itself in time.
+            Seconds to wait; requests that need longer are aborted then, and the result is False.
         """
         return self._loop is None or self._loop.shutdown(drain, timeout)
 
@@ -278,12 +283,8 @@ class LLM:
             When tokens or lengths cannot be used; nothing has run then.
         """
         jobs = scoring_jobs(token_ids, prompt_lens, start, observe, self.engine.model, self.engine.build)
-        for _ in self._run(jobs):
-            pass
-        errors = [job.error for job in jobs if job.error is not None]
-        if errors:
-            raise RuntimeError(f"scoring ended early: {errors[0]}")
-        return [job.logits for job in jobs]
+        list(self._run(jobs))
+        return [job.result() for job in jobs]
 
     def check_integrity(self) -> None:
         """Verify that every cache block is accounted for."""
@@ -293,9 +294,7 @@ class LLM:
         return self._runner.run(jobs) if self._loop is None else self._loop.run(jobs)
 
     def _stream(self, generation: Generation) -> Iterator[str]:
-        if generation.finished:
-            return
-        with closing(self._run([generation])) as steps:
+        with closing(self._run([] if generation.finished else [generation])) as steps:
             for updates in steps:
                 yield from (update.event.text for update in updates if update.event and update.event.text)
         if generation.finish_reason == "error":

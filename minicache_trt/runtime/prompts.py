@@ -84,6 +84,8 @@ def _parse(item: object, name: str, tokenizer: Tokenizer | None) -> Prompt:
                 f"{name} is text, but there is no tokenizer",
                 "give prompts as lists of token ids, or pass tokenizer=",
             )
+        if any("\ud800" <= character <= "\udfff" for character in item):
+            raise UserError(f"{name}: expected valid Unicode, got {item[:40]!a}")
         return Prompt(item, list(tokenizer.encode(item)), cache_salt)
     if isinstance(item, Sequence) and all(_is_id(token) for token in item):
         return Prompt(None, list(item), cache_salt)

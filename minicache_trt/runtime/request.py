@@ -1,79 +1,12 @@
-"""What a caller asks for, what comes back, and the scheduler's state of one sequence."""
+"""What comes back to a caller, and the scheduler's state of one sequence."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from minicache_trt.runtime.sampling_params import SamplingParams, expect
 
-def _expect(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens and when to stop; field names of vLLM's and TensorRT-LLM's class.
-
-    Filters apply in the order of Hugging Face's generation: repetition penalty, temperature, top-k, top-p, min-p.
-
-    Parameters
-    ----------
-    max_tokens : int
-        Most tokens to generate.
-    temperature : float
-        Divides the logits; 0 takes the most likely token (greedy).
-    top_k : int
-        Candidates kept, 0 or -1 for all. Ties with the last one are kept.
-    top_p : float
-        Smallest set of candidates whose probabilities add up to at least this, in (0, 1].
-    min_p : float
-        Candidates less likely than this share of the most likely one are dropped, in [0, 1].
-    repetition_penalty : float
-        Positive logits of tokens in prompt or output are divided by it, negative ones multiplied
-        (arXiv 1909.05858); 1 is off.
-    seed : int, optional
-        Makes the request repeatable, whatever it runs next to.
-    stop : str or list of str, optional
-        Generation ends at the first of these; the text is cut before it.
-    stop_token_ids : list of int, optional
-        Generation ends after one of these; the text does not contain it.
-    ignore_eos : bool
-        Go on after the model's end-of-sequence tokens.
-    logprobs : int, optional
-        Return this many most likely tokens (and the chosen one) for each generated token.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        _expect(self.max_tokens >= 1, "max_tokens", "a positive number", self.max_tokens)
-        finite = math.isfinite(self.temperature)
-        _expect(finite and self.temperature >= 0, "temperature", "a finite number of at least 0", self.temperature)
-        _expect(self.top_k >= -1, "top_k", "a positive number, or 0 or -1 for all", self.top_k)
-        _expect(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
-        _expect(0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p)
-        penalty = self.repetition_penalty
-        _expect(math.isfinite(penalty) and penalty > 0, "repetition_penalty", "a positive finite number", penalty)
-        _expect(self.seed is None or self.seed >= 0, "seed", "a number of at least 0", self.seed)
-        _expect("" not in self.stop_strings, "stop", "strings that are not empty", self.stop)
-        _expect(self.logprobs is None or self.logprobs >= 0, "logprobs", "a number of at least 0", self.logprobs)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+__all__ = ["CompletionOutput", "Logprob", "RequestOptions", "RequestOutput", "SamplingParams", "Sequence"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +53,8 @@ class RequestOutput:
     """A request with its completions (one).
 
     ``prompt`` is None when token ids were given; ``num_cached_tokens`` of the prompt were found in the cache.
+    ``prompt_logprobs``: for each token of the prompt, token id to `Logprob`; None for the first one, which nothing
+    predicts, and None altogether unless they were asked for.
     """
 
     request_id: str
@@ -128,6 +63,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,9 +89,9 @@ class RequestOptions:
 
     def __post_init__(self) -> None:
         is_int = isinstance(self.priority, int) and not isinstance(self.priority, bool)
-        _expect(is_int, "priority", "a whole number", self.priority)
+        expect(is_int, "priority", "a whole number", self.priority)
         salted = self.cache_salt is None or (isinstance(self.cache_salt, str) and self.cache_salt != "")
-        _expect(salted, "cache_salt", "text that is not empty", self.cache_salt)
+        expect(salted, "cache_salt", "text that is not empty", self.cache_salt)
 
 
 DEFAULT_OPTIONS = RequestOptions()
@@ -188,6 +124,8 @@ class Sequence:
         The scheduler's order, the first is the smallest; set when it is submitted.
     num_cached_tokens : int, optional
         Tokens found in the cache when it was first admitted; None before.
+    first_step : float, optional
+        Time of `time.perf_counter` when its first step began; None before.
     block_hashes : list of bytes
         See `minicache_trt.runtime.prefix_cache`; of the first complete blocks, as many as were needed so far.
     """
@@ -203,6 +141,7 @@ class Sequence:
     compressed_len: int = 0
     rank: tuple[int, int] = (0, 0)
     num_cached_tokens: int | None = None
+    first_step: float | None = None
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property

@@ -12,6 +12,8 @@ from pathlib import Path
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.generation import Generation
+from minicache_trt.runtime.guided_decoding import Constraint, GuidedDecoder
+from minicache_trt.runtime.observer import RequestObserver
 from minicache_trt.runtime.prompts import PromptLike, parse_prompts
 from minicache_trt.runtime.request import DEFAULT_OPTIONS, RequestOptions, SamplingParams
 from minicache_trt.runtime.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +35,7 @@ class RequestFactory:
         self._build = build
         self._tokenizer_source = tokenizer
         self._request_ids = itertools.count()
+        self._guided_decoder: GuidedDecoder | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -46,6 +49,7 @@ class RequestFactory:
         prompts: PromptLike | Sequence[PromptLike],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         options: RequestOptions = DEFAULT_OPTIONS,
+        observer: RequestObserver | None = None,
     ) -> list[Generation]:
         """One generation per prompt, in order; parameters are for all, or one per prompt.
 
@@ -63,6 +67,8 @@ class RequestFactory:
             raise UserError(f"sampling_params: expected 1 or {len(parsed)} (one per prompt), got {len(params)}")
         if self.tokenizer is None and any(item.stop_strings for item in params):
             raise UserError("stop: stop strings need a tokenizer", "use stop_token_ids, or pass tokenizer=")
+        for item in params:
+            self._check_token_ids(item)
         return [
             Generation(
                 request_id=str(next(self._request_ids)),
@@ -73,6 +79,8 @@ class RequestFactory:
                 eos_token_ids=self._model.eos_token_ids,
                 tokenizer=self.tokenizer,
                 options=replace(options, cache_salt=options.cache_salt or prompt.cache_salt),
+                constraint=self._constraint(item),
+                observer=observer,
             )
             for prompt, item in zip(parsed, params, strict=True)
         ]
@@ -82,6 +90,7 @@ class RequestFactory:
         prompt: PromptLike,
         sampling_params: SamplingParams | None,
         options: RequestOptions = DEFAULT_OPTIONS,
+        observer: RequestObserver | None = None,
     ) -> Generation:
         """The generation of a single prompt.
 
@@ -90,10 +99,24 @@ class RequestFactory:
         UserError
             When it cannot be used, or there are several.
         """
-        generations = self.many(prompt, sampling_params, options)
+        generations = self.many(prompt, sampling_params, options, observer)
         if len(generations) != 1:
             raise UserError(f"expected one prompt, got {len(generations)}", "use generate, or one call for each")
         return generations[0]
+
+    def _check_token_ids(self, params: SamplingParams) -> None:
+        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            outside = [token for token in tokens or () if not 0 <= token < self._model.vocab_size]
+            if outside:
+                raise UserError(f"{name}: expected token ids from 0 to {self._model.vocab_size - 1}, got {outside[0]}")
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.guided_decoding is None:
+            return None
+        if self._guided_decoder is None:
+            eos_token_ids = self._model.eos_token_ids
+            self._guided_decoder = GuidedDecoder(self.tokenizer, self._model.vocab_size, eos_token_ids)
+        return self._guided_decoder.start(params.guided_decoding, params.ignore_eos)
 
 
 def request_options(priority: int, cache_salt: str | None, timeout: float | None) -> RequestOptions:

@@ -163,6 +163,9 @@ class Runner:
         self._compress(self.scheduler.demote())
         step = self.scheduler.schedule()
         self._measure_cache()
+        for item in step.work:
+            if item.sequence.first_step is None:
+                item.sequence.first_step = started
         batch = build_batch(step, self.cache)
         self.before_engine()
         logits = self.engine.decode(batch)

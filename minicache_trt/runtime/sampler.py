@@ -7,6 +7,7 @@ from math import isfinite
 import numpy as np
 from numpy.typing import NDArray
 
+from minicache_trt.runtime.penalties import change_logits, changes_logits
 from minicache_trt.runtime.request import Logprob, SamplingParams
 
 Logits = NDArray[np.float32]
@@ -32,7 +33,14 @@ def check_finite(logits: Logits) -> None:
         )
 
 
-def sample(logits: Logits, params: SamplingParams, history: list[int], generator: np.random.Generator) -> int:
+def sample(
+    logits: Logits,
+    params: SamplingParams,
+    history: list[int],
+    generator: np.random.Generator,
+    prompt_len: int = 0,
+    allowed: NDArray[np.bool_] | None = None,
+) -> int:
     """Choose the next token.
 
     Sampling draws one number from ``generator`` per token and inverts the cumulative distribution over ascending
@@ -45,9 +53,13 @@ def sample(logits: Logits, params: SamplingParams, history: list[int], generator
     params : SamplingParams
         Filters and temperature.
     history : list of int
-        Prompt and output so far, for the repetition penalty.
+        Prompt and output so far, for the penalties.
     generator : numpy.random.Generator
         The request's own.
+    prompt_len : int
+        Tokens of ``history`` that are prompt.
+    allowed : bool ``[vocab]``, optional
+        Tokens that may come, at least one. Default: all.
 
     Raises
     ------
@@ -55,11 +67,12 @@ def sample(logits: Logits, params: SamplingParams, history: list[int], generator
         When the row holds NaN or infinity.
     """
     check_finite(logits)
-    if params.temperature == 0 and params.repetition_penalty == 1.0:
+    if params.temperature == 0 and allowed is None and not changes_logits(params):
         return int(np.argmax(logits))
     scores = logits.astype(np.float64)
-    if params.repetition_penalty != 1.0:
-        _penalise(scores, history, params.repetition_penalty)
+    change_logits(scores, params, history, prompt_len)
+    if allowed is not None:
+        scores[~allowed] = -np.inf
     if params.temperature == 0:
         return int(np.argmax(scores))
     # The maximum becomes 0, so a tiny temperature can only push the others to -infinity, which is probability 0.
@@ -85,12 +98,6 @@ def top_logprobs(logits: Logits, token: int, count: int) -> dict[int, Logprob]:
     }
 
 
-def _penalise(scores: Float64, history: list[int], penalty: float) -> None:
-    seen = np.asarray(history)
-    values = scores[seen]
-    scores[seen] = np.where(values > 0, values / penalty, values * penalty)
-
-
 def _largest(scores: Float64, count: int) -> NDArray[np.intp]:
     """Ids of the ``count`` largest scores and of all ties with the last of them, ascending."""
     if count == 0:
@@ -110,4 +117,4 @@ def _candidates(scores: Float64, params: SamplingParams) -> NDArray[np.intp]:
         tokens = np.sort(order[before < params.top_p * probabilities.sum()])
     if params.min_p > 0:
         tokens = tokens[scores[tokens] >= scores[tokens].max() + np.log(params.min_p)]
-    return tokens
+    return tokens[scores[tokens] > -np.inf]

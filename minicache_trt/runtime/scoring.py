@@ -61,11 +61,15 @@ class Scoring:
     def advance(self, item: Work, logits: Logits) -> int | None:
         """Keep the item's logits and feed the next given token."""
         if item.num_logits:
-            self.logits[item.end - item.num_logits - self._start : item.end - self._start] = logits
+            self.keep(item.end - item.num_logits, logits)
         self.finished = item.end == len(self._token_ids)
         if self.finished or item.end < self.sequence.num_tokens:
             return None
         return self._token_ids[item.end]
+
+    def keep(self, position: int, logits: Logits) -> None:
+        """Rows ``[n, vocab]`` of positions from ``position`` on; only valid during the call."""
+        self.logits[position - self._start : position - self._start + len(logits)] = logits
 
     def compressed(self, demotion: Demotion) -> None:
         """Report a block of this sequence that has been compressed."""
@@ -76,6 +80,18 @@ class Scoring:
         """End before all logits are there."""
         self.finished = True
         self.error = message or reason
+
+    def result(self) -> NDArray[np.float32]:
+        """The logits, once all of them are there.
+
+        Raises
+        ------
+        RuntimeError
+            When scoring ended early.
+        """
+        if self.error is not None:
+            raise RuntimeError(f"scoring ended early: {self.error}")
+        return self.logits
 
 
 def scoring_jobs(

@@ -7,6 +7,7 @@ with a wrong history (another c, a stale block, a wrong position) spoils every l
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,8 @@ from minicache_trt.contract import (
 )
 
 VOCAB = 48
+WAIT = 60
+"""Seconds after which a test gives up."""
 
 
 def mix(value):
@@ -44,8 +47,8 @@ def weigh(values):
     return np.cumsum(values * mix(np.arange(len(values)) + 777), dtype=np.uint64)
 
 
-def to_logits(hashes):
-    spread = np.arange(VOCAB, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
+def to_logits(hashes, vocab=VOCAB):
+    spread = np.arange(vocab, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
     return (mix(hashes[:, None] + spread) >> np.uint64(40)).astype(np.float32) / 2**21
 
 
@@ -83,7 +86,7 @@ class FakeEngine:
     ``poison``: a position; logits of every query there become NaN.
     """
 
-    def __init__(self, build, method="minicache", eos_token_ids=(), poison=None):
+    def __init__(self, build, method="minicache", eos_token_ids=(), poison=None, vocab=VOCAB):
         self.model = ModelConfig(
             family="llama",
             num_layers=4,
@@ -92,7 +95,7 @@ class FakeEngine:
             num_heads=2,
             num_kv_heads=1,
             head_dim=16,
-            vocab_size=VOCAB,
+            vocab_size=vocab,
             max_position_embeddings=4096,
             eos_token_ids=eos_token_ids,
         )
@@ -101,7 +104,7 @@ class FakeEngine:
         self.element_bytes = 4
         self.poison = poison
         self.num_steps = 0
-        self._logits = np.zeros((0, VOCAB), np.float32)
+        self._logits = np.zeros((0, vocab), np.float32)
 
     def free_memory(self):
         return None
@@ -135,7 +138,7 @@ class FakeEngine:
             hashes[rows] = weigh(self._history(batch, index, 1))[positions]
             if self.poison is not None:
                 poisoned += [row for row in range(rows.start, rows.stop) if batch.positions[row] == self.poison]
-        logits = to_logits(hashes)
+        logits = to_logits(hashes, self.model.vocab_size)
         logits[poisoned, 3] = np.nan
         self._logits = logits[batch.logit_index]
         return self._logits
@@ -194,3 +197,21 @@ def check_prefill_rows(rows, query_start, num_tokens):
 def small_build(**changes):
     values = {"max_batch_size": 4, "max_seq_len": 512, "max_num_tokens": 128, "window": 64, "quantum": 128}
     return BuildConfig(**{**values, **changes})
+
+
+class Gate:
+    """Holds an engine before a step until it is opened; ``reached`` says that it has come that far."""
+
+    def __init__(self, engine, step, error=None):
+        self.opened, self.reached = threading.Event(), threading.Event()
+        decode = engine.decode
+
+        def gated(batch):
+            if engine.num_steps == step and not self.opened.is_set():
+                self.reached.set()
+                assert self.opened.wait(WAIT)
+                if error is not None:
+                    raise error
+            return decode(batch)
+
+        engine.decode = gated

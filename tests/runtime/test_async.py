@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from bpe import bpe_tokenizer
-from fake_engine import VOCAB, FakeEngine, small_build
+from fake_engine import VOCAB, WAIT, FakeEngine, Gate, small_build
 from test_llm import FakeTokenizer, check_idle, greedy_tokens
 
 from minicache_trt.config import KvCacheConfig
@@ -18,7 +18,6 @@ from minicache_trt.runtime.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=60, temperature=0)
 LONG = SamplingParams(max_tokens=450, temperature=0)
-WAIT = 60
 
 
 def tokens(seed, count):
@@ -39,24 +38,6 @@ def make_llm():
     for llm in made:
         assert llm.shutdown(timeout=WAIT)
         check_idle(llm)
-
-
-class Gate:
-    """Holds an engine before a step until it is opened; ``reached`` says that it has come that far."""
-
-    def __init__(self, engine, step, error=None):
-        self.opened, self.reached = threading.Event(), threading.Event()
-        decode = engine.decode
-
-        def gated(batch):
-            if engine.num_steps == step and not self.opened.is_set():
-                self.reached.set()
-                assert self.opened.wait(WAIT)
-                if error is not None:
-                    raise error
-            return decode(batch)
-
-        engine.decode = gated
 
 
 def outcome(request):

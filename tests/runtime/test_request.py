@@ -21,6 +21,13 @@ from minicache_trt.runtime.request import SamplingParams, Sequence
         ("stop", ""),
         ("stop", ["a", ""]),
         ("logprobs", -1),
+        ("prompt_logprobs", -1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", {3: 101.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("min_tokens", 17),
+        ("min_tokens", -1),
     ],
 )
 def test_sampling_params_name_the_field_and_the_value(field, value):

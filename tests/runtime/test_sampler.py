@@ -114,3 +114,50 @@ def test_logprobs_against_torch(seed, count, token):
 def test_ties_do_not_add_tokens():
     entry = top_logprobs(np.zeros(10, np.float32), 9, 3)
     assert list(entry) == [0, 1, 2, 9] and {value.rank for value in entry.values()} == {1}
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.5, -1.5]),
+    st.sampled_from([0.0, 0.7, -2.0]),
+    st.dictionaries(st.integers(0, 19), st.floats(-100, 100), max_size=4),
+    st.sampled_from([1.0, 1.3]),
+    st.integers(0, 10),
+)
+def test_greedy_with_bias_and_penalties(seed, presence, frequency, bias, repetition, prompt_len):
+    """Against a loop over tokens in PyTorch, in the documented order."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, 20).astype(np.float32)
+    history = random.integers(0, 20, 12).tolist()
+    params = SamplingParams(
+        temperature=0,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=bias,
+        repetition_penalty=repetition,
+    )
+    expected = torch.from_numpy(logits).double()[None]
+    for token, value in bias.items():
+        expected[0, token] += value
+    if repetition != 1:
+        expected = RepetitionPenaltyLogitsProcessor(repetition)(torch.tensor([history]), expected)
+    for token in history[prompt_len:]:
+        expected[0, token] -= frequency
+    for token in set(history[prompt_len:]):
+        expected[0, token] -= presence
+    chosen = sample(logits, params, history, Fixed(0.5), prompt_len)
+    assert float(expected[0, chosen]) == pytest.approx(float(expected.max()), abs=1e-9)
+
+
+@given(
+    st.integers(0, 10**6), st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1.0, 1e30]), st.sampled_from([0, 3])
+)
+def test_only_allowed_tokens_come(seed, draw, temperature, top_k):
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 5, 30).astype(np.float32)
+    allowed = random.random(30) < 0.2
+    allowed[int(random.integers(30))] = True
+    token = sample(logits, SamplingParams(temperature=temperature, top_k=top_k), [0], Fixed(draw), 0, allowed)
+    assert allowed[token]
+    if temperature == 0:
+        assert logits[token] == logits[allowed].max()
