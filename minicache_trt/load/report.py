@@ -17,14 +17,19 @@ from minicache_trt.load.metrics import METRICS, PERCENTILES, Point
 
 def tables(points: Sequence[Point]) -> list[Table]:
     """Throughput, latency and, where requests failed, errors."""
-    columns = ["requests/s", "output tokens/s", "all tokens/s", "completed", "failed", "at once"]
+    columns = ["requests/s", "out tok/s", "all tok/s", "ok", "failed", "peak"]
     has_slo = any(point.good is not None for point in points)
-    throughput = table("Throughput", "load", *columns, *(["goodput/s"] if has_slo else []))
+    throughput = table("Throughput", "load", *columns, *(["good/s"] if has_slo else []))
     latency = table("Latency, ms", "load", "", "mean", *(f"p{q}" for q in PERCENTILES), left=2)
     failures = table("Errors", "load", "kind", "requests", "such as", left=2)
     for rows in (throughput, latency, failures):
         rows.box, rows.caption_justify = SIMPLE, "left"
     failures.columns[-1].justify = "left"
+    throughput.caption = "out tok/s: generated; all tok/s: with prompts; ok, failed: requests; peak: most at once"
+    if has_slo:
+        throughput.caption += "; good/s: requests within the objectives"
+    for rows in (throughput, latency, failures):
+        rows.columns[0].no_wrap = True
     for point in points:
         rates = (len(point.ok), point.output_tokens, point.input_tokens + point.output_tokens)
         cells = [f"{point.per_second(count):.2f}" for count in rates]

@@ -78,7 +78,7 @@ def test_tables_csv_and_plots(invoke: Invoke, workspace: Path, monkeypatch: pyte
     assert result.code == 0 and result.err == "", result
     for part in (
         "requests/s",
-        "goodput/s",
+        "good/s",
         "TTFT",
         "TPOT",
         "ITL",
