@@ -4,7 +4,7 @@
   two are compared; where they part, the logits of the tokens chosen together, alone and teacher-forced, tell how far
   they were from the best ones. The runtime's share is everything but the time inside the engine's ``decode`` and
   ``compress``: scheduling, packing, sampling, text, and whatever else runs in the process.
-* *scarce*: the same requests in a cache of a quarter of the bytes they used.
+* *scarce*: requests with long answers, in a cache of a quarter of the bytes they would use together.
 * *prefix*: time to first token of a second prompt that begins as a first one did, over that of the first.
 """
 
@@ -30,7 +30,8 @@ from minicache_trt.engine_directory import CHECKPOINT
 from minicache_trt.errors import UserError
 from minicache_trt.load.lengths import LogNormal
 from minicache_trt.runtime.llm import LLM
-from minicache_trt.runtime.request import SamplingParams
+from minicache_trt.runtime.sampling_params import SamplingParams
+from minicache_trt.units import format_bytes
 
 DEMO = REPOSITORY / "examples" / "demo_model" / "checkpoint"
 SHAPE = Shape()
@@ -75,6 +76,14 @@ class Work:
         inputs = LogNormal(mean, 0.8, most).draw(rng, count)
         outputs = LogNormal(mean, 0.8, most).draw(rng, count)
         # Ids from 3 on: the first ones are special in the checkpoints at hand.
+        return cls([rng.integers(3, vocab_size, length).tolist() for length in inputs], outputs)
+
+    @classmethod
+    def growing(cls, count: int, vocab_size: int, most: int) -> Work:
+        """Short prompts and long answers: all that are admitted together outgrow the cache together."""
+        rng = np.random.default_rng(1)
+        inputs = rng.integers(16, 96, count)
+        outputs: list[int] = rng.integers(most // 2, most, count, endpoint=True).tolist()
         return cls([rng.integers(3, vocab_size, length).tolist() for length in inputs], outputs)
 
     def params(self, index: int) -> SamplingParams:
@@ -156,8 +165,8 @@ def open_llm(directory: Path, threads: int, config: KvCacheConfig) -> tuple[LLM,
     return llm, spent
 
 
-def streams(directory: Path, threads: int, work: Work, rounds: int) -> tuple[list[list[object]], dict[str, Any], int]:
-    """Alone and together, in turn; also the most bytes of cache in use."""
+def streams(directory: Path, threads: int, work: Work, rounds: int) -> tuple[list[list[object]], dict[str, Any]]:
+    """Alone and together, in turn."""
     llm, spent = open_llm(directory, threads, KvCacheConfig(enable_block_reuse=False))
     alone, together = [], []
     for done in range(rounds):
@@ -165,11 +174,8 @@ def streams(directory: Path, threads: int, work: Work, rounds: int) -> tuple[lis
         alone.append(run_work(llm, spent, work, False))
         rates = [side[-1].tokens_per_second for side in (alone, together)]
         stderr.print(f"round {done + 1}/{rounds}: alone {rates[0]:.4g}, together {rates[1]:.4g} tokens/s")
-    statistics_ = llm.statistics
-    used = statistics_.full_bytes_used + statistics_.compressed_bytes_used
     found = [differences(llm, work, a, b) for a, b in zip(alone, together, strict=True)]
-    llm.shutdown()
-    llm.check_integrity()
+    close(llm)
     ratio = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in zip(alone, together, strict=True))
     rows: list[list[object]] = []
     for name, runs in (("alone", alone), ("together", together)):
@@ -182,27 +188,34 @@ def streams(directory: Path, threads: int, work: Work, rounds: int) -> tuple[lis
         "together": [item.figures() for item in together],
         "ratio": ratio,
         "differences": found,
-        "cache_bytes_used": used,
     }
-    return rows, results, used
+    return rows, results
 
 
-def scarce(directory: Path, threads: int, work: Work, used: int) -> tuple[list[list[object]], dict[str, Any]]:
-    """A quarter of the bytes; every request must end as it should, with the tokens it would have alone."""
+def scarce(directory: Path, threads: int, work: Work) -> tuple[list[list[object]], dict[str, Any]]:
+    """A quarter of the bytes; every request must end as it should, with the tokens it has in a large cache."""
+    llm, spent = open_llm(directory, threads, KvCacheConfig(enable_block_reuse=False))
+    ample = run_work(llm, spent, work, True)
+    used = llm.statistics.full_bytes_used + llm.statistics.compressed_bytes_used
+    close(llm)
     llm, spent = open_llm(directory, threads, KvCacheConfig(used // 4, enable_block_reuse=False))
-    together = run_work(llm, spent, work, True)
+    tight = run_work(llm, spent, work, True)
     preemptions = llm.statistics.preemptions
-    alone = run_work(llm, spent, work, False)
-    found = differences(llm, work, alone, together)
+    found = differences(llm, work, ample, tight)
+    close(llm)
+    rows: list[list[object]] = [
+        ["cache for everybody", f"{ample.tokens_per_second:.1f} tokens/s", format_bytes(used)],
+        ["a quarter of it", f"{tight.tokens_per_second:.1f} tokens/s", f"{preemptions} preemptions"],
+        ["", f"{len(tight.outputs)} complete", f"{found['differing']} differ"],
+    ]
+    figures = {"ample": ample.figures(), "tight": tight.figures()}
+    return rows, {"cache_bytes_used": used, "preemptions": preemptions, "differences": found, **figures}
+
+
+def close(llm: LLM) -> None:
+    """The end; every block must be back."""
     llm.shutdown()
     llm.check_integrity()
-    rows: list[list[object]] = [
-        ["a quarter of the cache", f"{together.tokens_per_second:.1f} tokens/s", f"{preemptions} preemptions"],
-        ["", f"{len(together.outputs)} complete", f"{found['differing']} differ"],
-    ]
-    sizes = llm.cache_sizes
-    results = {"cache_bytes": sizes.num_bytes, "preemptions": preemptions, "differences": found}
-    return rows, results | {"together": together.figures()}
 
 
 def prefix(directory: Path, threads: int, vocab_size: int, rounds: int) -> tuple[list[list[object]], dict[str, Any]]:
@@ -215,8 +228,7 @@ def prefix(directory: Path, threads: int, vocab_size: int, rounds: int) -> tuple
         shared = rng.integers(3, vocab_size, PREFIX).tolist()
         work = Work([shared + rng.integers(3, vocab_size, SUFFIX).tolist() for _ in range(2)], [8, 8])
         pairs.append(run_work(llm, spent, work, False).first_tokens)
-    llm.shutdown()
-    llm.check_integrity()
+    close(llm)
     ratio = statistics.median(second / first for first, second in pairs)
     row: list[object] = [
         "second prompt's time to first token",
@@ -258,11 +270,11 @@ def main(
     work = Work.mixed(num_streams, vocab_size, mean, most)
     rows: list[list[object]] = []
     results: dict[str, Any] = {"prompt_lens": list(map(len, work.prompts)), "output_lens": work.output_lens}
-    if "streams" in chosen or "scarce" in chosen:
-        new, results["streams"], used = streams(directory, threads, work, rounds)
+    if "streams" in chosen:
+        new, results["streams"] = streams(directory, threads, work, rounds)
         rows += new
     if "scarce" in chosen:
-        new, results["scarce"] = scarce(directory, threads, work, used)
+        new, results["scarce"] = scarce(directory, threads, Work.growing(num_streams, vocab_size, most))
         rows += new
     if "prefix" in chosen:
         new, results["prefix"] = prefix(directory, threads, vocab_size, rounds + 2)
