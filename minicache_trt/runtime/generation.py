@@ -96,6 +96,7 @@ class Generation:
         self._generator = np.random.default_rng(params.seed)
         self._detokenizer = Detokenizer(tokenizer, list(token_ids), params.stop_strings) if tokenizer else None
         self._logprobs: list[dict[int, Logprob]] = []
+        self._cumulative_logprobs = [0.0]
         self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self._constraint = constraint
         self._observer = observer
@@ -148,7 +149,7 @@ class Generation:
             index=0,
             text=text,
             token_ids=chosen,
-            cumulative_logprob=_sum_of_chosen(chosen, logprobs),
+            cumulative_logprob=None if logprobs is None else self._cumulative_logprobs[num_tokens],
             logprobs=logprobs,
             finish_reason=self.finish_reason if finished else None,
             stop_reason=self._stop_reason if finished else None,
@@ -191,7 +192,9 @@ class Generation:
 
     def _record_logprobs(self, logits: Logits, token: int) -> None:
         if self._params.logprobs is not None:
-            self._logprobs.append(top_logprobs(logits, token, self._params.logprobs))
+            entry = top_logprobs(logits, token, self._params.logprobs)
+            self._logprobs.append(entry)
+            self._cumulative_logprobs.append(self._cumulative_logprobs[-1] + entry[token].logprob)
         if self._observer is not None:
             self._observer.sampled(self.sequence.num_tokens, logits)
 
@@ -219,9 +222,3 @@ class Generation:
         if self.finished:
             self._detokenizer.close()
         return self._detokenizer.take()
-
-
-def _sum_of_chosen(tokens: list[int], logprobs: list[dict[int, Logprob]] | None) -> float | None:
-    if logprobs is None:
-        return None
-    return sum((entry[token].logprob for token, entry in zip(tokens, logprobs, strict=True)), 0.0)

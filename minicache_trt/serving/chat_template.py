@@ -60,11 +60,11 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # whatever a template raises, it raises it about this conversation
             raise ApiError(
                 400, f"messages: the chat template refuses them: {_one_line(error)}", param="messages"
             ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 def read_template(source: str | None) -> str | None:

@@ -118,13 +118,15 @@ def _prompts(body: CompletionRequest) -> Prompts:
 
 
 def _prompt_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[PromptLike]:
+    if not prompt and not isinstance(prompt, str):
+        raise ApiError(400, "prompt: expected at least one, got none", param="prompt")
     if isinstance(prompt, str):
         return [prompt]
     token_ids = [item for item in prompt if isinstance(item, int)]
-    prompts: list[PromptLike] = [item for item in prompt if not isinstance(item, int)]
-    if not prompt:
-        raise ApiError(400, "prompt: expected at least one, got none", param="prompt")
-    return prompts or [token_ids]
+    if token_ids:
+        return [{"prompt_token_ids": token_ids}]
+    items = [item for item in prompt if not isinstance(item, int)]
+    return [item if isinstance(item, str) else {"prompt_token_ids": item} for item in items]
 
 
 def _prompt_text(output: RequestOutput, texts: TokenText) -> str:

@@ -7,15 +7,17 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minicache_trt.serving.metrics import compression_ratio
+from minicache_trt.serving.metrics import compression_ratios
 from minicache_trt.serving.service import Service
 
 SAMPLES = 300
+RATE_SAMPLES = 5
+"""Rates are averages over so many samples."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The server at one moment. Rates are over the time since the sample before; what has no value yet is None."""
+    """The server at one moment; what has no value yet is None."""
 
     time: float
     running: int
@@ -42,22 +44,22 @@ class History:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._samples: deque[Sample] = deque(maxlen=SAMPLES)
-        self._before = (time.perf_counter(), 0, 0)
+        self._counts = deque([(time.perf_counter(), 0, 0)], maxlen=RATE_SAMPLES)
 
     def sample(self) -> None:
         """Add the present."""
         service = self._service
         load, statistics = service.llm.load, service.llm.statistics
         now, prompt, generated = time.perf_counter(), statistics.prefill_tokens, statistics.generated_tokens
-        seconds = max(now - self._before[0], 1e-9)
+        before, seconds = self._counts[0], max(now - self._counts[0][0], 1e-9)
         audit = service.recent.audit()
         self._samples.append(
             Sample(
                 time=time.time(),
                 running=load.running,
                 waiting=load.waiting,
-                prompt_tokens_per_second=max(0, prompt - self._before[1]) / seconds,
-                generation_tokens_per_second=max(0, generated - self._before[2]) / seconds,
+                prompt_tokens_per_second=max(0, prompt - before[1]) / seconds,
+                generation_tokens_per_second=max(0, generated - before[2]) / seconds,
                 ttft_p50=service.recent.percentile(0.5),
                 ttft_p95=service.recent.percentile(0.95),
                 full_usage=load.full.used / max(1, load.full.total),
@@ -67,7 +69,7 @@ class History:
                 top1_agreement=None if audit is None else audit[1],
             )
         )
-        self._before = (now, prompt, generated)
+        self._counts.append((now, prompt, generated))
 
     def report(self) -> dict[str, Any]:
         """What the status page shows."""
@@ -92,7 +94,7 @@ class History:
             "tokens": {"prompt": statistics.prompt_tokens, "generated": statistics.generated_tokens},
             "cache": {
                 "bytes": service.llm.cache_sizes.num_bytes,
-                "compression_ratio": compression_ratio(service.llm),
+                "compression_ratio": compression_ratios(service.llm).get("compressed_tier"),
                 "full": asdict(load.full),
                 "compressed": asdict(load.compressed),
                 "demoted": statistics.demotions,

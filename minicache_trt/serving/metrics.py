@@ -141,15 +141,21 @@ class EngineCollector(Collector):
         sizes = self._llm.cache_sizes
         allocated = [([*name, "full"], sizes.full_bytes), ([*name, "compressed"], sizes.compressed_bytes)]
         yield _gauge("kv_cache_bytes", "Bytes allocated.", ["tier"], allocated)
-        text = "16-bit bytes of as many tokens as the allocated blocks hold, over the bytes allocated."
-        yield _gauge("kv_cache_compression_ratio", text, [], [(name, compression_ratio(self._llm))])
+        ratios = [([*name, scope], value) for scope, value in compression_ratios(self._llm).items()]
+        yield _gauge("kv_cache_compression_ratio", "Bytes of the same tokens in 16 bits over bytes.", ["of"], ratios)
 
 
-def compression_ratio(llm: LLM) -> float:
-    """What the tokens that fit into both tiers would take in 16 bits, over what is allocated for them."""
+def compression_ratios(llm: LLM) -> dict[str, float]:
+    """16-bit bytes of the tokens that fit, over the bytes allocated for them: ``allocated``, and ``compressed_tier``.
+
+    Both tiers together can be larger than 16 bits where the backend computes in 32 and the compressed tier is small.
+    """
     sizes, load = llm.cache_sizes, llm.load
-    tokens = (load.full.total + load.compressed.total) * BLOCK_SIZE
-    return tokens * baseline_bytes_per_token(llm.engine.model) / sizes.num_bytes
+    block = BLOCK_SIZE * baseline_bytes_per_token(llm.engine.model)
+    ratios = {"allocated": (load.full.total + load.compressed.total) * block / sizes.num_bytes}
+    if sizes.compressed_block_bytes:
+        ratios["compressed_tier"] = block / sizes.compressed_block_bytes
+    return ratios
 
 
 def _gauge(key: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> GaugeMetricFamily:

@@ -22,7 +22,7 @@ from minicache_trt.contract import (
 )
 
 VOCAB = 48
-WAIT = 60
+WAIT = 20
 """Seconds after which a test gives up."""
 
 
