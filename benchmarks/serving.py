@@ -1,6 +1,6 @@
 """What does serving many requests at once gain, and what does the runtime around the engine cost?
 
-* *streams*: requests of mixed lengths, all at once through ``generate_async``, and one after the other. Outputs of the
+* *streams*: requests of mixed lengths, many at once through ``generate_async``, and one after the other. Outputs of the
   two are compared; where they part, the logits of the tokens chosen together, alone and teacher-forced, tell how far
   they were from the best ones. The runtime's share is everything but the time inside the engine's ``decode`` and
   ``compress``: scheduling, packing, sampling, text, and whatever else runs in the process.
@@ -117,10 +117,14 @@ class Run:
         }
 
 
-def run_work(llm: LLM, spent: EngineTime, work: Work, together: bool) -> Run:
-    """All requests at once, or each after the one before."""
+def run_work(llm: LLM, spent: EngineTime, work: Work, streams: int) -> Run:
+    """All requests in order, ``streams`` at a time."""
 
-    async def one(index: int) -> tuple[list[int], float]:
+    async def one(index: int, places: asyncio.Semaphore) -> tuple[list[int], float]:
+        async with places:
+            return await generate(index)
+
+    async def generate(index: int) -> tuple[list[int], float]:
         start, first, tokens, reason = time.perf_counter(), None, [], None
         async for update in llm.generate_async(work.prompts[index], work.params(index)):
             first = first or time.perf_counter() - start
@@ -131,10 +135,8 @@ def run_work(llm: LLM, spent: EngineTime, work: Work, together: bool) -> Run:
         return tokens, first or 0.0
 
     async def everything() -> list[tuple[list[int], float]]:
-        indices = range(len(work.prompts))
-        if together:
-            return await asyncio.gather(*map(one, indices))
-        return [await one(index) for index in indices]
+        places = asyncio.Semaphore(streams)
+        return await asyncio.gather(*(one(index, places) for index in range(len(work.prompts))))
 
     before, start = spent.seconds, time.perf_counter()
     results = asyncio.run(everything())
@@ -144,7 +146,7 @@ def run_work(llm: LLM, spent: EngineTime, work: Work, together: bool) -> Run:
 
 def differences(llm: LLM, work: Work, alone: Run, together: Run) -> dict[str, Any]:
     """How many outputs differ, and how far below the best logit their tokens are, as a share of the logits' range."""
-    parts = [i for i, (a, b) in enumerate(zip(alone.outputs, together.outputs, strict=True)) if a != b]
+    parts = [index for index, output in enumerate(alone.outputs) if output != together.outputs[index]]
     worst = 0.0
     for index in parts:
         prompt, output = work.prompts[index], together.outputs[index]
@@ -159,32 +161,36 @@ def open_llm(directory: Path, threads: int, config: KvCacheConfig) -> tuple[LLM,
     engine, spent = open_engine(directory, threads), EngineTime()
     spent.watch(engine)
     llm = LLM.from_engine(engine, tokenizer=directory / CHECKPOINT, kv_cache_config=config)
-    run_work(llm, spent, Work([[3, 4, 5]] * 2, [2, 2]), True)
+    run_work(llm, spent, Work([[3, 4, 5]] * 2, [2, 2]), 2)
     gc.collect()
     gc.freeze()  # as servers do: what the libraries have loaded is no garbage, and takes long to look through
     return llm, spent
 
 
-def streams(directory: Path, threads: int, work: Work, rounds: int) -> tuple[list[list[object]], dict[str, Any]]:
-    """Alone and together, in turn."""
+def streams(
+    directory: Path, threads: int, work: Work, num_streams: int, alone_requests: int, rounds: int
+) -> tuple[list[list[object]], dict[str, Any]]:
+    """Together and, the first ``alone_requests`` of them, one by one, in turn."""
+    first = Work(work.prompts[:alone_requests], work.output_lens[:alone_requests])
     llm, spent = open_llm(directory, threads, KvCacheConfig(enable_block_reuse=False))
     alone, together = [], []
     for done in range(rounds):
-        together.append(run_work(llm, spent, work, True))
-        alone.append(run_work(llm, spent, work, False))
+        together.append(run_work(llm, spent, work, num_streams))
+        alone.append(run_work(llm, spent, first, 1))
         rates = [side[-1].tokens_per_second for side in (alone, together)]
         stderr.print(f"round {done + 1}/{rounds}: alone {rates[0]:.4g}, together {rates[1]:.4g} tokens/s")
-    found = [differences(llm, work, a, b) for a, b in zip(alone, together, strict=True)]
+    found = [differences(llm, first, a, b) for a, b in zip(alone, together, strict=True)]
     close(llm)
     ratio = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in zip(alone, together, strict=True))
     rows: list[list[object]] = []
-    for name, runs in (("alone", alone), ("together", together)):
+    for name, runs in (("one stream", alone), (f"{num_streams} streams", together)):
         rate = statistics.median(item.tokens_per_second for item in runs)
         share = statistics.median(item.runtime_share for item in runs)
-        rows.append([f"{len(work.prompts)} streams {name}", f"{rate:.1f} tokens/s", f"runtime {share:.1%}"])
-    rows.append(["together over alone", f"{ratio:.2f}x", f"{found[0]['differing']} differ"])
+        rows.append([name, f"{rate:.1f} tokens/s", f"runtime {share:.1%}"])
+    compared = f"{found[0]['differing']} of {len(first.prompts)} outputs differ"
+    rows.append([f"{num_streams} streams over one", f"{ratio:.2f}x", compared])
     results = {
-        "alone": [item.figures() for item in alone],
+        "one": [item.figures() for item in alone],
         "together": [item.figures() for item in together],
         "ratio": ratio,
         "differences": found,
@@ -195,11 +201,11 @@ def streams(directory: Path, threads: int, work: Work, rounds: int) -> tuple[lis
 def scarce(directory: Path, threads: int, work: Work) -> tuple[list[list[object]], dict[str, Any]]:
     """A quarter of the bytes; every request must end as it should, with the tokens it has in a large cache."""
     llm, spent = open_llm(directory, threads, KvCacheConfig(enable_block_reuse=False))
-    ample = run_work(llm, spent, work, True)
+    ample = run_work(llm, spent, work, len(work.prompts))
     used = llm.statistics.full_bytes_used + llm.statistics.compressed_bytes_used
     close(llm)
     llm, spent = open_llm(directory, threads, KvCacheConfig(used // 4, enable_block_reuse=False))
-    tight = run_work(llm, spent, work, True)
+    tight = run_work(llm, spent, work, len(work.prompts))
     preemptions = llm.statistics.preemptions
     found = differences(llm, work, ample, tight)
     close(llm)
@@ -222,12 +228,12 @@ def prefix(directory: Path, threads: int, vocab_size: int, rounds: int) -> tuple
     """A new prefix each round."""
     llm, spent = open_llm(directory, threads, KvCacheConfig())
     rng = np.random.default_rng(1)
-    run_work(llm, spent, Work([rng.integers(3, vocab_size, PREFIX).tolist()], [2]), True)
+    run_work(llm, spent, Work([rng.integers(3, vocab_size, PREFIX).tolist()], [2]), 1)
     pairs = []
     for _ in range(rounds):
         shared = rng.integers(3, vocab_size, PREFIX).tolist()
         work = Work([shared + rng.integers(3, vocab_size, SUFFIX).tolist() for _ in range(2)], [8, 8])
-        pairs.append(run_work(llm, spent, work, False).first_tokens)
+        pairs.append(run_work(llm, spent, work, 1).first_tokens)
     close(llm)
     ratio = statistics.median(second / first for first, second in pairs)
     row: list[object] = [
@@ -246,6 +252,8 @@ def main(
     weights: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "fp32",
     parts: Annotated[str, typer.Option(help=f"Of {', '.join(PARTS)}.")] = ",".join(PARTS),
     num_streams: Annotated[int, typer.Option(help="Requests at once.")] = 64,
+    num_requests: Annotated[int, typer.Option(help="Requests in all, in the place of each that ends the next.")] = 192,
+    alone: Annotated[int | None, typer.Option(help="Of these also one by one.", show_default="all")] = None,
     mean: Annotated[int, typer.Option(help="Mean tokens of prompts and of answers.")] = 96,
     most: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an answer.")] = 384,
     rounds: Annotated[int, typer.Option(help="Paired measurements.")] = 3,
@@ -267,11 +275,11 @@ def main(
     )
     directory = engine_directory(cache_dir, source, method, limits)
     vocab_size = open_engine(directory, threads).model.vocab_size
-    work = Work.mixed(num_streams, vocab_size, mean, most)
+    work = Work.mixed(num_requests, vocab_size, mean, most)
     rows: list[list[object]] = []
     results: dict[str, Any] = {"prompt_lens": list(map(len, work.prompts)), "output_lens": work.output_lens}
     if "streams" in chosen:
-        new, results["streams"] = streams(directory, threads, work, rounds)
+        new, results["streams"] = streams(directory, threads, work, num_streams, alone or num_requests, rounds)
         rows += new
     if "scarce" in chosen:
         new, results["scarce"] = scarce(directory, threads, Work.growing(num_streams, vocab_size, most))

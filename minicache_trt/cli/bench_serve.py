@@ -141,7 +141,9 @@ def serve(
     ] = None,
     detailed: Annotated[
         bool,
-        typer.Option("--detailed", "--save-detailed", help="Times of every request in --json.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--detailed", "--save-detailed", help="Times and text of each request, in --json.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     json: options.Json = False,
 ) -> None:

@@ -62,6 +62,7 @@ class _Answer:
     """What has arrived so far."""
 
     chunks: list[float] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
     input_tokens: int | None = None
     output_tokens: int | None = None
 
@@ -102,9 +103,9 @@ async def exchange(
     except httpx.HTTPError as error:
         kind, message = "malformed", str(error) or type(error).__name__
     tokens = len(answer.chunks) if answer.output_tokens is None else answer.output_tokens
-    times = tuple(answer.chunks)
+    times, text = tuple(answer.chunks), "".join(answer.text)
     message = " ".join(message.split())[:MESSAGE_LENGTH]
-    return Record(due, sent, times, clock(), answer.input_tokens, tokens, kind, message)
+    return Record(due, sent, times, clock(), answer.input_tokens, tokens, kind, message, text)
 
 
 async def _converse(
@@ -142,6 +143,7 @@ def _take(api: Api, data: str, answer: _Answer, clock: Callable[[], float]) -> N
         raise _Failure("stream_error", piece.error)
     if piece.text:
         answer.chunks.append(clock())
+        answer.text.append(piece.text)
     if piece.input_tokens is not None:
         answer.input_tokens = piece.input_tokens
     if piece.output_tokens is not None:

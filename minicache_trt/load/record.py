@@ -27,6 +27,8 @@ class Record:
         endpoint reported one in the middle), ``malformed``.
     message : str
         What the endpoint or the library said about it.
+    text : str
+        What was generated.
     """
 
     due: float
@@ -37,6 +39,7 @@ class Record:
     output_tokens: int = 0
     error: str | None = None
     message: str = ""
+    text: str = ""
 
     @property
     def ttft(self) -> float:

@@ -151,7 +151,7 @@ def test_chat_role_is_no_token() -> None:
     ]  # fmt: skip
     (record,), _ = send([Script(events)], api="openai-chat")
     assert record.error is None and record.output_tokens == 2
-    assert record.ttft == pytest.approx(0.3) and record.itl == pytest.approx([0.3])
+    assert record.text == "hmyes" and record.ttft == pytest.approx(0.3) and record.itl == pytest.approx([0.3])
 
 
 def test_triton_ends_with_its_response() -> None:
