@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # TORCH_ARGS chooses another build of PyTorch, for example an index of CPU-only wheels.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help demo test check check-all plugins setup clean
+.PHONY: help demo test browser check check-all plugins setup clean
 
 help:            ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,8 +24,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard plugins/c
 demo: setup      ## Build a compressed engine from the bundled checkpoint, generate text, compare with PyTorch
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh build
 
-test: setup check   ## Run all checks and tests
+test: setup check browser   ## Run all checks and tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+browser:         ## Install Chromium for the test of the status page, where apt may do that
+	@command -v chromedriver > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
+		{ apt-get install -qq -y chromium chromium-driver || { apt-get update -qq && \
+		apt-get install -qq -y chromium chromium-driver; }; } > /dev/null 2>&1; } || \
+		echo "Chromium is not installed: the test of the status page in a browser will be skipped"
 
 check: setup     ## Lint and types
 	$(BIN)/ruff check .
@@ -39,7 +45,7 @@ plugins:         ## Build the kernel libraries: CUDA where nvcc is installed, an
 		echo "nvcc is not installed: only the host library is built"; build_scripts/build_plugins.sh --host; \
 	fi
 
-check-all: setup check plugins   ## All checks and tests, the long ones too: every GPU architecture, every instantiation
+check-all: setup check browser plugins   ## All checks and tests, the long ones too: every GPU architecture, every instantiation
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "long or not long"
 
 clean:           ## Remove the environment and everything built

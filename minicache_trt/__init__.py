@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from minicache_trt.config import BuildConfig, KvCacheConfig
     from minicache_trt.errors import UserError
     from minicache_trt.runtime.llm import LLM
-    from minicache_trt.runtime.request import RequestOutput, SamplingParams
+    from minicache_trt.runtime.request import RequestOutput
+    from minicache_trt.runtime.sampling_params import GuidedDecodingParams, SamplingParams
 
 _EXPORTS = {
     "LLM": "minicache_trt.runtime.llm",
-    "SamplingParams": "minicache_trt.runtime.request",
+    "GuidedDecodingParams": "minicache_trt.runtime.sampling_params",
+    "SamplingParams": "minicache_trt.runtime.sampling_params",
     "RequestOutput": "minicache_trt.runtime.request",
     "KvCacheConfig": "minicache_trt.config",
     "BuildConfig": "minicache_trt.config",
@@ -21,7 +23,16 @@ _EXPORTS = {
     "UserError": "minicache_trt.errors",
 }
 
-__all__ = ["LLM", "BuildConfig", "CompressionPlan", "KvCacheConfig", "RequestOutput", "SamplingParams", "UserError"]
+__all__ = [
+    "LLM",
+    "BuildConfig",
+    "CompressionPlan",
+    "GuidedDecodingParams",
+    "KvCacheConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "UserError",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import tempfile
 from functools import partial
@@ -192,4 +193,8 @@ def _service(
     engine = load_engine(path, threads, backend)
     llm = LLM.from_engine(engine, tokenizer=path / CHECKPOINT, kv_cache_config=cache)
     uncompressed = uncompressed_runner(engine, path, work_dir, threads) if audit_rate > 0 else None
-    return Service(llm, names, max_queue_size, audit_rate, uncompressed)
+    service = Service(llm, names, max_queue_size, audit_rate, uncompressed)
+    # What is loaded stays: the garbage collector need not look through it between tokens.
+    gc.collect()
+    gc.freeze()
+    return service

@@ -24,11 +24,13 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer | None, template: str | None = None) -> None:
         self._tokenizer: Any = tokenizer
-        self._template = template or getattr(tokenizer, "chat_template", None)
+        self._template = template
 
     @property
     def available(self) -> bool:
-        return self._template is not None and self._tokenizer is not None
+        """Whether conversations can be rendered."""
+        own = getattr(self._tokenizer, "chat_template", None)
+        return self._tokenizer is not None and bool(self._template or own)
 
     def token_ids(
         self,

@@ -1,11 +1,13 @@
 """Refusals: OpenAI's error object, one line, the field's name."""
 
+import copy
 import json
 
 import openai
 import pytest
 
 from minicache_trt.runtime.llm import LLM
+from tests.runtime.bpe import bpe_tokenizer
 from tests.runtime.fake_engine import FakeEngine, small_build
 from tests.serving.live import MODEL, Live, fake_llm
 
@@ -122,6 +124,16 @@ def test_a_model_without_chat_template(serve):
 def test_a_template_that_refuses(serve, template):
     with pytest.raises(openai.BadRequestError, match="the chat template refuses them: "):
         serve(fake_llm(), http={"chat_template": template}).openai.chat.completions.create(model=MODEL, messages=TALK)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_tokenizers_own_template_is_used(serve, several):
+    tokenizer = copy.deepcopy(bpe_tokenizer())
+    own = "[{{ messages[-1].content }}]"
+    tokenizer.chat_template = {"default": own, "other": "{{ 1 / 0 }}"} if several else own
+    live = serve(fake_llm(tokenizer), http={"chat_template": None})
+    answer = live.openai.chat.completions.create(model=MODEL, messages=TALK, max_tokens=1)
+    assert answer.usage.prompt_tokens == len(tokenizer.encode("[hi]", add_special_tokens=False))
 
 
 def test_a_model_without_tokenizer_takes_token_ids(serve):
