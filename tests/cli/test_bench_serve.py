@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,6 +229,18 @@ def test_nobody_there(invoke: Invoke, refused: Refused) -> None:
 )
 def test_bad_flags(refused: Refused, flags: list[object], parts: list[str]) -> None:
     refused(["bench", "serve", *flags], *parts)
+
+
+def test_a_missing_package_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == "httpx" else find(wanted))
+    refused(["bench", "serve"], "needs the package httpx", "pip install 'minicache-trt[load]'")
+
+
+def test_other_verbs_do_without_it() -> None:
+    """Loading the command line does not load the client."""
+    code = "import sys, minicache_trt.cli.app; sys.exit('httpx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_bench_itself(refused: Refused) -> None:
