@@ -14,6 +14,8 @@ from minicache_trt.runtime.sampling_params import GuidedDecodingParams
 from minicache_trt.runtime.tokenizer import Tokenizer
 
 WHITESPACE = r"[ \n\t]{1,20}"
+LONGEST_LINE = 200
+"""Of a message; the library repeats the grammar in its own."""
 
 
 class _Matcher(Protocol):
@@ -31,6 +33,8 @@ class _Matcher(Protocol):
 class Constraint:
     """The state of one output under its constraint. It depends on the sampled tokens alone, not on the schedule.
 
+    The first mask, which takes the longest, is made with the constraint.
+
     Parameters
     ----------
     matcher : LLMatcher
@@ -41,6 +45,11 @@ class Constraint:
         What the matcher takes for the end of the output.
     eos_token_ids : tuple of int
         All of them may end a complete output; without any, the caller ends it when it is complete.
+
+    Raises
+    ------
+    ValueError
+        As `allowed`.
     """
 
     def __init__(self, matcher: _Matcher, vocab_size: int, end_token: int, eos_token_ids: tuple[int, ...]) -> None:
@@ -48,6 +57,7 @@ class Constraint:
         self._vocab_size = vocab_size
         self._end_token = end_token
         self._eos_token_ids = eos_token_ids
+        self._first: NDArray[np.bool_] | None = self._compute()
 
     @property
     def complete(self) -> bool:
@@ -62,15 +72,8 @@ class Constraint:
         ValueError
             When nothing may come, or the matcher has given up because the grammar became too complex.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
-        self._check()
-        may_end = allowed[self._end_token]
-        allowed[self._end_token] = False
-        allowed[list(self._eos_token_ids)] = may_end
-        if not allowed.any():
-            raise ValueError("guided_decoding: no token of this model continues the output")
-        return allowed
+        first, self._first = self._first, None
+        return self._compute() if first is None else first
 
     def accept(self, token: int) -> None:
         """The token was sampled.
@@ -83,6 +86,17 @@ class Constraint:
         if token not in self._eos_token_ids:
             self._matcher.consume_token(token)
             self._check()
+
+    def _compute(self) -> NDArray[np.bool_]:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
+        self._check()
+        may_end = allowed[self._end_token]
+        allowed[self._end_token] = False
+        allowed[list(self._eos_token_ids)] = may_end
+        if not allowed.any():
+            raise ValueError("guided_decoding: no token of this model continues the output")
+        return allowed
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -130,7 +144,10 @@ class GuidedDecoder:
             raise UserError(f"guided_decoding: {summary(str(error))}") from error
         if matcher.is_error():
             raise UserError(f"guided_decoding: {summary(matcher.get_error())}")
-        return Constraint(matcher, self._vocab_size, end_token, () if ignore_eos else self._eos_token_ids)
+        try:
+            return Constraint(matcher, self._vocab_size, end_token, () if ignore_eos else self._eos_token_ids)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def _vocabulary(self) -> tuple[Any, int]:
         """The tokenizer as llguidance wants it, made once, and the token it takes for the end."""
@@ -149,9 +166,9 @@ class GuidedDecoder:
 
 
 def summary(text: str) -> str:
-    """A library's message of many lines on one: the first, and the one that says what is wrong."""
+    """A library's message of many lines on one that is not too long: the first, and the one that says what is wrong."""
     first, *others = text.strip().split("\n")
-    return " ".join([first, *(line for line in others if line.startswith("error: "))])
+    return " ".join(line[:LONGEST_LINE] for line in [first, *(line for line in others if line.startswith("error: "))])
 
 
 def _grammar(matcher: Any, params: GuidedDecodingParams) -> str:

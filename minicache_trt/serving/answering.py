@@ -130,6 +130,8 @@ def check_model(name: str | None, names: tuple[str, ...]) -> str:
 
 def check(completion: CompletionOutput) -> None:
     """Raises `ApiError` when a request did not end as its caller could expect."""
+    if completion.finish_reason == "error" and str(completion.stop_reason).startswith("guided_decoding: "):
+        raise ApiError(400, str(completion.stop_reason), param="guided_decoding")  # the grammar grew too complex
     if completion.finish_reason == "error":
         raise ApiError(500, f"the request ended early: {completion.stop_reason}", "server_error", "engine_error")
     if completion.finish_reason == "abort":

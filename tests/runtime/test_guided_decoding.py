@@ -78,7 +78,7 @@ def containers(children):
 schemas = st.recursive(leaves, containers, max_leaves=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(schemas, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.7, 3.0]), st.sampled_from([None, "", " ?"]))
 def test_random_schemas(schema, seed, temperature, whitespace):
     params = guided(seed, temperature=temperature, json=schema, whitespace_pattern=whitespace)
@@ -105,7 +105,7 @@ def test_a_schema_that_always_ends_is_always_completed():
     assert all(completion.token_ids[-1] == EOS for completion in completions)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(
         [
@@ -204,6 +204,11 @@ def test_any_of_several_end_tokens_may_end():
         ({"json": {"type": "nonsense"}}, "nonsense"),
         ({"json": "{"}, "EOF"),
         ({"grammar": "start: other"}, "unknown name"),
+        ({"grammar": "start: " + "(" * 20000 + '"a"' + ")" * 20000}, "too deeply nested"),
+        ({"regex": "(" * 100000 + ")" * 100000}, "maximum number of nested"),
+        ({"json": {"$ref": "#"}}, ""),
+        ({"json": {"$ref": "http://localhost/schema.json"}}, "not present in a registry"),
+        ({"choice": ["\ud800"]}, "surrogates not allowed"),
     ],
 )
 def test_constraints_that_cannot_be_used_are_refused(constraint, message):
@@ -211,6 +216,15 @@ def test_constraints_that_cannot_be_used_are_refused(constraint, message):
     with pytest.raises(UserError, match=f"^guided_decoding: .*{message}"):
         llm.generate([PROMPT], guided(**constraint))
     assert llm.engine.num_steps == 0
+
+
+def test_a_grammar_that_grows_too_complex_ends_its_request_only():
+    llm = make_llm()
+    others = guided(regex="[0-9]{3}")
+    bad, good = complete(llm, [guided(regex="(a{1000}){1000}"), others], [PROMPT] * 2)
+    assert bad.finish_reason == "error" and bad.stop_reason.startswith("guided_decoding: lexer error: too many")
+    assert good.token_ids == complete(make_llm(), others)[0].token_ids
+    check_idle(llm)
 
 
 @pytest.mark.parametrize("constraint", [{}, {"regex": "a", "json_object": True}, {"choice": []}, {"choice": [""]}])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.serving.live import Live, fake_llm
 from tests.serving.test_lifecycle import settled
 
-EXAMPLES, MANY = 12, 1000
+EXAMPLES, MANY = 8, 1000
 
 
 @pytest.fixture(scope="module")
