@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from minicache_trt.cli import bench, build, calibrate, compare, doctor, evaluate, inspect, models, plan, run, serve
+from minicache_trt.cli import (
+    bench,
+    bench_serve,
+    build,
+    calibrate,
+    compare,
+    doctor,
+    evaluate,
+    inspect,
+    models,
+    plan,
+    run,
+    serve,
+)
 from minicache_trt.cli.console import stdout
 from minicache_trt.cli.deploy import deploy
 
@@ -49,7 +62,6 @@ VERBS = (
     run.run,
     serve.serve,
     compare.compare,
-    bench.bench,
     models.models,
     plan.plan,
     calibrate.calibrate,
@@ -61,4 +73,8 @@ app.command("eval", no_args_is_help=True)(evaluate.evaluate)
 for verb in VERBS:
     app.command(no_args_is_help=verb not in NEED_NOTHING)(verb)
 
+bench_group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+bench_group.callback(invoke_without_command=True)(bench.bench)
+bench_group.command("serve")(bench_serve.serve)
+app.add_typer(bench_group, name="bench")
 app.add_typer(deploy, name="deploy")

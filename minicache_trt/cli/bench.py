@@ -26,7 +26,8 @@ GRID, PEER, OUTPUT = "What is measured", "Against another program", "Output"
 
 
 def bench(
-    engine: options.EngineDir,
+    context: typer.Context,
+    engine: options.OptionalEngineDir = None,
     batch_sizes: Annotated[str, typer.Option(help="Prompts at a time, comma-separated.", rich_help_panel=GRID)] = "1,8",
     contexts: Annotated[
         str, typer.Option(help="Tokens of each prompt, comma-separated.", rich_help_panel=GRID)
@@ -72,13 +73,22 @@ def bench(
       minicache-trt bench -e engine --against hf
 
       minicache-trt bench -e engine --against onnxruntime-genai --peer-model EXPORT
+
+      minicache-trt bench serve --url http://127.0.0.1:8000
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
+    if engine is None:
+        raise UserError(
+            "bench: missing option --engine", "or measure a running server: minicache-trt bench serve --url URL"
+        )
     info = read_engine(engine)
     grid = _grid(batch_sizes, contexts, new_tokens, rounds)
     grid.check(info.build)
     cache = options.cache_config(kv_cache_memory, gpu_fraction)
     for flag, path in (("--csv", csv), ("--plot", plot)):
-        _check_output(flag, path)
+        options.check_output(flag, path)
     about: dict[str, Any] = {}
     command = _peer_command(engine, info, grid, threads, against, peer_model, peer_python)
     with ExitStack() as stack, stderr.status(Text(f"loading {engine}")) as status:
@@ -102,32 +112,26 @@ def bench(
     _write(cells, engine, info, csv, plot)
 
 
+def _refuse_options(context: typer.Context) -> None:
+    """Options of this verb mean nothing before a subcommand."""
+    given = [
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UserError(
+            f"{flag} does not belong before {context.invoked_subcommand}", "options of a subcommand follow it"
+        )
+
+
 def _grid(batch_sizes: str, contexts: str, new_tokens: int, rounds: int) -> Grid:
     from minicache_trt.benchmark.measure import Grid
 
-    lists = _numbers("--batch-sizes", batch_sizes), _numbers("--contexts", contexts)
+    lists = options.positive_numbers("--batch-sizes", batch_sizes), options.positive_numbers("--contexts", contexts)
     try:
         return Grid(*lists, new_tokens, rounds)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-')}") from error
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Positive numbers of a comma-separated list, each once, in order."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdecimal() and len(word) < 10 and int(word) for word in words):
-        raise UserError(f"{flag}: expected positive numbers separated by commas, got {text!r}", f"such as {flag} 1,8")
-    return tuple(dict.fromkeys(map(int, words)))
-
-
-def _check_output(flag: str, path: Path | None) -> None:
-    """Raises `UserError` when results could not be written there, before they are measured."""
-    if path is None:
-        return
-    if flag == "--plot" and path.exists() and not path.is_dir():
-        raise UserError(f"{flag}: {path} is not a directory")
-    if flag == "--csv" and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"{flag}: cannot write {path}", "name a file in a directory that exists")
 
 
 def _peer_command(

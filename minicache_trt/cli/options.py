@@ -49,6 +49,9 @@ PipelineParallel = Annotated[
 Prompt = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", "--input-text", help="Prompt; may be given several times.")
 ]
+OptionalEngineDir = Annotated[
+    Path | None, typer.Option("--engine", "-e", "--engine-dir", help="Engine directory that build wrote.")
+]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", help="File of prompts: one per line, or .jsonl with a field prompt.")
 ]
@@ -221,3 +224,21 @@ def cache_config(memory: str | None, gpu_fraction: float | None = None) -> KvCac
     if not 1 <= size <= MAX_CACHE_BYTES:
         raise UserError(f"--kv-cache-memory: expected 1 byte to {format_bytes(MAX_CACHE_BYTES)}, got {memory}")
     return replace(config, max_bytes=size)
+
+
+def positive_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Positive numbers of a comma-separated list, each once, in order."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and len(word) < 10 and int(word) for word in words):
+        raise UserError(f"{flag}: expected positive numbers separated by commas, got {text!r}", f"such as {flag} 1,8")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def check_output(flag: str, path: Path | None) -> None:
+    """Raises `UserError` when results could not be written there, before they are measured."""
+    if path is None:
+        return
+    if flag == "--plot" and path.exists() and not path.is_dir():
+        raise UserError(f"{flag}: {path} is not a directory")
+    if flag == "--csv" and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"{flag}: cannot write {path}", "name a file in a directory that exists")

@@ -11,6 +11,7 @@ from typing import Any
 from minicache_trt.runtime.generation import Generation
 from minicache_trt.runtime.job import Update
 from minicache_trt.runtime.request import RequestOutput
+from minicache_trt.runtime.wakeups import Wakeups
 
 
 class AsyncRequest:
@@ -27,12 +28,15 @@ class AsyncRequest:
         What runs.
     cancel : callable
         Ends it soon.
+    wakeups : Wakeups
+        Tells those who wait for it.
     """
 
-    def __init__(self, generation: Generation, cancel: Callable[[Generation], None]) -> None:
+    def __init__(self, generation: Generation, cancel: Callable[[Generation], None], wakeups: Wakeups) -> None:
         self.request_id = generation.request_id
         self._generation = generation
         self._cancel = cancel
+        self._wakeups = wakeups
         self._lock = threading.Lock()  # guards what follows
         self._ended = threading.Event()
         self._num_tokens = self._num_read = 0
@@ -75,10 +79,7 @@ class AsyncRequest:
                 return
             waiting, self._waiting = self._waiting, []
         for loop, future in waiting:
-            try:
-                loop.call_soon_threadsafe(_wake, future)
-            except RuntimeError:  # the loop has been closed, so nobody reads any more
-                self.abort()
+            self._wakeups.add(loop, future, self.abort)
 
     def __await__(self) -> Generator[Any, None, RequestOutput]:
         return self._wait_for_end().__await__()
@@ -127,8 +128,3 @@ class AsyncRequest:
         except asyncio.CancelledError:
             self.abort()
             raise
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -67,15 +67,22 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
     ends = query_start[1:].tolist()
     num_decodes = int(np.count_nonzero(counts == 1))
     logit_rows = [row for item, end in zip(work, ends, strict=True) for row in range(end - item.num_logits, end)]
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for item in work:
+        token_ids += item.sequence.token_ids[item.start : item.end]
+        positions += range(item.start, item.end)
+        slots += cache.slots(item.sequence, item.start, item.end)
     full_table = _table([sequence.full_table for sequence in sequences])
     compressed_table = _table([sequence.compressed_table for sequence in sequences])
     return Batch(
-        input_ids=_concatenate([item.sequence.token_ids[item.start : item.end] for item in work]),
-        positions=_concatenate([range(item.start, item.end) for item in work]),
+        input_ids=np.array(token_ids, np.int32),
+        positions=np.array(positions, np.int32),
         query_start=query_start,
         context_len=np.array([item.end for item in work], np.int32),
         compressed_len=np.array([sequence.compressed_len for sequence in sequences], np.int32),
-        slot_mapping=np.concatenate([cache.slots(item.sequence, item.start, item.end) for item in work]),
+        slot_mapping=np.array(slots, np.int32),
         full_table=full_table,
         compressed_table=compressed_table,
         full_work=work_list(full_table[:num_decodes]),
@@ -95,10 +102,6 @@ def work_list(table: Int32) -> Int32:
 def prefill_past(lengths: list[int]) -> Int32:
     """The tensor that is as long as the longest of the chunks' uncompressed histories."""
     return np.zeros(max(lengths, default=0), np.int32)
-
-
-def _concatenate(parts: list[list[int]] | list[range]) -> Int32:
-    return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
 
 def _table(rows: list[list[int]]) -> Int32:

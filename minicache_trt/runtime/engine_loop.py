@@ -29,6 +29,9 @@ class EngineLoop:
     ----------
     runner : Runner
         Claimed for as long as this object lives.
+    flush : callable
+        Passes on what listeners have been told; called in the engine thread when the engine is about to compute, and
+        when nothing is left to do.
 
     Raises
     ------
@@ -36,9 +39,10 @@ class EngineLoop:
         When somebody else has claimed the runner.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, flush: Callable[[], None] = lambda: None) -> None:
         runner.claim()
         self._runner = runner
+        self._flush = runner.before_engine = flush
         self._listeners: dict[Job, Listener] = {}  # touched by the engine thread only
         self._changed = threading.Condition()  # guards what follows
         self._commands: list[Callable[[], None]] = []
@@ -103,6 +107,8 @@ class EngineLoop:
             while self._more():
                 if self._runner.has_work:
                     self._tell(self._step())
+                if not self._runner.has_work:
+                    self._flush()
         except BaseException as error:
             self._die(f"the engine thread ended: {type(error).__name__}: {error}")
             raise
@@ -127,6 +133,7 @@ class EngineLoop:
         for job in self._listeners:
             job.end("error", message)
         self._tell([Update.of(job) for job in self._listeners])
+        self._flush()
 
     def _step(self) -> list[Update]:
         try:

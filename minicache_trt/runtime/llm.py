@@ -31,6 +31,7 @@ from minicache_trt.runtime.scoring import scoring_jobs
 from minicache_trt.runtime.statistics import Statistics
 from minicache_trt.runtime.temporary_engine import engine_directory
 from minicache_trt.runtime.tokenizer import Tokenizer
+from minicache_trt.runtime.wakeups import Wakeups
 
 
 class LLM:
@@ -104,6 +105,7 @@ class LLM:
         self._requests = RequestFactory(engine.model, engine.build, tokenizer)
         self._loop: EngineLoop | None = None
         self._loop_lock = threading.Lock()
+        self._wakeups = Wakeups()
 
     def __enter__(self) -> LLM:
         return self
@@ -215,8 +217,8 @@ class LLM:
         options = request_options(priority, cache_salt, timeout)
         generation = self._requests.one(prompt, sampling_params, options, observer)
         with self._loop_lock:
-            self._loop = self._loop or EngineLoop(self._runner)
-        request = AsyncRequest(generation, self._loop.cancel)
+            self._loop = self._loop or EngineLoop(self._runner, self._wakeups.flush)
+        request = AsyncRequest(generation, self._loop.cancel, self._wakeups)
         if generation.finished:
             generation.end("length")
             request.update(Update.of(generation))

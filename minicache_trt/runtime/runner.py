@@ -39,6 +39,8 @@ class Runner:
     ----------
     statistics : Statistics
         Since the runner was claimed.
+    before_engine : callable
+        Called whenever the engine is about to compute, a good time to let other threads run.
     """
 
     def __init__(self, engine: Engine, cache_config: KvCacheConfig, clock: Callable[[], float] = monotonic) -> None:
@@ -65,6 +67,7 @@ class Runner:
         self.cache = TieredCache(rule, full_pool, compressed_pool, plan.compresses, reuse, window)
         self.scheduler = Scheduler(self.cache, build.max_batch_size, build.max_num_tokens)
         self.statistics = self._new_statistics()
+        self.before_engine: Callable[[], None] = lambda: None
         self._clock = clock
         self._claimed = threading.Lock()
         self._jobs: dict[Sequence, Job] = {}
@@ -163,7 +166,9 @@ class Runner:
         for item in step.work:
             if item.sequence.first_step is None:
                 item.sequence.first_step = started
-        logits = self.engine.decode(build_batch(step, self.cache))
+        batch = build_batch(step, self.cache)
+        self.before_engine()
+        logits = self.engine.decode(batch)
         jobs = [self._jobs[item.sequence] for item in step.work]
         tokens: list[int | None] = []
         row = 0
@@ -184,6 +189,7 @@ class Runner:
             return
         columns = [(demotion.source, demotion.target, demotion.block_index) for demotion in demotions]
         sources, targets, indices = np.ascontiguousarray(np.array(columns, np.int32).T)
+        self.before_engine()
         try:
             self.engine.compress(sources, targets, indices)
             for demotion in demotions:

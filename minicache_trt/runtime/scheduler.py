@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from functools import cached_property
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.runtime.block_pool import OutOfBlocks
@@ -28,9 +29,9 @@ class Work:
     def num_tokens(self) -> int:
         return self.end - self.start
 
-    @property
+    @cached_property
     def num_logits(self) -> int:
-        """Rows of logits wanted, the last ones of the chunk."""
+        """Rows of logits wanted, the last ones of the chunk; asked for before the step's tokens are known."""
         return len(self.sequence.logit_positions(self.start, self.end))
 
 
@@ -158,6 +159,8 @@ class Scheduler:
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Work:
         start = sequence.num_computed
+        if sequence.num_remaining == 1:
+            return Work(sequence, start, start + min(1, budget))
         end = self.cache.chunk_end(start, sequence.num_tokens, sequence.prompt_len)
         return Work(sequence, start, min(end, start + budget))
 

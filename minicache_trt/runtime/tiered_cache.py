@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.runtime.block_pool import BlockPool, IntegrityError, OutOfBlocks
@@ -118,7 +117,10 @@ class TieredCache:
                 f"demotion to {new_c}: expected a multiple of {BLOCK_SIZE} from compressed_len "
                 f"{sequence.compressed_len} to num_computed {sequence.num_computed}"
             )
-        self._free_behind_window(sequence)
+        if self.sliding_window is not None:
+            self._free_behind_window(sequence)
+        if new_c == sequence.compressed_len:
+            return []
         first, last = len(sequence.compressed_table), new_c // BLOCK_SIZE
         sources = sequence.full_table[: last - first]
         skipped = sources.count(0)
@@ -174,11 +176,13 @@ class TieredCache:
             pool.free(used_blocks(table[:count]))
             table[:count] = [0] * count
 
-    def slots(self, sequence: Sequence, start: int, end: int) -> NDArray[np.int32]:
-        """Full-tier slots (block * B + offset) of positions [start, end), int32 ``(end - start,)``."""
-        offsets = np.arange(start, end, dtype=np.int32) - np.int32(sequence.compressed_len)
-        blocks = np.asarray(sequence.full_table, np.int32)[offsets // BLOCK_SIZE]
-        slots: NDArray[np.int32] = blocks * np.int32(BLOCK_SIZE) + offsets % np.int32(BLOCK_SIZE)
+    def slots(self, sequence: Sequence, start: int, end: int) -> list[int]:
+        """Full-tier slots (block * B + offset) of positions [start, end)."""
+        table, c = sequence.full_table, sequence.compressed_len
+        if end == start + 1:
+            return [table[(start - c) // BLOCK_SIZE] * BLOCK_SIZE + (start - c) % BLOCK_SIZE]
+        offsets = np.arange(start - c, end - c)
+        slots: list[int] = (np.array(table)[offsets // BLOCK_SIZE] * BLOCK_SIZE + offsets % BLOCK_SIZE).tolist()
         return slots
 
     def free(self, sequence: Sequence) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,22 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     return tokenizer
 
 
+def decoder_of(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    """A tokenizer's ``decode`` without special tokens and without cleaning up.
+
+    transformers' own goes through several layers before it asks the library behind it, which takes longer than the
+    answer; where none of them changes the text, the library is asked directly.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        kind: Any = type(tokenizer)
+        if all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")):
+            backend = tokenizer.backend_tokenizer
+            return lambda token_ids: backend.decode(token_ids, skip_special_tokens=True)
+    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 class Detokenizer:
     """Text of one output, exact at character and stop-string boundaries.
 
@@ -61,7 +78,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], stop_strings: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
+        self._decode = decoder_of(tokenizer)
         self._stop_strings = stop_strings
         self._token_ids = prompt_token_ids[-CONTEXT_TOKENS:]
         if self._decode(self._token_ids).endswith(REPLACEMENT):
@@ -98,9 +115,6 @@ class Detokenizer:
         context = self._decode(self._token_ids[self._prefix : self._read])
         return self._decode(self._token_ids[self._prefix :])[len(context) :]
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     def _extend(self, new: str) -> None:
         searched = len(self.text)
         self.text += new
@@ -115,6 +129,8 @@ class Detokenizer:
             self.text = self.text[:position]
 
     def _held_back(self) -> int:
+        if not self._stop_strings:
+            return 0
         for length in range(max(map(len, self._stop_strings), default=0), 0, -1):
             tail = self.text[-length:]
             if len(tail) == length and any(stop.startswith(tail) for stop in self._stop_strings):

@@ -2,9 +2,10 @@ import pytest
 from bpe import TEXT, bpe_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.tokenizer import Detokenizer, load_tokenizer
+from minicache_trt.runtime.tokenizer import Detokenizer, decoder_of, load_tokenizer
 
 texts = st.text(st.sampled_from("ab st.op é猫🐱👩‍🚀\n"), max_size=25)
 
@@ -94,3 +95,19 @@ def test_load_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer: cannot load the tokenizer in"):
         load_tokenizer(tmp_path)
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """Changes what the library behind it says."""
+
+    def _decode(self, *arguments, **options):
+        return super()._decode(*arguments, **options).upper()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 299), max_size=15))
+def test_the_short_way_to_the_library_changes_nothing(token_ids):
+    tokenizer = bpe_tokenizer()
+    assert decoder_of(tokenizer)(token_ids) == decode(token_ids)
+    shouting = Shouting(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    assert decoder_of(shouting)(token_ids) == decode(token_ids).upper()
