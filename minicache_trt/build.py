@@ -107,6 +107,11 @@ def build_engine(
         tensorrt.check(build.backend)
         if build.backend in TENSORRT_BACKENDS:
             load_module(build.backend)
+            if build.weights != "fp32":
+                raise UserError(
+                    f"backend {build.backend} has no {build.weights} weights yet",
+                    "leave out --weights: the engine's are of its --dtype",
+                )
             check_build(checkpoint.config, build, output.parent)
         _check_limits(checkpoint.config, build)
         checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
