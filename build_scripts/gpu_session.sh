@@ -56,4 +56,5 @@ step tests "$([[ -n "$quick" ]] && echo 110 || echo 1800)" "$python" -m pytest t
 step kernels "$([[ -n "$quick" ]] && echo 90 || echo 1800)" "$python" benchmarks/kernels.py $quick --json "$output/kernels.json"
 step end_to_end "$([[ -n "$quick" ]] && echo 130 || echo 3600)" \
   "$python" benchmarks/end_to_end.py $quick --json "$output/end_to_end.json"
+step rtx_probe "$([[ -n "$quick" ]] && echo 120 || echo 900)" "$python" build_scripts/rtx_probe.py --json "$output/rtx_probe.json"
 exit "$failed"

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from minicache_trt.backends import open_backend
 from minicache_trt.backends.base import Engine
+from minicache_trt.backends.tensorrt.estimate import check_build
+from minicache_trt.backends.tensorrt.module import load_module
+from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import (
     CHECKPOINT,
     EngineInfo,
@@ -66,6 +69,7 @@ def build_engine(
     lora_dir: str | Path | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
+    tensorrt: TensorRtOptions = TensorRtOptions(),  # noqa: B008 (frozen)
     report: Report = silent,
 ) -> BuildResult:
     """Build an engine directory.
@@ -87,6 +91,8 @@ def build_engine(
         As for `load_checkpoint`.
     overwrite : bool
         Replace an engine that is already there.
+    tensorrt : TensorRtOptions
+        Settings of TensorRT's builder, for its backends.
     report : callable
 
     Raises
@@ -115,6 +121,16 @@ def build_engine(
         if not checkpoint.dummy:
             plan.check_source(checkpoint.checksum())
         open_backend(build.backend)
+        build = build.for_model(checkpoint.config)
+        tensorrt.check(build.backend)
+        if build.backend in TENSORRT_BACKENDS:
+            load_module(build.backend)
+            if build.weights != "fp32":
+                raise UserError(
+                    f"backend {build.backend} has no {build.weights} weights yet",
+                    "leave out --weights: the engine's are of its --dtype",
+                )
+            check_build(checkpoint.config, build, output.parent)
         check_ranks(checkpoint.config, plan, build)
         _check_limits(checkpoint.config, build)
         checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
@@ -123,6 +139,10 @@ def build_engine(
             plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)
             check_ranks(checkpoint.config, plan, build)
         linked = write_engine(staging, checkpoint, plan, build, report)
+        if build.backend in TENSORRT_BACKENDS:
+            from minicache_trt.backends.tensorrt.build import build_engines
+
+            build_engines(staging, checkpoint, plan, build, tensorrt, report)
         report("fingerprint", 0, 1)
         write_config(staging, EngineInfo(checkpoint.config, plan, build, _source(checkpoint)))
         report("fingerprint", 1, 1)

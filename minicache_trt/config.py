@@ -12,6 +12,22 @@ BLOCK_SIZE = 64
 WEIGHT_FORMATS = ("fp32", "int8", "int4")
 """Weight formats the ONNX Runtime backend runs; int8 and int4 are weight-only with blocks of 32 (MatMulNBits)."""
 
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+"""Types an engine's activations, weights and exact cache can have."""
+BACKEND_DTYPES = {
+    "onnxruntime": ("float32", "float16"),
+    "torch": ("float32",),
+    "host-kernels": ("float32",),
+    "cuda": ("float16", "bfloat16"),
+    "tensorrt": COMPUTE_DTYPES,
+    "tensorrt-rtx": COMPUTE_DTYPES,
+}
+"""Compute types by backend."""
+TENSORRT_BACKENDS = ("tensorrt", "tensorrt-rtx")
+GRAPH_BACKENDS = ("onnxruntime", *TENSORRT_BACKENDS)
+"""Backends that run an engine's graphs, or what is built from them."""
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -161,6 +177,8 @@ class BuildConfig:
         One of ``WEIGHT_FORMATS``.
     backend : str
         Name in ``minicache_trt.backends.BACKENDS``.
+    dtype : str
+        Compute type, one of ``COMPUTE_DTYPES``; ``auto`` until a build has chosen, see `for_model`.
     window : int
         Most recent tokens kept exact, at least one block.
     quantum : int
@@ -177,6 +195,7 @@ class BuildConfig:
     window: int = 64
     quantum: int = 2048
     tp_size: int = 1
+    dtype: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "window", "quantum", "tp_size"):
@@ -191,6 +210,24 @@ class BuildConfig:
             raise ValueError(f"quantum: expected a multiple of {BLOCK_SIZE}, got {self.quantum}")
         if self.weights not in WEIGHT_FORMATS:
             raise ValueError(f"weights: expected one of {', '.join(WEIGHT_FORMATS)}, got {self.weights!r}")
+        allowed = (AUTO, *BACKEND_DTYPES.get(self.backend, COMPUTE_DTYPES))
+        if self.dtype not in allowed:
+            raise ValueError(
+                f"dtype: expected one of {', '.join(allowed)} with backend {self.backend}, got {self.dtype!r}"
+            )
+
+    @property
+    def graph_dtype(self) -> str:
+        """Compute type of the engine's graphs: float32 for backends that read the checkpoint instead of them."""
+        return self.dtype if self.backend in GRAPH_BACKENDS else "float32"
+
+    def for_model(self, config: ModelConfig) -> BuildConfig:
+        """With a compute type: float32 on the CPU; on a GPU bfloat16 for such checkpoints, float16 for all others."""
+        if self.dtype != AUTO:
+            return self
+        if self.backend in ("onnxruntime", "torch", "host-kernels"):
+            return dataclasses.replace(self, dtype="float32")
+        return dataclasses.replace(self, dtype="bfloat16" if config.dtype == "bfloat16" else "float16")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     config.json                      format version, model, plan, build options, contract hash, versions, source, files
     decoder.onnx, compressor.onnx    graphs; weights are external data (absent where only the torch backend can run)
+    decoder.engine, compressor.engine  TensorRT's plans, and in engines.json what they were built from (those backends)
     quantized.safetensors            weight-only codes and scales (int8, int4)
     plan.safetensors                 calibrated constants of the plan, where it has any
     maps.safetensors                 what the graphs take of them: each layer's linear maps into and out of its streams
@@ -30,6 +31,9 @@ FORMAT_VERSION = 3
 CONFIG = "config.json"
 DECODER = "decoder.onnx"
 COMPRESSOR = "compressor.onnx"
+DECODER_ENGINE = "decoder.engine"
+COMPRESSOR_ENGINE = "compressor.engine"
+ENGINES = "engines.json"
 CHECKPOINT = "checkpoint"
 QUANTIZED = "quantized.safetensors"
 MATRICES = "plan.safetensors"

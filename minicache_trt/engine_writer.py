@@ -9,13 +9,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from minicache_trt.backends.tensorrt.plugins import find_plugins
 from minicache_trt.checkpoint.quantize import quantized_views, write_quantized
 from minicache_trt.checkpoint.resolve import Checkpoint
 from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
 from minicache_trt.compression.matrices import save_matrices
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, COMPRESSOR, DECODER, MAPS, MATRICES, QUANTIZED
+from minicache_trt.functions.form import COMPUTE_TYPES, GraphForm
 from minicache_trt.model.graph import build_compressor, build_decoder
 from minicache_trt.model.maps import GraphMaps, plan_maps, write_plan_maps
 from minicache_trt.model.weights import GraphWeights
@@ -62,8 +64,15 @@ def write_engine(
         quantized = write_quantized(path, linears, bits, partial(report, "quantize"))
     if plan.matrices:
         save_matrices(plan.matrices, staging / MATRICES)
-    _write_graphs(staging, checkpoint, plan, quantized, bits, report)
+    _write_graphs(staging, checkpoint, plan, quantized, bits, graph_form(build), report)
     return linked
+
+
+def graph_form(build: BuildConfig) -> GraphForm:
+    """The form of an engine's graphs. TensorRT's nodes keep the step's inputs only where it has our plugins."""
+    tensorrt = build.backend in TENSORRT_BACKENDS
+    plugins = not tensorrt or (build.backend == "tensorrt" and find_plugins() is not None)
+    return GraphForm(COMPUTE_TYPES[build.graph_dtype], loops=not tensorrt, plugins=plugins)
 
 
 def _write_graphs(
@@ -72,19 +81,24 @@ def _write_graphs(
     plan: CompressionPlan,
     quantized: dict[str, WeightView],
     bits: int | None,
+    form: GraphForm,
     report: Report,
 ) -> None:
-    files = checkpoint.weight_files()
-    locations = {file.name: f"{CHECKPOINT}/{file.name}" for file in files} | {QUANTIZED: QUANTIZED}
-    weights = GraphWeights(checkpoint.config, checkpoint.weights, locations, quantized, bits)
+    locations = weight_locations(checkpoint) | {QUANTIZED: QUANTIZED}
+    weights = GraphWeights(checkpoint.config, checkpoint.weights, locations, quantized, bits, form)
     report("graphs", 0, 2)
     arrays = plan_maps(plan, checkpoint.config)
     views = write_plan_maps(arrays, staging / MAPS)
-    ir.save(build_decoder(checkpoint.config, plan, weights, GraphMaps(arrays, views)), staging / DECODER)
+    ir.save(build_decoder(checkpoint.config, plan, weights, GraphMaps(arrays, views), form), staging / DECODER)
     report("graphs", 1, 2)
     if plan.compresses:
-        ir.save(build_compressor(checkpoint.config, plan, GraphMaps(arrays, views)), staging / COMPRESSOR)
+        ir.save(build_compressor(checkpoint.config, plan, GraphMaps(arrays, views), form), staging / COMPRESSOR)
     report("graphs", 2, 2)
+
+
+def weight_locations(checkpoint: Checkpoint) -> dict[str, str]:
+    """Where a graph in the engine directory finds the checkpoint's weight files, by their names."""
+    return {file.name: f"{CHECKPOINT}/{file.name}" for file in checkpoint.weight_files()}
 
 
 def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:

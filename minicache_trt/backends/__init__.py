@@ -16,9 +16,13 @@ BACKENDS = {
     "torch": "minicache_trt.backends.torch_reference:TorchEngine",
     "cuda": "minicache_trt.backends.torch_kernels:CudaEngine",
     "host-kernels": "minicache_trt.backends.torch_kernels:HostKernelEngine",
+    "tensorrt": "minicache_trt.backends.tensorrt.engine:TensorRtEngine",
+    "tensorrt-rtx": "minicache_trt.backends.tensorrt.engine:TensorRtRtxEngine",
 }
-"""Backend name to the class that runs an engine directory. All but ``onnxruntime`` read its checkpoint, not its graphs;
-``host-kernels`` is ``cuda`` on the CPU, kernels included, to test it where there is no GPU."""
+"""Backend name to the class that runs an engine directory.
+
+``torch``, ``cuda`` and ``host-kernels`` read its checkpoint, not its graphs; ``host-kernels`` is ``cuda`` on the CPU,
+kernels included, to test it where there is no GPU."""
 
 Opener = Callable[[Path, EngineInfo, int | None], Engine]
 """From an engine directory, its contents and a number of threads to a running engine."""

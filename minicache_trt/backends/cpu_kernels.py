@@ -53,7 +53,11 @@ def instruction_set() -> str | None:
 
 
 def with_kernels(model: onnx.ModelProto) -> bool:
-    """Take out the functions the kernels replace; False, and nothing changed, if a node does not describe itself."""
+    """Take out the functions the kernels replace; False, and nothing changed, if a node does not describe itself or
+    the graph does not compute in float32."""
+    pools = [value.type.tensor_type.elem_type for value in model.graph.input if value.name.startswith("kv.")]
+    if any(kind != onnx.TensorProto.FLOAT for kind in pools):
+        return False
     nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, _OPERATOR)]
     if not nodes or any(all(a.name != "input_names" for a in node.attribute) for node in nodes):
         return False

@@ -1,4 +1,4 @@
-"""The default backend: ONNX Runtime on the CPU, fp32 compute, pools updated in place."""
+"""The default backend: ONNX Runtime on the CPU, pools updated in place; fp32, or fp16 where the engine's graphs are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from minicache_trt.backends.cpu_kernels import cpu_kernels, with_kernels
 from minicache_trt.backends.huge_pages import HugePages
+from minicache_trt.config import BACKEND_DTYPES
 from minicache_trt.contract import (
     COMPRESSOR_INPUTS,
     LOGITS,
@@ -28,7 +29,6 @@ LARGE_WEIGHTS = 64 << 20
 """Bytes of weights from which on moving them to large pages is worth the time it takes."""
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_POOL_TYPES = {"model": np.float32, "int8": np.int8, "float16": np.float16}
 
 
 class OnnxRuntimeEngine:
@@ -45,11 +45,17 @@ class OnnxRuntimeEngine:
         Default: all cores.
     """
 
-    element_bytes = 4
-
     def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
+        if self.build.graph_dtype not in BACKEND_DTYPES["onnxruntime"]:
+            raise UserError(
+                f"{directory}: its graphs compute in {self.build.graph_dtype}, which ONNX Runtime cannot on the CPU",
+                "use the engine's own --backend, or torch, or build with --dtype float16",
+            )
+        compute = np.dtype(self.build.graph_dtype)
+        self.element_bytes = compute.itemsize
+        self._pool_types = {"model": compute, "int8": np.dtype(np.int8), "float16": np.dtype(np.float16)}
         weights = sum(entry["bytes"] for name, entry in info.files.items() if name.endswith(".safetensors"))
         self._pages = HugePages() if weights >= LARGE_WEIGHTS else None
         self._decoder = self._open_decoder(num_threads)
@@ -65,7 +71,7 @@ class OnnxRuntimeEngine:
         full, compressed = full_pools(self.model), compressed_pools(self.plan, self.model)
         try:
             self._pools = {
-                pool.name: np.zeros((blocks, *pool.shape), _POOL_TYPES[pool.dtype])
+                pool.name: np.zeros((blocks, *pool.shape), self._pool_types[pool.dtype])
                 for pools, blocks in ((full, full_blocks), (compressed, compressed_blocks))
                 for pool in pools
             }

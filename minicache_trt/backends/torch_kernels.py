@@ -16,6 +16,7 @@ from minicache_trt.engine_directory import EngineInfo
 from minicache_trt.errors import UserError
 from minicache_trt.kernels.cache import KernelCache
 from minicache_trt.kernels.graphs import CompressGraphs, CudaRecorder, DecodeGraphs, GraphLimits, Recorder, run_again
+from minicache_trt.kernels.host_logits import HostLogits
 from minicache_trt.kernels.library import KernelError, KernelLibrary
 from minicache_trt.kernels.locate import open_library, runs_on
 from minicache_trt.kernels.steps import StepInputs, StepShape
@@ -76,7 +77,7 @@ class KernelEngine:
             self.weights = load_weights(directory, device, dtype, rank.shard)
             self.cache = KernelCache(library, self.model, self.plan, device, dtype)
         self._record = record
-        self._host_logits = torch.empty(0, self.model.vocab_size)
+        self._host_logits = HostLogits(self.model.vocab_size, device)
         self._new_graphs()
 
     def free_memory(self) -> int | None:
@@ -98,12 +99,12 @@ class KernelEngine:
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         with self._one_line_errors("a step"):
             if len(batch.decode_rows) == len(batch.context_len):
-                logits = self._to_host(self._decode_graphs(batch))
+                logits = self._host_logits.take(self._decode_graphs(batch))
                 every = len(batch.logit_index) == len(logits)
                 return logits if every else logits[batch.logit_index]
             step = StepInputs(StepShape.of(batch), self.device)
             step.load(batch)
-            return self._to_host(self._compute(step))
+            return self._host_logits.take(self._compute(step))
 
     @torch.inference_mode()
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:
@@ -125,17 +126,6 @@ class KernelEngine:
         ops = KernelOps(self.model, self.weights, attention, self._ranks, self.cache.frequencies)
         inputs = step.tensors
         return decoder(self.model, ops, inputs["input_ids"], inputs["positions"], inputs["logit_index"])
-
-    def _to_host(self, logits: Tensor) -> NDArray[np.float32]:
-        """float32 in memory that the next call overwrites; waits for the device."""
-        rows = len(logits)
-        if len(self._host_logits) < rows:
-            pinned = self.device.type == "cuda"
-            self._host_logits = torch.empty(rows, self.model.vocab_size, pin_memory=pinned)
-        host = self._host_logits[:rows]
-        host.copy_(logits.float())
-        array: NDArray[np.float32] = host.numpy()
-        return array
 
     def _new_graphs(self) -> None:
         limits = GraphLimits.of(self.build, self.plan.compresses)

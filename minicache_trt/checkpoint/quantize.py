@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from minicache_trt.checkpoint.streaming import encode_header
 from minicache_trt.checkpoint.weights import WeightView
 
 QUANTIZATION_BLOCK = 32
@@ -92,21 +92,13 @@ def write_quantized(
     dict of WeightView
         ``<name>.codes`` and ``<name>.scales`` in the new file. Memory in use is that of the largest weight.
     """
-    header: dict[str, dict[str, object]] = {}
-    offset = 0
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, view in linears.items():
         rows, blocks = view.shape[0], -(-view.shape[1] // QUANTIZATION_BLOCK)
-        for kind, dtype, shape, size in (
-            ("codes", "U8", [rows, blocks, QUANTIZATION_BLOCK * bits // 8], 1),
-            ("scales", "F32", [rows, blocks], 4),
-        ):
-            end = offset + math.prod(shape) * size
-            header[f"{name}.{kind}"] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 64)
+        tensors[f"{name}.codes"] = "U8", (rows, blocks, QUANTIZATION_BLOCK * bits // 8)
+        tensors[f"{name}.scales"] = "F32", (rows, blocks)
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(encode_header(tensors))
         for done, view in enumerate(linears.values()):
             progress(done, len(linears))
             for part in quantize_weight(view.numpy().astype(np.float32), bits):

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, progress_bars, quiet_transformers, stderr, stdout, table
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.size import bytes_per_token, ratio
 from minicache_trt.compression.smoothquant import key_scales, with_scales
-from minicache_trt.config import WEIGHT_FORMATS, BuildConfig, ModelConfig
+from minicache_trt.config import AUTO, WEIGHT_FORMATS, BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from minicache_trt.checkpoint import Checkpoint
     from minicache_trt.engine_writer import Report
 
-LIMITS = "Limits"
+LIMITS, TENSORRT = "Limits", "TensorRT's builder"
 
 
 def build(
@@ -40,8 +41,18 @@ def build(
     calibration_text: options.CalibrationText = None,
     weights: Annotated[str, typer.Option(help=f"Weight format: {', '.join(WEIGHT_FORMATS)}.")] = "fp32",
     backend: Annotated[
-        str, typer.Option(help="onnxruntime, cuda (PyTorch with our kernels), or torch (reference).")
+        str,
+        typer.Option(
+            help="onnxruntime, tensorrt, tensorrt-rtx, cuda (PyTorch with our kernels), or torch (reference)."
+        ),
     ] = "onnxruntime",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Compute type: float32, float16 or bfloat16.",
+            show_default="float32 on the CPU; on a GPU bfloat16 for such checkpoints, else float16",
+        ),
+    ] = AUTO,
     max_batch_size: Annotated[
         int, typer.Option("--max-batch-size", "--max-num-seqs", help="Sequences in one step.", rich_help_panel=LIMITS)
     ] = 8,
@@ -61,6 +72,26 @@ def build(
             "--max-num-tokens", "--max-num-batched-tokens", help="Tokens in one step.", rich_help_panel=LIMITS
         ),
     ] = 2048,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            "--builder-optimization-level",
+            help="0 (fast to build) to 5.",
+            show_default="TensorRT's",
+            rich_help_panel=TENSORRT,
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option("--version-compatible", help="Later minor versions run it too.", rich_help_panel=TENSORRT),
+    ] = False,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", help="Weights may stay in the machine's memory.", rich_help_panel=TENSORRT),
+    ] = False,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of measured kernels, read and written.", rich_help_panel=TENSORRT)
+    ] = None,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: the model's shape without its weights.")] = "auto",
     revision: options.Revision = None,
     lora_dir: options.LoraDir = None,
@@ -85,6 +116,8 @@ def build(
 
       minicache-trt build --checkpoint_dir ./trtllm_ckpt --tokenizer ./Llama-2-7b-hf --output_dir engine
 
+      minicache-trt build -m ./Llama-3.2-1B --backend tensorrt-rtx --dtype float16 -o engine    (needs no GPU)
+
       minicache-trt build -m ./checkpoint --method smoothquant --calibration-text text.txt --backend torch -o engine
     """
     from minicache_trt.build import build_engine, default_max_seq_len
@@ -96,11 +129,15 @@ def build(
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
         length = default_max_seq_len(config) if max_seq_len is None else max_seq_len
         try:
-            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend, tp_size=tp_size)
+            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend, tp_size=tp_size, dtype=dtype)
         except ValueError as error:
             raise UserError(str(error)) from error
         return plan_options(config), limits
 
+    try:
+        tensorrt = TensorRtOptions(optimization_level, version_compatible, weight_streaming, timing_cache)
+    except ValueError as error:
+        raise UserError(f"--builder-{str(error).replace('_', '-')}") from error
     start = time.perf_counter()
     with progress_bars(not json) as report:
         result = build_engine(
@@ -113,6 +150,7 @@ def build(
             lora_dir=lora_dir,
             tokenizer=tokenizer,
             overwrite=force,
+            tensorrt=tensorrt,
             report=report,
         )
     summary = _summary(result, time.perf_counter() - start)
@@ -163,6 +201,7 @@ def _summary(result: BuildResult, seconds: float) -> dict[str, Any]:
         "weights": limits.weights,
         "backend": limits.backend,
         "tp_size": limits.tp_size,
+        "dtype": limits.dtype,
         "max_seq_len": context,
         "cache_bytes_per_token": round(bytes_per_token(plan, model, context, limits.window), 1),
         "ratio_to_16_bit": round(ratio(plan, model, context, limits.window), 3),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from minicache_trt.errors import UserError
@@ -53,7 +53,8 @@ def table(title: str, *columns: str, left: int = 1) -> Table:
 @contextmanager
 def progress_bars(enabled: bool = True) -> Iterator[Report]:
     """A progress bar per stage, where stderr is a terminal; the yielded callable takes stage, done and total."""
-    columns = (TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    stage = TextColumn("{task.description:<11}", table_column=Column(max_width=44, no_wrap=True))
+    columns = (stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, disable=not (enabled and stderr.is_terminal)) as progress:
         tasks: dict[str, TaskID] = {}
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import typer
 from rich.text import Text
 
+from minicache_trt.backends.tensorrt.module import PRODUCTS, load_module
+from minicache_trt.backends.tensorrt.plugins import find_plugins, supports_plugins
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, stdout, table
 from minicache_trt.engine_directory import tool_versions
 from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
-
-OPTIONAL = ("tensorrt", "tensorrt_rtx", "tensorrt_llm")
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,8 @@ def run_checks() -> list[Check]:
         _kernels("cuda"),
         _kernels("host"),
     ]
-    for name in OPTIONAL:
-        found = importlib.util.find_spec(name) is not None
-        text = importlib.metadata.version(name.replace("_", "-")) if found else "not installed"
-        checks.append(Check(name, found, text, needed=False))
+    checks += [_tensorrt(backend) for backend in PRODUCTS]
+    checks += [_tensorrt_llm()]
     token = bool(os.environ.get("HF_TOKEN"))
     checks.append(
         Check(
@@ -163,6 +161,23 @@ def _nvcc() -> Check:
     output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
     release = re.search(r"release [\d.]+, V([\d.]+)", output)
     return Check("nvcc", release is not None, release[1] if release else f"{path} gives no version", needed=False)
+
+
+def _tensorrt(backend: str) -> Check:
+    """Whether the backend's module can be loaded, and our plugins where it takes any."""
+    product = PRODUCTS[backend]
+    try:
+        module = load_module(backend)
+        library = find_plugins() if supports_plugins(module) else None
+    except UserError as error:
+        return Check(product.module, False, error.cause, needed=False, remedy=error.remedy)
+    plugins = "takes no plugins" if not supports_plugins(module) else f"plugins {library or 'not built'}"
+    return Check(product.module, True, f"{module.__version__}, {plugins}", needed=False)
+
+
+def _tensorrt_llm() -> Check:
+    found = importlib.util.find_spec("tensorrt_llm") is not None
+    return Check("tensorrt_llm", found, importlib.metadata.version("tensorrt-llm") if found else "not installed", False)
 
 
 def _kernels(kind: str) -> Check:

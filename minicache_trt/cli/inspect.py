@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from minicache_trt.cli import inspect_streams, options
+from minicache_trt.cli import inspect_engines, inspect_streams, options
 from minicache_trt.cli.console import print_json, stderr, stdout, table
 from minicache_trt.cli.plan import layer_table, plan_summary
 from minicache_trt.cli.run import read_prompts
 from minicache_trt.compression.size import layer_costs
 from minicache_trt.contract import compressed_pools, decoder_inputs, full_pools
-from minicache_trt.engine_directory import EngineInfo, read_engine
+from minicache_trt.engine_directory import ENGINES, EngineInfo, read_engine
 from minicache_trt.errors import UserError
 from minicache_trt.plots.figure import check_directory
 from minicache_trt.units import format_bytes
@@ -63,7 +63,8 @@ def inspect(
 def _describe(engine: Path, info: EngineInfo, json: bool) -> None:
     summary = plan_summary(info.plan, info.model, info.build.max_seq_len, info.build.window)
     if json:
-        print_json({**info.to_dict(), "cache": summary, "tensors": _tensors(info)})
+        engines = inspect_engines.engines_json(engine) if ENGINES in info.files else None
+        print_json({**info.to_dict(), "cache": summary, "tensors": _tensors(info), "tensorrt": engines})
         return
     rows = table(f"Engine {engine}", "what", "value")
     model, build = info.model, info.build
@@ -90,6 +91,8 @@ def _describe(engine: Path, info: EngineInfo, json: bool) -> None:
     for row in _tensors(info):
         tensors.add_row(row["name"], row["type"], f"[{', '.join(map(str, row['shape']))}]")
     stdout.print(tensors)
+    if ENGINES in info.files:
+        inspect_engines.print_engines(engine)
 
 
 def _tensors(info: EngineInfo) -> list[dict[str, Any]]:
@@ -98,6 +101,6 @@ def _tensors(info: EngineInfo) -> list[dict[str, Any]]:
     ]
     for blocks, pools in (("Nf", full_pools(info.model)), ("Nc", compressed_pools(info.plan, info.model))):
         for pool in pools:
-            kind = "float32" if pool.dtype == "model" else pool.dtype
+            kind = info.build.dtype if pool.dtype == "model" else pool.dtype
             rows.append({"name": pool.name, "type": kind, "shape": [blocks, *pool.shape]})
     return rows

@@ -75,7 +75,8 @@ def _fields(
         chosen, index = _retain(g, stream, merged.score, block_index)
         retained = g.reduce("Max", chosen, 2, keep=False)
         fields["retained_index"] = g.cast(index, ir.DataType.INT8)
-        fields |= _exact(g, layout, [g.op("MatMul", chosen, g.float32(layer)) for layer in raw])
+        exact = [g.op("MatMul", chosen, g.float32(layer)) for layer in raw]
+        fields |= _exact(g, layout, exact, raw[0])
     if merged.norms:
         fields["norms"] = float16(g, _stack(g, merged.norms))
     if merged.residuals:
@@ -88,10 +89,10 @@ def _stack(g: Emitter, parts: list[ir.Value]) -> ir.Value:
     return g.concat([g.unsqueeze(part, 1) for part in parts], 1)
 
 
-def _exact(g: Emitter, layout: StreamLayout, vectors: list[ir.Value]) -> dict[str, ir.Value]:
-    """Retained vectors ``[N, H, R, D]`` of each layer; slots that hold none are zero."""
+def _exact(g: Emitter, layout: StreamLayout, vectors: list[ir.Value], like: ir.Value) -> dict[str, ir.Value]:
+    """Retained vectors ``[N, H, R, D]`` of each layer; slots that hold none are zero. ``like``: of compute type."""
     if layout.exact.kind == MODEL:
-        return {"exact": _stack(g, vectors)}
+        return {"exact": g.op("CastLike", _stack(g, vectors), like)}
     return _members(g, layout, "exact", vectors)
 
 

@@ -117,9 +117,13 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir.Value
     def body(tile: list[ir.Value]) -> ir.Value:
         row, key, value, hidden = tile
         queries = step.scaled(g.op("Gather", q, row, attrs={"axis": 0}))
-        logits = g.op("MatMul", queries, g.swap_last(g.op("GatherND", step.kv, key), 4))
+        logits = g.op("MatMul", queries, g.swap_last(step.widened(g.op("GatherND", step.kv, key)), 4))
         logits = g.op("Add", logits, hidden)
-        return _weigh(g, logits, lambda weights: g.op("MatMul", weights, g.op("GatherND", step.kv, value)))
+
+        def attend(weights: ir.Value) -> ir.Value:
+            return g.op("MatMul", weights, step.widened(g.op("GatherND", step.kv, value)))
+
+        return _weigh(g, logits, attend)
 
     int64, float32 = ir.DataType.INT64, ir.DataType.FLOAT
     slices = [
@@ -165,7 +169,7 @@ def _compressed_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir
         own = query.rows(g, row)
         stream = load_stream(g, key.layout, key.member, step.pools("key"), block)
         if rebuilt:
-            keys = restore_stream(g, key.layout, stream, key_maps, Rotation(*angles))
+            keys = restore_stream(g, key.layout, stream, key_maps, Rotation(angles[0], angles[1]))
             logits = g.op("MatMul", own.raw, g.swap_last(keys, 4))
         else:
             logits = stream_logits(g, stream, own)

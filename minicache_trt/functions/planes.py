@@ -36,23 +36,26 @@ to the accumulator. A plane is at most 16 times as large as its code, which cost
 """
 
 
-def plane_rules(segment: Segment) -> tuple[PlaneRule, ...]:
+def plane_rules(segment: Segment, lookup: bool = False) -> tuple[PlaneRule, ...]:
     """Rules of a segment's planes; codes of the integer formats, the numbers (before a scale) of the others."""
-    return INTEGER_RULES[segment.bits] if segment.kind == INTEGER else NUMBERS
+    return INTEGER_RULES[segment.bits] if segment.kind == INTEGER and not lookup else NUMBERS
 
 
-def planes(g: Emitter, stored: ir.Value, segment: Segment) -> list[ir.Value]:
+def planes(g: Emitter, stored: ir.Value, segment: Segment, lookup: bool = False) -> list[ir.Value]:
     """Planes ``[N, H, B, ...]`` of a segment's stored numbers or bytes ``[N, H, B, bytes]``, as float32.
 
     Integer formats: with v the stored byte, ``v`` and ``floor(v / 16)`` for 4 bits; the low and the high half byte,
-    each with its quarter rounded down, for 2 bits. The others are looked up: one plane of numbers.
+    each with its quarter rounded down, for 2 bits. The others are looked up: one plane of numbers. With ``lookup``,
+    codes of the integer formats are looked up too, by the byte: few operators, and a memory access each.
     """
     if segment.kind == MODEL:
         return [g.float32(stored)]
     if segment.kind == FLOAT8:
-        return [_looked_up(g, _byte(g, stored), float8_numbers()[:, None], stored, segment.length)]
+        return [_looked_up(g, _byte(g, stored), float8_numbers()[:, None], stored, segment.length, lookup)]
     if segment.kind == GAUSSIAN:
-        return [_levels(g, stored, segment)]
+        return [_levels(g, stored, segment, lookup)]
+    if lookup:
+        return [_looked_up(g, _byte(g, stored), integer_codes(segment.bits), stored, segment.length, True)]
 
     def shifted(x: ir.Value, by: float) -> ir.Value:
         return g.op("Floor", g.op("Mul", x, g.floats(1.0 / by)))
@@ -65,6 +68,12 @@ def planes(g: Emitter, stored: ir.Value, segment: Segment) -> list[ir.Value]:
         return [value, high]
     low = g.op("Sub", value, g.op("Mul", high, g.floats(16.0)))
     return [low, shifted(low, 4), high, shifted(high, 4)]
+
+
+def integer_codes(bits: int) -> np.ndarray:
+    """The codes of every byte, low bits first: float32 ``[256, 8 / bits]``."""
+    shifts = np.arange(0, 8, bits)
+    return (np.arange(256)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)
 
 
 def float8_numbers() -> np.ndarray:
@@ -81,15 +90,22 @@ def _byte(g: Emitter, stored: ir.Value) -> ir.Value:
     return g.op("Add", g.cast(stored, ir.DataType.INT32), g.constant(BYTE_OFFSET, "int32"))
 
 
-def _looked_up(g: Emitter, index: ir.Value, table: np.ndarray, like: ir.Value, length: int) -> ir.Value:
-    """Rows of ``table`` side by side: ``[N, H, B, length]``, leading axes of ``like``."""
+def _looked_up(
+    g: Emitter, index: ir.Value, table: np.ndarray, like: ir.Value, length: int, copied: bool = False
+) -> ir.Value:
+    """Rows of ``table`` side by side: ``[N, H, B, length]``, leading axes of ``like``.
+
+    ``copied``: by a constant shape, whose zeros mean the extents of ``index``; none of them may be 0.
+    """
     rows = g.op("Gather", g.floats(table), index, attrs={"axis": 0})
+    if copied:
+        return g.op("Reshape", rows, g.constant([0, 0, 0, length]))
     leading = g.op("Shape", like, attrs={"start": 0, "end": 3})
     shape = g.op("Concat", leading, g.constant([length]), attrs={"axis": 0})
     return g.op("Reshape", rows, shape, attrs={"allowzero": 1})
 
 
-def _levels(g: Emitter, stored: ir.Value, segment: Segment) -> ir.Value:
+def _levels(g: Emitter, stored: ir.Value, segment: Segment, copied: bool) -> ir.Value:
     """Lloyd-Max levels of gaussian codes. Three-bit codes are looked up four at a time, by halves of three bytes."""
     levels = np.array(gaussian_levels(segment.bits), np.float32)
     index_bits = 12 if segment.bits == 3 else 8
@@ -104,7 +120,7 @@ def _levels(g: Emitter, stored: ir.Value, segment: Segment) -> ir.Value:
         value = g.reduce("Sum", g.op("Mul", index, weights), 4)
         half = g.constant(1 << index_bits, "int32")
         index = g.concat([g.op("Mod", value, half), g.op("Div", value, half)], 4)
-    return _looked_up(g, index, table, stored, segment.length)
+    return _looked_up(g, index, table, stored, segment.length, copied)
 
 
 def plane_query(g: Emitter, q: ir.Value, rules: tuple[PlaneRule, ...]) -> tuple[list[ir.Value], ir.Value | None]:

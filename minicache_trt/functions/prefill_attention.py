@@ -13,7 +13,7 @@ import onnx_ir as ir
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import PREFILL_TILE
 from minicache_trt.functions.step import MASKED, Step, arange, scan
-from minicache_trt.functions.stream_loading import block_slices, load_stream
+from minicache_trt.functions.stream_loading import load_stream
 from minicache_trt.functions.stream_restoring import block_rotation, restore_stream
 from minicache_trt.functions.streams import to_heads
 
@@ -120,7 +120,7 @@ def _history(step: Step, chunks: ir.Value, decodes: ir.Value) -> tuple[ir.Value,
     last = g.constant([2**31 - 1])
     full = g.slice(inputs["full_table"], decodes, last, 0)
     flat = g.reshape(full, [-1])
-    tiers = [[block_slices(g, step.kv, flat, 0), block_slices(g, step.kv, flat, 1)]]
+    tiers = [[step.recent(flat, part) for part in range(2)]]
     position = g.unsqueeze(arange(g, g.op("Mul", g.extent(full, 1), g.constant([BLOCK_SIZE]))), 0)
     before = g.constant([0])
     if step.streams is None:

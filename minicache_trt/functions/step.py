@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import COMPRESSED_INPUTS, StreamLayout
+from minicache_trt.functions.form import GraphForm
+from minicache_trt.functions.stream_loading import block_slices
 from minicache_trt.functions.stream_maps import StreamMaps
 from minicache_trt.functions.tape import Emitter
 
@@ -72,7 +74,8 @@ def read_map_name(stream: int, member: int, name: str) -> str:
 class Step:
     """Values every part of the function uses. ``streams`` is None for engines without a compressed tier.
 
-    ``inputs`` by parameter, those of the step as int64; ``kv`` after the append; ``q [T, Hq * D]``.
+    ``inputs`` by parameter, those of the step as int64; ``kv`` after the append, in compute type; ``q [T, Hq * D]``
+    float32.
     """
 
     g: Emitter
@@ -81,6 +84,15 @@ class Step:
     inputs: dict[str, ir.Value]
     kv: ir.Value
     q: ir.Value
+    form: GraphForm
+
+    def recent(self, blocks: ir.Value, part: int) -> ir.Value:
+        """Keys (``part`` 0) or values (1) of full-tier ``blocks`` (int64 ``[N]``): ``[N, H, B, D]`` float32."""
+        return self.widened(block_slices(self.g, self.kv, blocks, part))
+
+    def widened(self, x: ir.Value) -> ir.Value:
+        """Numbers of the compute type as float32."""
+        return x if self.form.wide else self.g.float32(x)
 
     def scaled(self, q: ir.Value) -> ir.Value:
         """Queries times 1 / sqrt(D); in front of a product the runtime makes it a factor of that."""

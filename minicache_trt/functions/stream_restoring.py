@@ -17,13 +17,18 @@ from minicache_trt.model.rope import inverse_frequencies
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines of every token's position, ``[N, 1, B, D / 2]``."""
+    """Cosines and sines of every token's position, ``[N, 1, B, D / 2]``; for RotaryEmbedding (``whole``)
+    ``[N, B, D / 2]``."""
 
     cos: ir.Value
     sin: ir.Value
+    whole: bool = False
 
     def apply(self, g: Emitter, x: ir.Value, dim: int, inverse: bool = False) -> ir.Value:
         """Rotate ``x [N, H, B, D]``, halves paired, by its positions or (``inverse``) back."""
+        if self.whole:
+            sin = g.op("Neg", self.sin) if inverse else self.sin
+            return g.op("RotaryEmbedding", x, self.cos, sin)
         first, second = g.slice(x, 0, dim // 2, 3), g.slice(x, dim // 2, dim, 3)
         left, right = ("Add", "Sub") if inverse else ("Sub", "Add")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from minicache_trt.contract import StreamLayout
-from minicache_trt.functions.planes import codes_of_planes, plane_query, plane_rules
+from minicache_trt.functions.planes import codes_of_planes, plane_query
 from minicache_trt.functions.stream_loading import SegmentValues, StreamValues
 from minicache_trt.functions.stream_maps import StreamMaps
 from minicache_trt.functions.tape import Emitter
@@ -101,7 +101,7 @@ def _segment_logits(g: Emitter, values: SegmentValues, q: ir.Value, whole: bool)
     part = q if whole else g.slice(q, start, start + segment.length, 3)
     channel = segment.axis == "channel"
     scaled = g.op("Mul", part, values.scale) if channel and values.scale is not None else part
-    mapped, constant = plane_query(g, scaled, plane_rules(segment))
+    mapped, constant = plane_query(g, scaled, values.rules)
     products = [g.op("MatMul", a, g.swap_last(b, 4)) for a, b in zip(mapped, values.planes, strict=True)]
     logits = g.sum(products if constant is None else [*products, constant])
     if values.scale is not None and not channel:
@@ -142,7 +142,7 @@ def _segment_sums(g: Emitter, values: SegmentValues, weights: ir.Value) -> ir.Va
     if values.scale is not None and not channel:
         scaled = g.op("Mul", weights, g.swap_last(values.scale, 4))
     sums = [g.op("MatMul", scaled, plane) for plane in values.planes]
-    rules = plane_rules(segment)
+    rules = values.rules
     total = g.reduce("Sum", scaled, 3) if rules[-1].offset else None
     codes = codes_of_planes(g, sums, total, rules, segment.length)
     if channel and values.scale is not None:

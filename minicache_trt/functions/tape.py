@@ -119,6 +119,10 @@ class Emitter:
         ends = end if isinstance(end, ir.Value) else self.constant([end])
         return self.op("Slice", x, starts, ends, self.constant([axis]))
 
+    def pick(self, x: ir.Value, start: int, end: int, axis: int) -> ir.Value:
+        """What `slice` gives, by a Gather: TensorRT's parser imports a Slice of dynamic extents as thirty layers."""
+        return self.op("Gather", x, self.constant(list(range(start, end)), "int32"), attrs={"axis": axis})
+
     def concat(self, parts: Sequence[ir.Value], axis: int) -> ir.Value:
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, attrs={"axis": axis})
 
@@ -130,6 +134,9 @@ class Emitter:
 
     def int64(self, x: ir.Value) -> ir.Value:
         return self.cast(x, ir.DataType.INT64)
+
+    def int32(self, x: ir.Value) -> ir.Value:
+        return self.cast(x, ir.DataType.INT32)
 
     @contextmanager
     def subgraph(self) -> Iterator[Tape]:

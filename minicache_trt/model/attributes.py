@@ -9,6 +9,7 @@ import onnx_ir as ir
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import COMPRESSOR_INPUTS, DOMAIN, OP_VERSION, StreamLayout
 from minicache_trt.descriptor import stream_descriptor, stream_numbers
+from minicache_trt.functions.form import CPU_FORM, GraphForm
 from minicache_trt.functions.step import LayerStreams, step_inputs
 from minicache_trt.model.rope import inverse_frequencies
 
@@ -16,12 +17,17 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": OP_VERSION}
 """On every call of a custom op: a TensorRT that knows the plugin takes it, everything else inlines the function."""
 
 
-def attention_attributes(config: ModelConfig, streams: LayerStreams | None) -> dict[str, ir.Attr | int | str]:
+def attention_attributes(
+    config: ModelConfig, streams: LayerStreams | None, form: GraphForm = CPU_FORM
+) -> dict[str, ir.Attr | int | str]:
     """Attributes of one layer's node; lists are text, numbers separated by spaces.
 
     ``input_names``: what each input is, in order. ``key_stream``, ``value_stream``: `stream_descriptor` of the layer's
-    place in its streams. ``inverse_frequencies``: of the rotary embedding, for keys stored without it.
+    place in its streams. ``inverse_frequencies``: of the rotary embedding, for keys stored without it. A node that
+    takes the outputs of a `ChunkStep` has none: no kernel takes those.
     """
+    if form.shared_step:
+        return {}
     names = ["q", "k", "v", "kv", *step_inputs(streams is not None)]
     result: dict[str, ir.Attr | int | str] = {
         **PLUGIN_ATTRIBUTES,

@@ -22,8 +22,10 @@ from minicache_trt.contract import (
     full_pools,
     plan_layout,
 )
+from minicache_trt.functions.chunk_step import chunk_step_function, chunk_step_names
 from minicache_trt.functions.compress_blocks import compress_blocks
-from minicache_trt.functions.paged_attention import paged_attention
+from minicache_trt.functions.form import CPU_FORM, GraphForm
+from minicache_trt.functions.paged_attention import attention_inputs, paged_attention
 from minicache_trt.functions.step import LayerStream, LayerStreams, read_map_name, step_inputs
 from minicache_trt.functions.tape import OPSETS, Emitter
 from minicache_trt.model.attributes import attention_attributes, compression_attributes
@@ -33,13 +35,17 @@ from minicache_trt.model.onnx_ops import OnnxOps
 from minicache_trt.model.weights import GraphWeights
 
 IR_VERSION = 10
-_POOL_TYPES = {"model": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
+_POOL_TYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
 
 
 class _Functions:
-    """One function per distinct variant of an op; variants share the op's name and differ in their overload."""
+    """One function per distinct variant of an op; variants share the op's name and differ in their overload.
 
-    def __init__(self) -> None:
+    TensorRT's parser knows no overloads: with ``renamed``, later variants have a number behind their name instead.
+    """
+
+    def __init__(self, renamed: bool) -> None:
+        self._renamed = renamed
         self._variants: dict[tuple[str, Hashable], ir.Function] = {}
         self._counts: dict[str, int] = {}
 
@@ -49,7 +55,10 @@ class _Functions:
             function = build()
             count = self._counts.get(op, 0)
             self._counts[op] = count + 1
-            function.overload = str(count) if count else ""
+            if count and self._renamed:
+                function.name = f"{op}{count}"
+            elif count:
+                function.overload = str(count)
             self._variants[key] = function
         return self._variants[key]
 
@@ -75,8 +84,12 @@ def _call(
     return list(values)
 
 
-def _pool_value(pool: PoolSpec, blocks: str) -> ir.Value:
-    return ir.val(pool.name, dtype=_POOL_TYPES[pool.dtype], shape=[blocks, *pool.shape])
+def _pool_type(pool: PoolSpec, form: GraphForm) -> ir.DataType:
+    return form.compute if pool.dtype == "model" else _POOL_TYPES[pool.dtype]
+
+
+def _pool_value(pool: PoolSpec, blocks: str, form: GraphForm) -> ir.Value:
+    return ir.val(pool.name, dtype=_pool_type(pool, form), shape=[blocks, *pool.shape])
 
 
 def _output(value: ir.Value, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
@@ -97,7 +110,9 @@ def layer_streams(
     return LayerStreams(own("key"), own("value"))
 
 
-def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeights, maps: GraphMaps) -> ir.Model:
+def build_decoder(
+    config: ModelConfig, plan: CompressionPlan, weights: GraphWeights, maps: GraphMaps, form: GraphForm = CPU_FORM
+) -> ir.Model:
     """Graph of the decoder.
 
     Parameters
@@ -108,6 +123,8 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
         Emits weights and linear layers; its initializers end up in the graph.
     maps : GraphMaps
         The plan's linear maps, likewise.
+    form : GraphForm
+        Of ``weights`` too.
 
     Returns
     -------
@@ -119,47 +136,67 @@ def build_decoder(config: ModelConfig, plan: CompressionPlan, weights: GraphWeig
     steps = {
         name: ir.val(name, dtype=ir.DataType.INT32, shape=list(shape)) for name, shape in decoder_inputs(plan).items()
     }
-    full = [_pool_value(pool, "Nf") for pool in full_pools(config)]
-    compressed = {pool.name: _pool_value(pool, "Nc") for pool in compressed_pools(plan, config)}
+    full = [_pool_value(pool, "Nf", form) for pool in full_pools(config)]
+    compressed = {pool.name: _pool_value(pool, "Nc", form) for pool in compressed_pools(plan, config)}
     layouts = plan_layout(plan, config)
-    functions = _Functions()
+    functions = _Functions(form.shared_step)
     updated: list[ir.Value] = []
+    shared = _chunk_step(g, config, plan, steps, functions) if form.shared_step else steps
 
     def attention(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
         streams = layer_streams(plan, layouts, layer, maps.tensors) if plan.compresses else None
         variant: Hashable = None
-        inputs = [q, k, v, full[layer], *(steps[name] for name in step_inputs(plan.compresses))]
+        rotation = streams is not None and streams.key.layout.stream.basis == "pre_rope"
+        inputs = [q, k, v, full[layer]]
+        inputs += [shared[name] for name in attention_inputs(plan.compresses, rotation, form)[len(inputs) :]]
         if streams is not None:
             variant = tuple((_variant(own.layout), own.member) for own in (streams.key, streams.value))
             inputs += [
                 compressed[tensor] if kind == "pool" else maps.value(tensor) for _, kind, tensor in streams.inputs()
             ]
-        function = functions.get("PagedAttention", variant, partial(paged_attention, "PagedAttention", config, streams))
-        attrs = attention_attributes(config, streams)
+        function = functions.get(
+            "PagedAttention", variant, partial(paged_attention, "PagedAttention", config, streams, form)
+        )
+        attrs = attention_attributes(config, streams, form)
         out, kv = _call(g, function, inputs, f"layers.{layer}.attention", attrs)
         pool = full_pools(config)[layer]
-        updated.append(_output(kv, pool.output_name, ir.DataType.FLOAT, ["Nf", *pool.shape]))
+        updated.append(_output(kv, pool.output_name, form.compute, ["Nf", *pool.shape]))
         return out
 
-    ops = OnnxOps(g, config, weights.weight, weights.table, weights.linear, attention)
+    ops = OnnxOps(g, config, weights.weight, weights.table, weights.linear, attention, form)
     logits = decoder(config, ops, steps["input_ids"], steps["positions"], steps["logit_index"])
+    logits = logits if form.wide else g.float32(logits)
     _output(logits, LOGITS, ir.DataType.FLOAT, ["N", config.vocab_size])
     inputs = [*steps.values(), *full, *compressed.values()]
     return _model("decoder", g, inputs, [logits, *updated], [*weights.initializers, *maps.initializers], functions)
 
 
-def build_compressor(config: ModelConfig, plan: CompressionPlan, maps: GraphMaps) -> ir.Model:
+def _chunk_step(
+    g: Emitter, config: ModelConfig, plan: CompressionPlan, steps: dict[str, ir.Value], functions: _Functions
+) -> dict[str, ir.Value]:
+    """Outputs of a call of `ChunkStep`, by name."""
+    rotation = any(stream.basis == "pre_rope" for stream in plan.streams)
+    function = functions.get(
+        "ChunkStep", None, partial(chunk_step_function, "ChunkStep", config, plan.compresses, rotation)
+    )
+    inputs = [steps[name] for name in step_inputs(plan.compresses)]
+    return dict(zip(chunk_step_names(plan.compresses, rotation), _call(g, function, inputs, "step", {}), strict=True))
+
+
+def build_compressor(
+    config: ModelConfig, plan: CompressionPlan, maps: GraphMaps, form: GraphForm = CPU_FORM
+) -> ir.Model:
     """Graph of the compressor: full blocks into every stream's compressed blocks, all streams at once."""
     g = Emitter("compressor")
     steps = {
         name: ir.val(name, dtype=ir.DataType.INT32, shape=list(shape)) for name, shape in COMPRESSOR_INPUTS.items()
     }
-    full = [_pool_value(pool, "Nf") for pool in full_pools(config)]
-    functions = _Functions()
+    full = [_pool_value(pool, "Nf", form) for pool in full_pools(config)]
+    functions = _Functions(form.shared_step)
     pools: list[ir.Value] = []
     outputs: list[ir.Value] = []
     for layout in plan_layout(plan, config):
-        own = [_pool_value(pool, "Nc") for pool in layout.pools.values()]
+        own = [_pool_value(pool, "Nc", form) for pool in layout.pools.values()]
         writer = writer_maps(layout, maps.tensors)
         function = functions.get(
             "CompressBlocks", _variant(layout), partial(compress_blocks, "CompressBlocks", layout, tuple(writer))
@@ -169,7 +206,7 @@ def build_compressor(config: ModelConfig, plan: CompressionPlan, maps: GraphMaps
         attrs = compression_attributes(layout, writer)
         values = _call(g, function, inputs, f"streams.{layout.index}.compress", attrs)
         for value, pool in zip(values, layout.pools.values(), strict=True):
-            outputs.append(_output(value, pool.output_name, _POOL_TYPES[pool.dtype], ["Nc", *pool.shape]))
+            outputs.append(_output(value, pool.output_name, _pool_type(pool, form), ["Nc", *pool.shape]))
         pools += own
     return _model("compressor", g, [*steps.values(), *full, *pools], outputs, maps.initializers, functions)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from minicache_trt.config import ModelConfig
+from minicache_trt.functions.form import GraphForm
 from minicache_trt.functions.tape import Emitter
 from minicache_trt.model.decoder import gated_mlp
-from minicache_trt.model.onnx_moe import mixture
+from minicache_trt.model.onnx_moe import dense_mixture, mixture
 from minicache_trt.model.rope import inverse_frequencies
 
 Linear = Callable[[ir.Value, str], ir.Value]
@@ -18,24 +19,32 @@ Weight = Callable[[str], ir.Value]
 
 
 class OnnxOps:
-    """Values are float32 unless they are ids or positions.
+    """Values are of the compute type unless they are ids or positions.
 
     Parameters
     ----------
     g : Emitter
     config : ModelConfig
     weight : callable
-        float32 value of a named weight.
+        A named weight in compute type.
     table : callable
         A named weight in its stored type (the embedding is gathered before it is cast).
     linear : callable
         ``x @ W.T (+ bias)`` in the engine's weight format.
     attention : callable
         Emits the call of `PagedAttention`.
+    form : GraphForm
     """
 
     def __init__(
-        self, g: Emitter, config: ModelConfig, weight: Weight, table: Weight, linear: Linear, attention: Attention
+        self,
+        g: Emitter,
+        config: ModelConfig,
+        weight: Weight,
+        table: Weight,
+        linear: Linear,
+        attention: Attention,
+        form: GraphForm,
     ) -> None:
         self._g = g
         self._config = config
@@ -43,9 +52,11 @@ class OnnxOps:
         self._table = table
         self._linear = linear
         self._attention = attention
+        self._form = form
 
     def embed(self, ids: ir.Value) -> ir.Value:
-        return self._g.float32(self._g.op("Gather", self._table("embed.weight"), ids, attrs={"axis": 0}))
+        rows = self._g.op("Gather", self._table("embed.weight"), ids, attrs={"axis": 0})
+        return self._g.cast(rows, self._form.compute)
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         return self._linear(x, name)
@@ -59,12 +70,13 @@ class OnnxOps:
         return self._g.reshape(self.rms_norm(split, name), [-1, heads * self._config.head_dim])
 
     def rotation(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines with a batch axis of one in front, from the positions themselves: no table."""
+        """Cosines and sines with a batch axis of one in front, from the positions themselves in float32: no table."""
         g = self._g
         frequency = inverse_frequencies(self._config.rope, self._config.head_dim).numpy()
         angle = g.op("Mul", g.unsqueeze(g.float32(positions), 1), g.floats(frequency[None]))
         parts, factor = (g.op("Cos", angle), g.op("Sin", angle)), self._config.rope.attention_factor
         cos, sin = parts if factor == 1.0 else (g.op("Mul", part, g.floats(factor)) for part in parts)
+        cos, sin = (part if self._form.wide else g.cast(part, self._form.compute) for part in (cos, sin))
         return g.unsqueeze(cos, 0), g.unsqueeze(sin, 0)
 
     def rotary(self, x: ir.Value, rotation: tuple[ir.Value, ir.Value], heads: int) -> ir.Value:
@@ -89,7 +101,10 @@ class OnnxOps:
         def expert(rows: ir.Value, index: int) -> ir.Value:
             return gated_mlp(self, rows, f"{name}.experts.{index}")
 
-        return mixture(self._g, self._config, x, self.linear(x, f"{name}.router"), expert, name)
+        router = self.linear(x, f"{name}.router")
+        if not self._form.loops:
+            return dense_mixture(self._g, self._config, x, router, expert, self._form)
+        return mixture(self._g, self._config, x, router, expert, name, self._form)
 
     def take(self, x: ir.Value, rows: ir.Value) -> ir.Value:
         return self._g.op("Gather", x, rows, attrs={"axis": 0})

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from minicache_trt.checkpoint.weights import WeightView
 from minicache_trt.config import ModelConfig
+from minicache_trt.functions.form import CPU_FORM, GraphForm
 from minicache_trt.functions.tape import Emitter
 
 _TYPES = {
@@ -42,6 +43,7 @@ class GraphWeights:
         zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for fp32.
     bits : int, optional
         Bits of a weight-only code.
+    form : GraphForm
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class GraphWeights:
         locations: Mapping[str, str],
         quantized: Mapping[str, WeightView] | None = None,
         bits: int | None = None,
+        form: GraphForm = CPU_FORM,
     ) -> None:
         self.emitter = Emitter("decoder")
         self._config = config
@@ -58,8 +61,9 @@ class GraphWeights:
         self._quantized = quantized or {}
         self._locations = locations
         self._bits = bits
+        self._form = form
         self._tables: dict[str, ir.Value] = {}
-        self._floats: dict[str, ir.Value] = {}
+        self._casts: dict[str, ir.Value] = {}
 
     @property
     def initializers(self) -> list[ir.Value]:
@@ -75,12 +79,12 @@ class GraphWeights:
         return self._external(name, self._views[name])
 
     def weight(self, name: str) -> ir.Value:
-        """A weight as float32; the runtime folds the cast when it loads the graph."""
-        if self._views[name].dtype == "float32":
+        """A weight in compute type; the runtime folds the cast, if one is needed, when it loads the graph."""
+        if _TYPES[self._views[name].dtype] == self._form.compute:
             return self.table(name)
-        if name not in self._floats:
-            self._floats[name] = self.emitter.outside(lambda: self.emitter.float32(self.table(name)))
-        return self._floats[name]
+        if name not in self._casts:
+            self._casts[name] = self.emitter.outside(lambda: self.emitter.cast(self.table(name), self._form.compute))
+        return self._casts[name]
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """``x @ W.T (+ bias)`` with W as the checkpoint stores it, ``[out, in]``."""

@@ -1,0 +1,119 @@
+"""The TensorRT backend's own work, steps, bindings, buckets and pools, on a stand-in that runs the engine's graphs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minicache_trt.backends.tensorrt.engine import TensorRtEngine
+from minicache_trt.backends.tensorrt.profiles import compressor_profiles, decoder_profiles, tensor_shapes
+from minicache_trt.backends.tensorrt.steps import split_step
+from minicache_trt.engine_directory import COMPRESSOR, COMPRESSOR_ENGINE, DECODER, DECODER_ENGINE, read_engine
+from minicache_trt.errors import UserError
+from minicache_trt.hf_reference import reference_for
+from minicache_trt.kernels.graphs import run_again
+from minicache_trt.runtime.llm import LLM
+from tests.support.checkpoints import make_checkpoint
+from tests.support.engines import build
+from tests.support.fake_tensorrt import FakeTensorRt
+from tests.support.steps import step
+
+
+@pytest.fixture
+def graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories of these backends without their engine files, which take seconds to build."""
+    monkeypatch.setattr("minicache_trt.backends.tensorrt.build.build_engines", lambda *arguments: None)
+
+
+def open_fake(directory: Path) -> tuple[TensorRtEngine, FakeTensorRt]:
+    for graph, name in ((DECODER, DECODER_ENGINE), (COMPRESSOR, COMPRESSOR_ENGINE)):
+        (directory / name).write_text(json.dumps({"graph": str(directory / graph)}))
+    info = read_engine(directory)
+    model, plan, limits = info.model, info.plan, info.build
+
+    def profiles(kind: str) -> Any:
+        decoder = kind == "decoder"
+        own = decoder_profiles(limits, plan, model, False) if decoder else compressor_profiles(limits, plan, model)
+        return own, tensor_shapes(plan, model, decoder)
+
+    trt = FakeTensorRt(profiles)
+    engine = TensorRtEngine.__new__(TensorRtEngine)
+    engine._start(trt, directory, info, torch.device("cpu"), run_again)
+    return engine, trt
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("method", ["full", "kivi4", "minicache4"])
+def test_generates_what_the_reference_does(tmp_path: Path, method: str) -> None:
+    """Ragged prompts over a quantum, decoded together over several demotions, in float32."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
+    limits = {"backend": "tensorrt-rtx", "dtype": "float32", "quantum": 128, "max_num_tokens": 150}
+    directory = build(checkpoint, tmp_path / "engine", method, **limits)
+    engine, trt = open_fake(directory)
+    llm = LLM.from_engine(engine)
+    rng = np.random.default_rng(0)
+    lengths = [300, 70, 5]
+    sequences = [rng.integers(0, 101, length + 70).tolist() for length in lengths]
+    scores = llm.score(sequences, lengths, start=[n - 1 for n in lengths])
+    llm.check_integrity()
+    reference = reference_for(directory, engine_info := read_engine(directory))
+    for tokens, length, mine in zip(sequences, lengths, scores, strict=True):
+        expected = reference.logits(tokens, length).numpy()[length - 1 :]
+        # Codes of ties may differ (see test_engines): few logits, and those by little.
+        assert np.abs(mine - expected).mean() <= 1e-3
+        assert np.abs(mine - expected).max() <= (0.3 if engine_info.plan.compresses else 2e-3)
+    runs = trt.engines["decoder"].runs
+    assert {shapes["prefill_rows"][0] for shapes in runs} == {1}
+    decodes = [shapes for shapes in runs if shapes["prefill_rows"][1] == 1 and shapes["input_ids"][0] > 1]
+    assert {shapes["input_ids"][0] for shapes in decodes} <= {2, 4}, "decodes are padded to buckets"
+    assert engine.plan.compresses == ("compressor" in trt.engines)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_all_wanted_rows_of_a_mixed_step_come_in_order(tmp_path: Path) -> None:
+    """Two decodes and two chunks at once, one chunk without logits: as ONNX Runtime computes the step in one piece."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    directory = build(checkpoint, tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float32")
+    engine, _ = open_fake(directory)
+    from minicache_trt.build import load_engine
+
+    whole = load_engine(directory, 1, "onnxruntime")
+    batch = step([(70, 0, 1), (5, 0, 1), (90, 0, 20), (33, 0, 33)])
+    ids = np.random.default_rng(1).integers(0, 101, batch.num_tokens).astype(np.int32)
+    batch.input_ids[:] = ids
+    object.__setattr__(batch, "logit_index", np.array([0, 1, 40, 54], np.int32))
+    results = []
+    for each in (engine, whole):
+        each.allocate(48, 2)
+        results.append(each.decode(batch).copy())
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    for name in ("kv.0", "kv.3"):
+        np.testing.assert_allclose(engine.pool(name)[1:], whole.pool(name)[1:], atol=1e-5)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_pools_beyond_a_profile_are_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    directory = build(checkpoint, tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float16")
+    engine, _ = open_fake(directory)
+    with pytest.raises(UserError, match=r"kv\.0: expected a shape from \[2, 2, 2, 64, 32\] to"):
+        engine.allocate(1 << 20, 1)
+
+
+def test_parts_of_a_step_are_the_step() -> None:
+    batch = step([(700, 512, 1), (230, 64, 1), (400, 128, 257), (60, 0, 60)])
+    object.__setattr__(batch, "logit_index", np.array([1, 2, 258, 318], np.int32))
+    parts = split_step(batch)
+    assert [len(part.context_len) for part in parts] == [2, 1, 1]
+    for name in ("positions", "slot_mapping", "context_len", "compressed_len", "full_table", "compressed_table"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(batch, name))
+    begins = np.cumsum([0, *(part.num_tokens for part in parts)])
+    rows = np.concatenate([part.logit_index + begin for part, begin in zip(parts, begins, strict=False)])
+    np.testing.assert_array_equal(rows, batch.logit_index)
+    assert all(part.query_start[0] == 0 and part.query_start[-1] == part.num_tokens for part in parts)
