@@ -129,7 +129,7 @@ def evaluate(
     if plot is not None:
         from minicache_trt.evaluation.plots import draw_pareto
 
-        draw_pareto(summary, plot, f"{source}: bits against loss")
+        draw_pareto(summary, plot, f"{Path(source).resolve().name}: bits against loss")
     if json:
         asked = {"text": None if text is None else str(text), "tasks": [*ours, *(harness.names if harness else ())]}
         print_json({"model": source, **asked, **asdict(settings), "tools": tool_versions(), "methods": summary})

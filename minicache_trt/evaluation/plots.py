@@ -38,9 +38,14 @@ def draw_pareto(summary: Sequence[dict[str, Any]], path: Path, title: str) -> No
         The file cannot be written.
     """
     tasks = list(summary[0]["tasks"])
-    figure = new_figure(5.2 * len(tasks), 4.6)
-    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = new_figure(5.2 * columns, 4.4 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, task in zip(axes, tasks, strict=False):
         _panel(axis, summary, task)
+    for axis in axes[len(tasks) :]:
+        axis.remove()
     set_title(figure, title)
     save(figure, path)
 
@@ -58,6 +63,7 @@ def _panel(axis: Any, summary: Sequence[dict[str, Any]], task: str) -> None:
     front = pareto([(x, sign * y) for x, y in zip(bits, values, strict=True)])
     axis.plot([bits[i] for i in front], [values[i] for i in front], color=COLORS["merged"], zorder=0, linewidth=1.5)
     axis.set_xscale("log", base=2)
+    axis.margins(0.12)
     ticks = [tick for tick in (1, 2, 4, 8, 16) if min(bits) / 1.5 <= tick <= max(bits) * 1.5]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
