@@ -73,6 +73,7 @@ def test_a_plan_from_text_to_engine(invoke: Invoke, text: Path, tmp_path: Path) 
     assert not (tmp_path / "engine2").exists()
 
 
+@pytest.mark.long
 def test_what_is_printed(invoke: Invoke, text: Path, tmp_path: Path) -> None:
     result = invoke("calibrate", "-m", DEMO, "--text", text, "--max-loss", "2%", "--groups", 1, "-o", tmp_path, *SMALL)
     assert result.code == 0, result
