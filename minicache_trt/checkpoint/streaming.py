@@ -18,5 +18,5 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(entries).encode()
-    encoded += b" " * (-len(encoded) % 64)
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # tensors begin at an aligned offset
     return len(encoded).to_bytes(8, "little") + encoded

@@ -112,6 +112,11 @@ def open_traced(directory: Path, info: EngineInfo, num_threads: int | None, back
     if backend not in TRACED:
         open_backend(backend)
         raise UserError(f"backend {backend!r} cannot be traced layer by layer", f"traced: {', '.join(TRACED)}")
+    if backend == "onnxruntime" and info.build.graph_dtype != "float32":
+        raise UserError(
+            f"{directory}: its graphs compute in {info.build.graph_dtype}; layers are traced in float32 only",
+            "use --backend torch, or an engine built with --dtype float32",
+        )
     return TRACED[backend](directory, one_at_a_time(info), num_threads)
 
 

@@ -117,3 +117,22 @@ def test_parts_of_a_step_are_the_step() -> None:
     rows = np.concatenate([part.logit_index + begin for part, begin in zip(parts, begins, strict=False)])
     np.testing.assert_array_equal(rows, batch.logit_index)
     assert all(part.query_start[0] == 0 and part.query_start[-1] == part.num_tokens for part in parts)
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("shape", ["llama", "mixtral"])
+def test_half_precision_is_close_to_the_reference(tmp_path: Path, shape: str) -> None:
+    """The directory's float16 graphs, weights cast from float32, on ONNX Runtime's own backend."""
+    from minicache_trt.build import load_engine
+
+    family = {"family": "mixtral", "num_local_experts": 4, "head_dim": 48} if shape == "mixtral" else {}
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", initializer_range=0.05, **family)
+    directory = build(checkpoint, tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float16")
+    engine = load_engine(directory, 1, "onnxruntime")
+    assert engine.element_bytes == 2
+    tokens = np.random.default_rng(0).integers(0, 101, 150).tolist()
+    llm = LLM.from_engine(engine)
+    (mine,) = llm.score([tokens], [100])
+    llm.check_integrity()
+    expected = reference_for(directory, read_engine(directory)).uncompressed_logits(tokens).numpy()
+    assert 0 < np.abs(mine - expected).mean() <= 0.01 * np.abs(expected).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def build_engines(
         TensorRT is missing, or refuses something.
     """
     trt = load_module(build.backend)
+    _return_freed_memory()
     form, config = graph_form(build), checkpoint.config
     plugins = find_plugins() if form.plugins else None
     if plugins is not None:
@@ -68,6 +70,15 @@ def build_engines(
     for temporary in (CAST_GRAPH, CAST_WEIGHTS):
         (staging / temporary).unlink(missing_ok=True)
     write_description(staging / ENGINES, {"backend": build.backend, "version": trt.__version__, "engines": engines})
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give freed weights back to the system: its own threshold grows with what was freed before."""
+    mmap_threshold, size = -3, 1 << 20  # M_MMAP_THRESHOLD of glibc's malloc.h
+    try:
+        ctypes.CDLL(None).mallopt(mmap_threshold, size)
+    except (OSError, AttributeError):  # another C library
+        return
 
 
 def _decoder(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: BuildConfig, report: Report) -> Path:
