@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minicache_trt.cli import inspect_engines, inspect_streams, options
+from minicache_trt.cli import inspect_streams, options
 from minicache_trt.cli.console import print_json, stderr, stdout, table
 from minicache_trt.cli.plan import layer_table, plan_summary
 from minicache_trt.cli.run import read_prompts
@@ -63,8 +63,12 @@ def inspect(
 def _describe(engine: Path, info: EngineInfo, json: bool) -> None:
     summary = plan_summary(info.plan, info.model, info.build.max_seq_len, info.build.window)
     if json:
-        engines = inspect_engines.engines_json(engine) if ENGINES in info.files else None
-        print_json({**info.to_dict(), "cache": summary, "tensors": _tensors(info), "tensorrt": engines})
+        data = {**info.to_dict(), "cache": summary, "tensors": _tensors(info)}
+        if ENGINES in info.files:
+            from minicache_trt.cli.inspect_engines import engines_json
+
+            data["tensorrt"] = engines_json(engine)
+        print_json(data)
         return
     rows = table(f"Engine {engine}", "what", "value")
     model, build = info.model, info.build
@@ -92,7 +96,9 @@ def _describe(engine: Path, info: EngineInfo, json: bool) -> None:
         tensors.add_row(row["name"], row["type"], f"[{', '.join(map(str, row['shape']))}]")
     stdout.print(tensors)
     if ENGINES in info.files:
-        inspect_engines.print_engines(engine)
+        from minicache_trt.cli.inspect_engines import print_engines
+
+        print_engines(engine)
 
 
 def _tensors(info: EngineInfo) -> list[dict[str, Any]]:
