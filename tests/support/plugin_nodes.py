@@ -19,6 +19,7 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import DOMAIN
 from minicache_trt.engine_directory import COMPRESSOR, DECODER
+from minicache_trt.functions.form import CPU_FORM, GraphForm
 from minicache_trt.model.graph import build_compressor, build_decoder
 from minicache_trt.model.maps import GraphMaps, plan_maps
 from minicache_trt.model.weights import GraphWeights
@@ -52,7 +53,7 @@ class Nodes:
     constants: dict[str, NDArray[np.generic]]
 
     @classmethod
-    def of_plan(cls, config: ModelConfig, plan: CompressionPlan) -> Nodes:
+    def of_plan(cls, config: ModelConfig, plan: CompressionPlan, form: GraphForm = CPU_FORM) -> Nodes:
         """From graphs whose weights are nowhere."""
         views = {
             name: WeightView(name, Path("weights"), 0, 4 * math.prod(shape), shape, "float32")
@@ -60,9 +61,9 @@ class Nodes:
         }
         arrays = plan_maps(plan, config)
         decoder = build_decoder(
-            config, plan, GraphWeights(config, views, {"weights": "weights"}), GraphMaps(arrays, {})
+            config, plan, GraphWeights(config, views, {"weights": "weights"}, form=form), GraphMaps(arrays, {}), form
         )
-        return cls._of([decoder, build_compressor(config, plan, GraphMaps(arrays, {}))])
+        return cls._of([decoder, build_compressor(config, plan, GraphMaps(arrays, {}), form)])
 
     @classmethod
     def of_engine(cls, directory: Path) -> Nodes:
