@@ -7,8 +7,9 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from minicache_trt.engine_directory import is_engine_directory
@@ -17,8 +18,19 @@ from minicache_trt.errors import UserError
 _PREFIX = ".minicache-trt-build."
 
 
+@dataclass(frozen=True)
+class Product:
+    """What is made: its name in messages, and how one that is already there is told from what must not be replaced."""
+
+    noun: str
+    is_one: Callable[[Path], bool]
+
+
+ENGINE = Product("an engine", is_engine_directory)
+
+
 @contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool, product: Product = ENGINE) -> Iterator[Path]:
     """A temporary directory that becomes ``output`` if the block ends well and vanishes if it does not.
 
     Its parent is this build's alone and vanishes in any case: a place for temporary files on the same file system.
@@ -27,13 +39,13 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
     Raises
     ------
     UserError
-        ``output`` exists (and is not an engine to overwrite), it cannot be written, or the disk is full.
+        ``output`` exists (and is not a product to overwrite), it cannot be written, or the disk is full.
     """
     output = Path(os.path.realpath(output))
     missing_parents: list[Path] = []
     complete = False
     try:
-        _check_absent(output, overwrite)
+        _check_absent(output, overwrite, product)
         missing_parents = [parent for parent in output.parents if not parent.exists()]
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output.parent)
@@ -42,7 +54,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
             staging = Path(name) / "engine"
             staging.mkdir()
             yield staging
-            _check_absent(output, overwrite)
+            _check_absent(output, overwrite, product)
             _publish(staging, output)
             complete = True
     except OSError as error:
@@ -59,13 +71,13 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def _check_absent(output: Path, overwrite: bool) -> None:
+def _check_absent(output: Path, overwrite: bool, product: Product) -> None:
     if not output.exists():
         return
-    if not is_engine_directory(output):
-        raise UserError(f"cannot write {output}: it exists and is not an engine", "choose another directory")
+    if not product.is_one(output):
+        raise UserError(f"cannot write {output}: it exists and is not {product.noun}", "choose another directory")
     if not overwrite:
-        raise UserError(f"cannot write {output}: an engine is already there", "add --force to replace it")
+        raise UserError(f"cannot write {output}: {product.noun} is already there", "add --force to replace it")
 
 
 def _publish(staging: Path, output: Path) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from minicache_trt.cli import bench, build, compare, doctor, inspect, models, plan, run, serve
 from minicache_trt.cli.console import stdout
+from minicache_trt.cli.deploy import deploy
 
 app = typer.Typer(
     name="minicache-trt",
@@ -57,3 +58,5 @@ VERBS = (
 
 for verb in VERBS:
     app.command(no_args_is_help=verb not in NEED_NOTHING)(verb)
+
+app.add_typer(deploy, name="deploy")
