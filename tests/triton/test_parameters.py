@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.request import CompletionOutput, RequestOutput, SamplingParams
+from minicache_trt.runtime.request import CompletionOutput, RequestOutput
+from minicache_trt.runtime.sampling_params import GuidedDecodingParams, SamplingParams
 from minicache_trt.serving.triton.answers import Times, row_tensors, stack
 from minicache_trt.serving.triton.parameters import Ask, Returns, read_request
 from minicache_trt.serving.triton.settings import InstanceSettings
@@ -51,6 +52,18 @@ GREEDY = SamplingParams(temperature=0.0)
         ({"random_seed": 4}, SamplingParams(temperature=0, seed=4)),
         ({"return_log_probs": True}, SamplingParams(temperature=0, logprobs=0)),
         ({"beam_width": 1, "frequency_penalty": 0.0, "min_tokens": 0, "length_penalty": 2.0}, GREEDY),
+        (
+            {"frequency_penalty": 0.5, "presence_penalty": -0.5, "min_tokens": 2},
+            SamplingParams(temperature=0, frequency_penalty=0.5, presence_penalty=-0.5, min_tokens=2),
+        ),
+        (
+            {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "[ab]+"},
+            SamplingParams(temperature=0, guided_decoding=GuidedDecodingParams(regex="[ab]+")),
+        ),
+        (
+            {"guided_decoding_guide_type": "json"},
+            SamplingParams(temperature=0, guided_decoding=GuidedDecodingParams(json_object=True)),
+        ),
     ],
 )
 def test_names_of_tensorrt_llm_become_sampling_parameters(given: dict[str, Any], params: SamplingParams) -> None:
@@ -77,6 +90,8 @@ def test_second_names_mean_the_same() -> None:
         ({"text_input": "a", "max_tokens": [1, 2]}, "max_tokens: expected one value, got 2"),
         ({"text_input": "a", "num_return_sequences": 3}, "num_return_sequences: expected 1, got 3"),
         ({"text_input": "a", "bad_words": ["b"]}, "bad_words"),
+        ({"text_input": "a", "guided_decoding_guide_type": "ebnf_grammar"}, "expected one of json, json_schema"),
+        ({"text_input": "a", "guided_decoding_guide_type": "regex"}, "guided_decoding_guide: is missing"),
         ({"text_input": "a", "seed": -1}, "seed: expected a number of at least 0"),
     ],
 )

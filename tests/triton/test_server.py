@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from minicache_trt.runtime.llm import LLM
-from minicache_trt.runtime.request import SamplingParams
+from minicache_trt.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tests.support.tritonserver import TritonServer

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.request import SamplingParams
+from minicache_trt.runtime.sampling_params import GuidedDecodingParams, SamplingParams
 from minicache_trt.serving.triton.settings import InstanceSettings
 from minicache_trt.serving.triton.tensors import ALIASES, INPUTS, STRING
 
@@ -18,17 +18,22 @@ Tensors = Mapping[str, NDArray[Any]]
 
 _LISTS = {tensor.name for tensor in INPUTS if tensor.dims != (1,)}
 _STRINGS = {tensor.name for tensor in INPUTS if tensor.data_type == STRING}
-_FIELDS = {field.name for field in fields(SamplingParams)}
-_DIRECT = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "ignore_eos")
-_NEUTRAL = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "min_tokens": 0,
-    "beam_width": 1,
-    "num_return_sequences": 1,
-    "bad_words": [],
-}
-"""Values that change nothing. Others need a sampling parameter of that name."""
+_DIRECT = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+_NEUTRAL: dict[str, Any] = {"beam_width": 1, "num_return_sequences": 1, "bad_words": []}
+"""What we have nothing for, and the values that change nothing."""
+_GUIDES = {"json": "json_object", "json_schema": "json", "regex": "regex", "lark_grammar": "grammar"}
 _CHOOSERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -189,9 +194,7 @@ def _sampling(values: Mapping[str, Any], returns: Returns) -> SamplingParams:
     chosen = {name: values[name] for name in _DIRECT if name in values}
     for name, neutral in _NEUTRAL.items():
         value = values.get(name, neutral)
-        if name in _FIELDS:
-            chosen[name] = value
-        elif value not in (neutral, [""]):
+        if value not in (neutral, [""]):
             raise UserError(f"{name}: expected {neutral}, got {value}", "this release has no other")
     # Without a word about choosing, TensorRT-LLM takes the most likely token; with it, top_p 0 means the same.
     if not any(name in values for name in _CHOOSERS) or chosen.get("top_p") == 0:
@@ -204,9 +207,21 @@ def _sampling(values: Mapping[str, Any], returns: Returns) -> SamplingParams:
     if returns.log_probs or returns.cumulative_logprob:
         chosen["logprobs"] = 0
     try:
-        return SamplingParams(**chosen)
+        return SamplingParams(**chosen, guided_decoding=_guided(values))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _guided(values: Mapping[str, Any]) -> GuidedDecodingParams | None:
+    kind, guide = values.get("guided_decoding_guide_type"), values.get("guided_decoding_guide")
+    if not kind:
+        return None
+    if kind not in _GUIDES:
+        raise UserError(f"guided_decoding_guide_type: expected one of {', '.join(_GUIDES)}, got {kind!r}")
+    if kind != "json" and not guide:
+        raise UserError(f"guided_decoding_guide: is missing for guide type {kind!r}")
+    constraint: dict[str, Any] = {_GUIDES[kind]: True if kind == "json" else guide}
+    return GuidedDecodingParams(**constraint)
 
 
 def as_tensors(inputs: list[Any]) -> dict[str, NDArray[Any]]:

@@ -54,6 +54,8 @@ SAMPLING = (
     Tensor("length_penalty", FP32),
     Tensor("beam_width", INT32),
     Tensor("num_return_sequences", INT32),
+    Tensor("guided_decoding_guide_type", STRING),
+    Tensor("guided_decoding_guide", STRING),
     Tensor("ignore_eos", BOOL),  # ours
     Tensor("random_seed", UINT64),  # the ensemble's name for seed, in older releases
     Tensor("sampling_param_max_tokens", INT32),

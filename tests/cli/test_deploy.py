@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from minicache_trt.serving.triton.repository import this_environment
 from minicache_trt.serving.triton.tensors import ALIASES, INPUTS, OUTPUTS
-from tests.cli.command import assert_refused, run_process, snapshot
+from tests.cli.command import Invoke, assert_refused, snapshot
+
+Run = Callable[..., None]
 
 
-def run(engine: Path, repository: Path, *arguments: object) -> None:
-    result = run_process("deploy", "triton", "-e", engine, "-o", repository, *arguments)
-    assert result.code == 0, result
+@pytest.fixture
+def run(invoke: Invoke, engine: Path) -> Run:
+    """``run(repository, *arguments)``: the engine is deployed."""
+
+    def call(repository: Path, *arguments: object) -> None:
+        result = invoke("deploy", "triton", "-e", engine, "-o", repository, *arguments)
+        assert result.code == 0, result
+
+    return call
 
 
 def parse_text_format(text: str) -> dict[str, list[object]]:
@@ -46,9 +55,8 @@ def parse_text_format(text: str) -> dict[str, list[object]]:
     return message(0, None)[0]
 
 
-def test_the_repository_holds_engine_shim_and_config(engine: Path, tmp_path: Path) -> None:
+def test_the_repository_holds_engine_shim_and_config(run: Run, invoke: Invoke, engine: Path, tmp_path: Path) -> None:
     run(
-        engine,
         tmp_path / "repo",
         "--model-name",
         "m",
@@ -81,22 +89,22 @@ def test_the_repository_holds_engine_shim_and_config(engine: Path, tmp_path: Pat
     assert set(ALIASES) | set(ALIASES.values()) <= set(inputs)
 
 
-def test_files_are_linked_or_copied(engine: Path, tmp_path: Path) -> None:
-    run(engine, tmp_path / "linked")
-    run(engine, tmp_path / "copied", "--copy")
+def test_files_are_linked_or_copied(run: Run, invoke: Invoke, engine: Path, tmp_path: Path) -> None:
+    run(tmp_path / "linked")
+    run(tmp_path / "copied", "--copy")
     name = Path("minicache") / "1" / "engine" / "decoder.onnx"
     assert os.path.samefile(tmp_path / "linked" / name, engine / "decoder.onnx")
     assert not os.path.samefile(tmp_path / "copied" / name, engine / "decoder.onnx")
 
 
-def test_a_second_version_leaves_the_first_alone(engine: Path, tmp_path: Path) -> None:
+def test_a_second_version_leaves_the_first_alone(run: Run, invoke: Invoke, engine: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repo"
-    run(engine, repository)
+    run(repository)
     before = snapshot(repository)
-    run(engine, repository, "--version", 2)
+    run(repository, "--version", 2)
     after = snapshot(repository)
     assert before.items() <= after.items() and "minicache/2/engine/config.json" in after
-    run(engine, repository, "--version", 2, "--force", "--max-queue-size", 9)
+    run(repository, "--version", 2, "--force", "--max-queue-size", 9)
     assert 'string_value: "9"' in (repository / "minicache" / "config.pbtxt").read_text()
     assert set(snapshot(repository)) == set(after)
 
@@ -114,21 +122,23 @@ def test_a_second_version_leaves_the_first_alone(engine: Path, tmp_path: Path) -
         ((), "version 1 is already there"),
     ],
 )
-def test_refusals_write_nothing(engine: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_refusals_write_nothing(
+    run: Run, invoke: Invoke, engine: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     if not arguments:
-        run(engine, tmp_path / "repo")
+        run(tmp_path / "repo")
     before = snapshot(tmp_path)
-    result = run_process("deploy", "triton", "-e", engine, "-o", tmp_path / "repo", *arguments)
+    result = invoke("deploy", "triton", "-e", engine, "-o", tmp_path / "repo", *arguments)
     assert_refused(result, message)
     assert snapshot(tmp_path) == before
 
 
-def test_something_else_of_that_name_is_not_touched(engine: Path, tmp_path: Path) -> None:
+def test_something_else_of_that_name_is_not_touched(run: Run, invoke: Invoke, engine: Path, tmp_path: Path) -> None:
     (tmp_path / "repo" / "minicache").mkdir(parents=True)
     (tmp_path / "repo" / "minicache" / "config.pbtxt").write_text('name: "minicache"\n')
     before = snapshot(tmp_path)
-    result = run_process("deploy", "triton", "-e", engine, "-o", tmp_path / "repo")
+    result = invoke("deploy", "triton", "-e", engine, "-o", tmp_path / "repo")
     assert_refused(result, "is not a model of minicache-trt")
-    result = run_process("deploy", "triton", "-e", tmp_path, "-o", tmp_path / "repo")
+    result = invoke("deploy", "triton", "-e", tmp_path, "-o", tmp_path / "repo")
     assert_refused(result, "is not an engine directory")
     assert snapshot(tmp_path) == before
