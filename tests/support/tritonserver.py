@@ -52,12 +52,14 @@ class TritonServer:
         What the server says.
     arguments : str
         More of the command line.
+    prefix : tuple of str
+        Goes before it.
     """
 
-    def __init__(self, repository: Path, log: Path, *arguments: str) -> None:
+    def __init__(self, repository: Path, log: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
         self.log = log
         self.http, self.grpc, self.metrics_port = free_ports(3)
-        command = [str(FOLDER / "tritonserver"), f"--model-repository={repository}", "--exit-timeout-secs=20"]
+        command = [*prefix, str(FOLDER / "tritonserver"), f"--model-repository={repository}", "--exit-timeout-secs=5"]
         for kind, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics_port)):
             command += [f"--{kind}-address=127.0.0.1", f"--{kind}-port={port}"]
         # Models run in the environment their repository names, whatever this process has been told.
