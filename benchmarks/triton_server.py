@@ -170,7 +170,8 @@ def grpc_ask(server: TritonServer, max_tokens: int) -> Ask:
             if not leave:
                 return b"".join(response["text_output"][0] for response in stream.read_all()).decode()
             for _ in range(LEAVE_AFTER):
-                stream.read()
+                if stream.read()[1]:
+                    break
         return None
 
     return lambda prompt, leave: asyncio.to_thread(ask, prompt, leave)

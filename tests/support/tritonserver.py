@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "build_scripts" / "get_tritonserver.sh"
 FOLDER = ROOT / "build" / "tritonserver"
 PACKAGES = FOLDER / "python"
-START_SECONDS = 120
+START_SECONDS = 300
 TYPES = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
 
 
