@@ -212,6 +212,7 @@ class _Chooser:
             assert max_loss is not None
             tried = self._losing(max_loss)
         best = self._best(tried) if target_ratio is not None else tried[0]
+        self._search.measure(best[1])  # a variant's streams need not be those of the search
         return best[0], best[1], tuple(row[0] for row in tried if row is not best), baselines
 
     def _best(self, tried: list[tuple[Verified, Choice]]) -> tuple[Verified, Choice]:
