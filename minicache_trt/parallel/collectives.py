@@ -7,6 +7,8 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor, empty
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
+
 
 class Collectives(Protocol):
     """Operations every rank takes part in, in the same order."""
@@ -46,7 +48,7 @@ class ProcessGroup:
     def gather(self, x: Tensor) -> Tensor:
         rows, columns = x.shape
         parts = empty(self._size * rows, columns, dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts, x.contiguous())
+        _all_gather(parts, x.contiguous())
         return parts.view(self._size, rows, columns).transpose(0, 1).reshape(rows, -1)
 
 

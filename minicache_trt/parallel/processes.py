@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import sys
@@ -139,9 +140,17 @@ class RankProcesses:
         return [replies[rank].result(rank) for rank in sorted(replies)]
 
 
+def _interpreter() -> str:
+    """A Python like this one; where Python is embedded, as in Triton's stub, ``sys.executable`` is something else."""
+    if Path(sys.executable or "").name.startswith("python"):
+        return sys.executable
+    return str(Path(sys.exec_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
+
+
 def _start(address: Path, key: bytes, rank: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "minicache_trt.parallel.worker", str(address), str(rank)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    command = [_interpreter(), "-m", "minicache_trt.parallel.worker", str(address), str(rank)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     assert process.stdin is not None
     process.stdin.write(key.hex().encode() + b"\n")
     process.stdin.close()
