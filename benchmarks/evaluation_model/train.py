@@ -12,17 +12,16 @@ written every few minutes, and can be used while training goes on.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-import json
 import math
-import os
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,11 +36,12 @@ from minicache_trt.evaluation.examples import Example, Source
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEPARATOR = "\n\0"
 LENGTHS = (512, 1024, 2048, 4096)
-EARLY, LATE, LATE_FROM = (0.6, 0.4, 0.0, 0.0), (0.1, 0.3, 0.35, 0.25), 0.72
+EARLY, LATE, LATE_FROM = (0.6, 0.4, 0.0, 0.0), (0.25, 0.25, 0.25, 0.25), 0.72
 """Shares of row lengths, and the part of training from which the later ones count."""
-TASKS = {"repeated": 0.10, "copied": 0.08, "passkey": 0.06, "key_values": 0.11}
+TASKS = {"repeated": 0.09, "copied": 0.07, "passkey": 0.07, "key_values": 0.17}
 """Shares of rows; the rest is text, half of it from the standard library."""
-IGNORED = -100
+ANSWER_WEIGHT = {"passkey": 8.0, "key_values": 4.0}
+"""What an answer counts beside a token of text: answers are a few tokens of a long row."""
 
 
 def demo_training() -> ModuleType:
@@ -54,6 +54,13 @@ def demo_training() -> ModuleType:
     return module
 
 
+class Row(NamedTuple):
+    """Tokens ``[length + 1]`` and what predicting each but the first counts, ``[length]``."""
+
+    tokens: np.ndarray[Any, np.dtype[np.int64]]
+    weights: np.ndarray[Any, np.dtype[np.float32]]
+
+
 @dataclass(frozen=True)
 class Data:
     """Token streams of text and what examples are made of."""
@@ -61,23 +68,19 @@ class Data:
     streams: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
     source: Source
 
-    def row(self, rng: np.random.Generator, length: int) -> tuple[list[int], np.ndarray[Any, np.dtype[np.int64]]]:
-        """Inputs and targets of one row; random tokens cannot be predicted the first time, so they are no targets."""
-        kind = rng.choice([*TASKS, "text"], p=[*TASKS.values(), 1 - sum(TASKS.values())])
+    def row(self, rng: np.random.Generator, length: int) -> Row:
+        """One row; only answers count where everything else is random and cannot be predicted."""
+        kind = str(rng.choice([*TASKS, "text"], p=[*TASKS.values(), 1 - sum(TASKS.values())]))
         if kind == "text":
             stream = self.streams[int(rng.integers(len(self.streams)))]
             start = rng.integers(0, len(stream) - length)
-            tokens = [*self.source.begin, *stream[start : start + length].tolist()]
-            return tokens[:length], np.array(tokens[1 : length + 1])
-        example = self.example(str(kind), rng, length + 1)
-        tokens = np.array(example.tokens)
-        known = tokens[1:].copy()
-        if kind in ("repeated", "copied"):
-            answers = np.zeros(length + 1, bool)
-            for first, stop in example.answers:
-                answers[first:stop] = True
-            known = np.where(answers[1:], known, IGNORED)
-        return example.tokens[:-1], known
+            tokens = [*self.source.begin, *stream[start : start + length + 1].tolist()]
+            return Row(np.array(tokens[: length + 1]), np.ones(length, np.float32))
+        example = self.example(kind, rng, length + 1)
+        weights = np.full(length + 1, 1.0 if kind == "passkey" else 0.0, np.float32)
+        for first, stop in example.answers:
+            weights[first:stop] = ANSWER_WEIGHT.get(kind, 1.0)
+        return Row(np.array(example.tokens), weights[1:])
 
     def example(self, kind: str, rng: np.random.Generator, length: int) -> Example:
         longest = length // 2 - 16 if rng.random() < 0.3 else 300
@@ -89,18 +92,20 @@ class Data:
         if kind == "passkey":
             return examples.passkey(self.source, rng, length, rng.random())
         size = length if rng.random() < 0.5 else int(rng.integers(length // 4, length + 1))
-        told = examples.key_values(self.source, rng, size, int(rng.integers(1, 5 + size // 128)))
+        told = examples.key_values(self.source, rng, size, int(rng.integers(4, 8 + size // 48)))
         ahead = self.source.text(rng, length - size)  # few pairs far from where they are asked for
         moved = tuple((a + len(ahead), b + len(ahead)) for a, b in told.answers)
         begin = len(self.source.begin)
         return Example([*told.tokens[:begin], *ahead, *told.tokens[begin:]], moved)
 
     def batch(self, seed: int, step: int, progress: float, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of a step, ``[rows, length]``."""
+        """Tokens of a step, ``[rows, length + 1]``, and weights, ``[rows, length]``."""
         rng = np.random.default_rng((seed, step))
         length = int(rng.choice(LENGTHS, p=LATE if progress > LATE_FROM else EARLY))
         rows = [self.row(rng, length) for _ in range(max(1, tokens // length))]
-        return torch.tensor([row for row, _ in rows]), torch.from_numpy(np.stack([target for _, target in rows]))
+        return torch.from_numpy(np.stack([row.tokens for row in rows])), torch.from_numpy(
+            np.stack([row.weights for row in rows])
+        )
 
 
 def load_data(tokenizer: Any, texts: list[list[str]], vocab_size: int) -> Data:
@@ -120,14 +125,22 @@ def load_data(tokenizer: Any, texts: list[list[str]], vocab_size: int) -> Data:
     return Data(tuple(streams), Source(encode, ordinary.tolist(), begin, streams[0]))
 
 
-class Trainer:
-    """fp32 master weights, bf16 compute, Muon for matrices and AdamW for the rest."""
+def fastest_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it fast: GPUs, and CPUs with AMX; AVX2 alone is 20 times slower at it."""
+    amx = device == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device != "cpu" or amx else torch.float32
 
-    def __init__(self, model: LlamaForCausalLM, demo: ModuleType, device: str, lr: float, muon_lr: float) -> None:
+
+class Trainer:
+    """fp32 master weights, computation in ``dtype``, Muon for matrices and AdamW for the rest."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, demo: ModuleType, device: str, dtype: torch.dtype, lr: float, muon_lr: float
+    ) -> None:
         self.model, self.peaks = model.to(device), (lr, muon_lr)
         self.master = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
         for p in model.parameters():
-            p.data = p.data.bfloat16()
+            p.data = p.data.to(dtype)
         embedding = model.get_input_embeddings().weight
         matrix = [p.dim() == 2 and p is not embedding for p in model.parameters()]
         others = [m for m, is_matrix in zip(self.master, matrix, strict=True) if not is_matrix]
@@ -137,11 +150,12 @@ class Trainer:
             demo.Muon(hidden, lr=muon_lr),
         )
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, rate: float) -> float:
+    def step(self, tokens: torch.Tensor, weights: torch.Tensor, rate: float) -> float:
         """One update; returns the loss."""
-        hidden = self.model.model(input_ids=inputs).last_hidden_state
+        hidden = self.model.model(input_ids=tokens[:, :-1]).last_hidden_state
         logits = self.model.lm_head(hidden).flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights.flatten()).sum() / weights.sum()
         loss.backward()
         for p, m in zip(self.model.parameters(), self.master, strict=True):
             m.grad, p.grad = p.grad.float(), None
@@ -172,26 +186,6 @@ class Trainer:
                 m.copy_(saved)
         self.publish()
         return state
-
-
-def export(trainer: Trainer, tokenizer: Any, output: Path) -> None:
-    """Write an fp16 checkpoint, file by file over an earlier one."""
-    model = LlamaForCausalLM(trainer.model.config)
-    with torch.no_grad():
-        for p, m in zip(model.parameters(), trainer.master, strict=True):
-            p.copy_(m)
-    model.config.use_cache = True
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
-        model.half().save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        settings = Path(temporary, "tokenizer_config.json")  # a class name every release knows
-        values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        settings.write_text(json.dumps(values, indent=2) + "\n")
-        for path in Path(temporary).iterdir():
-            path.chmod(0o644)
-            os.replace(path, output / path.name)
-    trainer.model.config.use_cache = False
 
 
 def main(
@@ -239,27 +233,19 @@ def main(
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; tokens of text: {counts}", flush=True)
     AttentionInterface.register("block_causal", demo.block_attention)
     model.set_attn_implementation("block_causal" if device == "cpu" else "sdpa")
+    config = copy.deepcopy(model.config)
     model.config.use_cache = False
-    trainer = Trainer(model, demo, device, lr, muon_lr)
+    trainer = Trainer(model, demo, device, fastest_dtype(device), lr, muon_lr)
     if compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    train(
-        trainer,
-        data,
-        tokenizer,
-        output,
-        state or output.with_suffix(".state"),
-        minutes,
-        batch_tokens,
-        seed,
-        save_minutes,
-    )
+    train(trainer, data, minutes, batch_tokens, seed, save_minutes, state or output.with_suffix(".state"),
+          lambda: demo.write_checkpoint(LlamaForCausalLM(config), trainer.master, tokenizer, output))  # fmt: skip
 
 
 def train(
-    trainer: Trainer, data: Data, tokenizer: Any, output: Path, state_path: Path, minutes: float, batch_tokens: int,
-    seed: int, save_minutes: float,
+    trainer: Trainer, data: Data, minutes: float, batch_tokens: int, seed: int, save_minutes: float, state_path: Path,
+    export: Callable[[], None],
 ) -> None:  # fmt: skip
     """The loop; the rate falls linearly over ``minutes``."""
     step, spent, seen = 0, 0.0, 0
@@ -272,9 +258,9 @@ def train(
     fresh = 0
     while (progress := (time.monotonic() - start) / 60 / minutes) < 1:
         rate = min(1.0, (step + 1) / 40) * max(0.02, min(1.0, 1.15 * (1 - progress)))
-        inputs, targets = data.batch(seed, step, progress, batch_tokens)
-        losses.append(trainer.step(inputs.to(trainer.master[0].device), targets.to(trainer.master[0].device), rate))
-        step, seen, fresh = step + 1, seen + inputs.numel(), fresh + inputs.numel()
+        tokens, weights = data.batch(seed, step, progress, batch_tokens)
+        losses.append(trainer.step(tokens.to(trainer.master[0].device), weights.to(trainer.master[0].device), rate))
+        step, seen, fresh = step + 1, seen + weights.numel(), fresh + weights.numel()
         now = time.monotonic()
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"loss is {losses[-1]} at step {step}")
@@ -284,10 +270,10 @@ def train(
             losses, fresh, last = [], 0, now
         if now - saved > 60 * save_minutes:
             trainer.save(state_path, step=step, spent=now - start, seen=seen)
-            export(trainer, tokenizer, output)
+            export()
             saved = now
     trainer.save(state_path, step=step, spent=time.monotonic() - start, seen=seen)
-    export(trainer, tokenizer, output)
+    export()
 
 
 if __name__ == "__main__":

@@ -225,9 +225,10 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def export(weights: list[torch.Tensor], tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """Write an fp16 checkpoint, replacing the files of an earlier one."""
-    model = build_model()
+def write_checkpoint(
+    model: LlamaForCausalLM, weights: list[torch.Tensor], tokenizer: PreTrainedTokenizerFast, output: Path
+) -> None:
+    """Write ``model`` with ``weights``, in the order of its parameters, as an fp16 checkpoint; replaces files."""
     with torch.no_grad():
         for parameter, weight in zip(model.parameters(), weights, strict=True):
             parameter.copy_(weight)
@@ -305,9 +306,9 @@ def train(args: argparse.Namespace, streams: dict[str, np.ndarray], tokenizer: P
             saved = [optimizer.state_dict() for optimizer in optimizers]
             state = {"step": step, "spent": now - start, "master": master, "optimizers": saved}
             torch.save(state, args.state)
-            export(master, tokenizer, args.output)
+            write_checkpoint(build_model(), master, tokenizer, args.output)
             saved_at = now
-    export(master, tokenizer, args.output)
+    write_checkpoint(build_model(), master, tokenizer, args.output)
     args.state.unlink(missing_ok=True)
     return step * BATCH_TOKENS
 
