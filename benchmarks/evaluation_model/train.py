@@ -125,12 +125,6 @@ def load_data(tokenizer: Any, texts: list[list[str]], vocab_size: int) -> Data:
     return Data(tuple(streams), Source(encode, ordinary.tolist(), begin, streams[0]))
 
 
-def fastest_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it fast: GPUs, and CPUs with AMX; AVX2 alone is 20 times slower at it."""
-    amx = device == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device != "cpu" or amx else torch.float32
-
-
 class Trainer:
     """fp32 master weights, computation in ``dtype``, Muon for matrices and AdamW for the rest."""
 
@@ -147,7 +141,7 @@ class Trainer:
         hidden = [m for m, is_matrix in zip(self.master, matrix, strict=True) if is_matrix]
         self.optimizers = (
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-            demo.Muon(hidden, lr=muon_lr),
+            demo.Muon(hidden, lr=muon_lr, dtype=dtype),
         )
 
     def step(self, tokens: torch.Tensor, weights: torch.Tensor, rate: float) -> float:
@@ -235,7 +229,7 @@ def main(
     model.set_attn_implementation("block_causal" if device == "cpu" else "sdpa")
     config = copy.deepcopy(model.config)
     model.config.use_cache = False
-    trainer = Trainer(model, demo, device, fastest_dtype(device), lr, muon_lr)
+    trainer = Trainer(model, demo, device, demo.fastest_dtype(device), lr, muon_lr)
     if compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -264,7 +258,7 @@ def train(
         now = time.monotonic()
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"loss is {losses[-1]} at step {step}")
-        if step % 20 == 0:
+        if step % 10 == 0:
             print(f"step {step} loss {np.mean(losses):.3f} rate {rate:.3f} {fresh / (now - last):.0f} tokens/s "
                   f"{seen / 1e6:.2f} M tokens {(now - start) / 60:.1f} min", flush=True)  # fmt: skip
             losses, fresh, last = [], 0, now
