@@ -145,7 +145,7 @@ class StreamLayout:
     retained_index    int8       [Hn, R]                 their offsets in the block, ascending; unused ones, -1, last
     ================  =========  ======================  ========================================================
 
-    ``config`` is the model as the stream's first layer knows it; in basis pre_rope all of its layers have the same RoPE.
+    ``config`` is the model as the stream's first layer knows it: in basis pre_rope, all of its layers rotate alike.
 
     A pool that would hold nothing does not exist. Heads are slots: with ``match_heads``, slot h holds another KV head
     in every layer of the group, in all pools alike.

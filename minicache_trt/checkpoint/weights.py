@@ -125,8 +125,10 @@ def read_safetensors_index(directory: str | Path) -> dict[str, WeightView]:
 
 def _text_names(views: dict[str, WeightView]) -> dict[str, WeightView]:
     """Tensors of the language model of one that also takes images, as the language model alone would name them."""
-    return {name.removeprefix("language_model.").replace("model.language_model.", "model.", 1): view
-            for name, view in views.items()}
+    return {
+        name.removeprefix("language_model.").replace("model.language_model.", "model.", 1): view
+        for name, view in views.items()
+    }
 
 
 def read_safetensors_file(path: Path) -> dict[str, WeightView]:

@@ -23,9 +23,9 @@ def attention_attributes(
     """Attributes of one layer's node; ``config``: as the layer knows it (`ModelConfig.at_layer`).
 
     Lists are text, numbers separated by spaces. ``logit_numbers``: scale and soft cap (0: none) of logits, where they
-    are not 1 / sqrt(D) and none. ``input_names``: what each input is, in order. ``key_stream``, ``value_stream``: `stream_descriptor` of the layer's
-    place in its streams. ``inverse_frequencies``: of the rotary embedding, for keys stored without it. A node that
-    takes the outputs of a `ChunkStep` has none: no kernel takes those.
+    are not 1 / sqrt(D) and none. ``input_names``: what each input is, in order. ``key_stream``, ``value_stream``:
+    `stream_descriptor` of the layer's place in its streams. ``inverse_frequencies``: of the rotary embedding, for keys
+    stored without it. A node that takes the outputs of a `ChunkStep` has none: no kernel takes those.
     """
     if form.shared_step:
         return {}

@@ -114,11 +114,15 @@ def assert_parity(config: ModelConfig, reference) -> None:
     kinds = getattr(reference, "layer_types", None) or [own] * config.num_layers
     window = getattr(reference, "sliding_window", None)
     layers = [config.at_layer(layer) for layer in range(config.num_layers)]
-    assert [layer.sliding_window for layer in layers] == [window if own == "sliding_attention" else None for own in kinds]
+    assert [layer.sliding_window for layer in layers] == [
+        window if own == "sliding_attention" else None for own in kinds
+    ]
     gemma = kind in (Gemma2Config, Gemma3TextConfig)
     assert config.attention_softcap == (reference.attn_logit_softcapping if kind is Gemma2Config else None)
     assert config.logit_softcap == (reference.final_logit_softcapping if gemma else None)
-    assert config.attention_scale == pytest.approx((reference.query_pre_attn_scalar if gemma else config.head_dim) ** -0.5)
+    assert config.attention_scale == pytest.approx(
+        (reference.query_pre_attn_scalar if gemma else config.head_dim) ** -0.5
+    )
     assert (config.unit_offset_norm, config.output_norms, config.activation == "gelu_tanh") == (gemma,) * 3
     assert config.embedding_scale == (reference.hidden_size**0.5 if gemma else 1.0)
     if kind is Gemma3TextConfig:
@@ -228,7 +232,10 @@ def test_architectures_absent(write_config):
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected bool, got 'no'"),
         ({"eos_token_id": "</s>"}, "eos_token_id: expected an id, a list of ids or null, got '</s>'"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantized checkpoints \(fp8\) are not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected full_attention in every layer"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: expected full_attention in every layer",
+        ),
         ({**QWEN, "layer_types": ["full_attention", "chunked_attention"]}, "got 'chunked_attention'"),
         ({**QWEN, "use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types: expected 2 of them"),
         ({**GEMMA3, "hidden_activation": "gelu"}, "hidden_activation: expected 'gelu_pytorch_tanh', got 'gelu'"),

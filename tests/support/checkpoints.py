@@ -25,9 +25,6 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 32, "sliding_window": 90, "pad_token_id": 0}
-"""What all of Gemma's shapes below have, unless they say otherwise."""
-
 SHAPES: dict[str, dict[str, Any]] = {
     "head_dim 80, GQA 6:2, 7 layers, biases": {
         "hidden_size": 96,
@@ -89,6 +86,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "dtype": "float16",
     },
+    "phi3, LongRoPE": {
+        "family": "phi3",
+        "head_dim": None,
+        "hidden_size": 128,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + i / 20 for i in range(16)],
+            "long_factor": [1.0 + i * i / 10 for i in range(16)],
+        },
+    },
+}
+
+
+GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 32, "sliding_window": 90, "pad_token_id": 0}
+"""What all of Gemma's shapes below have, unless they say otherwise."""
+
+LAYERED: dict[str, dict[str, Any]] = {
     "qwen2, window from layer 2": {
         "family": "qwen2",
         "use_sliding_window": True,
@@ -137,6 +153,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
         "dtype": "float16",
     },
+    "gemma3, windows in layers 1 and 2": {
+        **GEMMA,
+        "family": "gemma3_text",
+        "head_dim": 64,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
     "gemma3, all layers with a window": {
         **GEMMA,
         "family": "gemma3_text",
@@ -144,19 +166,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 4,
         "sliding_window": 200,
     },
-    "phi3, LongRoPE": {
-        "family": "phi3",
-        "head_dim": None,
-        "hidden_size": 128,
-        "original_max_position_embeddings": 128,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0 + i / 20 for i in range(16)],
-            "long_factor": [1.0 + i * i / 10 for i in range(16)],
-        },
-    },
 }
+"""Shapes whose layers differ in their windows, some of them in their RoPE."""
 
 
 def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
