@@ -143,8 +143,8 @@ def build_decoder(
     updated: list[ir.Value] = []
     at_layer = [config.at_layer(layer) for layer in range(config.num_layers)]
     shared = {
-        own: _chunk_step(g, own, plan, steps, functions) if form.shared_step else steps
-        for own in dict.fromkeys(at_layer)
+        own: _chunk_step(g, own, plan, steps, functions, f"step.{kind}") if form.shared_step else steps
+        for kind, own in enumerate(dict.fromkeys(at_layer))
     }
 
     def attention(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
@@ -177,15 +177,15 @@ def build_decoder(
 
 
 def _chunk_step(
-    g: Emitter, config: ModelConfig, plan: CompressionPlan, steps: dict[str, ir.Value], functions: _Functions
+    g: Emitter, config: ModelConfig, plan: CompressionPlan, steps: dict[str, ir.Value], functions: _Functions, name: str
 ) -> dict[str, ir.Value]:
-    """Outputs of a call of `ChunkStep` for layers that know the model as ``config``, by name."""
+    """Outputs of the call ``name`` of `ChunkStep`, for layers that know the model as ``config``, by name."""
     rotation = any(stream.basis == "pre_rope" for stream in plan.streams)
     function = functions.get(
         "ChunkStep", config, partial(chunk_step_function, "ChunkStep", config, plan.compresses, rotation)
     )
-    inputs = [steps[name] for name in step_inputs(plan.compresses)]
-    return dict(zip(chunk_step_names(plan.compresses, rotation), _call(g, function, inputs, "step", {}), strict=True))
+    inputs = [steps[parameter] for parameter in step_inputs(plan.compresses)]
+    return dict(zip(chunk_step_names(plan.compresses, rotation), _call(g, function, inputs, name, {}), strict=True))
 
 
 def build_compressor(
