@@ -134,7 +134,7 @@ class BlockRecorder:
 
         A block that is behind the sliding window when its turn comes is never compressed by an engine, nor read again.
         """
-        windowed = self._engine.model.sliding_window is not None
+        windowed = self._engine.model.cache_window is not None
 
         def adopted(stream: int, block: int, x: torch.Tensor, encoded: EncodedBlocks) -> EncodedBlocks:
             if windowed and (sequence, block) not in self.blocks:

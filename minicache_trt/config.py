@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from minicache_trt.errors import UserError
+
 BLOCK_SIZE = 64
 """Tokens per cache block, in both tiers. Contract constant: kernels and functions rely on it."""
 
@@ -27,6 +29,11 @@ TENSORRT_BACKENDS = ("tensorrt", "tensorrt-rtx")
 GRAPH_BACKENDS = ("onnxruntime", *TENSORRT_BACKENDS)
 """Backends that run an engine's graphs, or what is built from them."""
 AUTO = "auto"
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""What a gated MLP may apply to its gate."""
+OVERFLOWING_FAMILIES = ("gemma2", "gemma3")
+"""Families whose activations exceed float16's range (their checkpoints are bfloat16; vLLM refuses float16 as well)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,15 @@ class ModelConfig:
     Sizes count elements. ``qkv_bias``, ``output_bias`` and ``mlp_bias`` say whether those linear layers add a bias.
     ``qk_norm``: each head's query and key is normalized before RoPE, with weights ``[head_dim]``. ``num_experts``: the
     MLP is a mixture of so many, of which each token is sent to ``experts_per_token``; 0 for one dense MLP.
-    ``sliding_window``: tokens a query sees, itself included, in every layer, or None for all.
+    ``activation``: ``silu`` or ``gelu_tanh``, of the MLP's gate.
+
+    ``sliding_window``: tokens a query sees, itself included, in every layer but ``full_layers``, or None for all.
+    ``local_rope``: RoPE of those layers, where ``full_layers`` have another one, ``rope``. See `at_layer`.
+
+    Gemma's: ``unit_offset_norm``: norms multiply by one plus their weight, in float32. ``output_norms``: what attention
+    and MLP compute is normalized before it is added. ``embedding_scale``: factor of embeddings. ``query_scalar``:
+    attention logits are divided by its square root, None for head_dim. ``attention_softcap``, ``logit_softcap``:
+    attention logits and output logits x become ``cap * tanh(x / cap)``.
     """
 
     family: str
@@ -96,6 +111,14 @@ class ModelConfig:
     experts_per_token: int = 0
     activation: str = "silu"
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    local_rope: RopeConfig | None = None
+    unit_offset_norm: bool = False
+    output_norms: bool = False
+    embedding_scale: float = 1.0
+    query_scalar: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     dtype: str = "float16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -121,6 +144,12 @@ class ModelConfig:
             raise ValueError(f"head_dim: expected a multiple of 16, got {self.head_dim}")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(f"experts_per_token: expected 1 to {self.num_experts}, got {self.experts_per_token}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for name in ("query_scalar", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         for name in ("divisors", "long_divisors"):
             given = len(getattr(self.rope, name))
             if given not in (0, self.rotary_dim // 2):
@@ -135,6 +164,34 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Components of each head that RoPE rotates."""
         return int(self.head_dim * self.rope.rotary_fraction)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the products of queries and keys."""
+        return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+
+    @property
+    def cache_window(self) -> int | None:
+        """Most tokens any layer's queries see: blocks behind it are no longer needed. None where one sees all."""
+        return None if self.full_layers else self.sliding_window
+
+    @property
+    def half_dtype(self) -> str:
+        """The 16-bit type to compute in: that of the weights, but bfloat16 where activations exceed float16's range."""
+        return "bfloat16" if self.dtype == "bfloat16" or self.family in OVERFLOWING_FAMILIES else "float16"
+
+    def at_layer(self, layer: int) -> ModelConfig:
+        """The model as one layer's attention knows it: its window and its RoPE in every layer."""
+        if not self.full_layers and self.local_rope is None:
+            return self
+        whole = layer in self.full_layers
+        return dataclasses.replace(
+            self,
+            sliding_window=None if whole else self.sliding_window,
+            full_layers=(),
+            rope=self.rope if whole else self.local_rope or self.rope,
+            local_rope=None,
+        )
 
     def for_context(self, max_seq_len: int) -> ModelConfig:
         """The model as an engine for sequences up to ``max_seq_len`` computes it, at every length.
@@ -155,9 +212,13 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         values = dict(data)
-        lists = {key: tuple(value) for key, value in values["rope"].items() if isinstance(value, list)}
-        values["rope"] = RopeConfig(**{**values["rope"], **lists})
-        values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        for name in ("rope", "local_rope"):
+            rope = values.get(name)
+            if rope is not None:
+                lists = {key: tuple(value) for key, value in rope.items() if isinstance(value, list)}
+                values[name] = RopeConfig(**{**rope, **lists})
+        for name in ("eos_token_ids", "full_layers"):
+            values[name] = tuple(values.get(name, ()))
         return cls(**values)
 
 
@@ -222,12 +283,23 @@ class BuildConfig:
         return self.dtype if self.backend in GRAPH_BACKENDS else "float32"
 
     def for_model(self, config: ModelConfig) -> BuildConfig:
-        """With a compute type: float32 on the CPU; on a GPU bfloat16 for such checkpoints, float16 for all others."""
+        """With a compute type: float32 on the CPU; on a GPU bfloat16 for such checkpoints, float16 for all others.
+
+        Raises
+        ------
+        UserError
+            float16 was asked for, which the model's activations exceed.
+        """
+        if self.dtype == "float16" and config.family in OVERFLOWING_FAMILIES:
+            raise UserError(
+                f"dtype: expected bfloat16 or float32 for {config.family}, whose activations exceed float16's range",
+                "leave out --dtype",
+            )
         if self.dtype != AUTO:
             return self
         if self.backend in ("onnxruntime", "torch", "host-kernels"):
             return dataclasses.replace(self, dtype="float32")
-        return dataclasses.replace(self, dtype="bfloat16" if config.dtype == "bfloat16" else "float16")
+        return dataclasses.replace(self, dtype=config.half_dtype)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,8 @@ class StreamLayout:
     retained_index    int8       [Hn, R]                 their offsets in the block, ascending; unused ones, -1, last
     ================  =========  ======================  ========================================================
 
+    ``config`` is the model as the stream's first layer knows it: in basis pre_rope, all of its layers rotate alike.
+
     A pool that would hold nothing does not exist. Heads are slots: with ``match_heads``, slot h holds another KV head
     in every layer of the group, in all pools alike.
     """
@@ -179,7 +181,7 @@ def stream_layout(index: int, stream: Stream, config: ModelConfig) -> StreamLayo
         codes += segment.code_bytes
         params += ranges * (2 if segment.has_minimum else 1)
         component += segment.length
-    layout = StreamLayout(index, stream, config, tuple(segments), {})
+    layout = StreamLayout(index, stream, config.at_layer(stream.layers[0]), tuple(segments), {})
     heads, members = config.num_kv_heads, len(stream.layers)
     norm_heads = heads if stream.norm == "head" else 1
     exact, residual = layout.exact, layout.residual

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from minicache_trt.checkpoint.binding import stored_tensors
+from minicache_trt.checkpoint.families import FAMILIES
 from minicache_trt.checkpoint.quantize import dequantized_linears
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.config import ModelConfig
@@ -42,11 +43,11 @@ def load_checkpoint_model(path: Path, shape: ModelConfig) -> Any:
 
 
 def _load(path: Path, shape: ModelConfig, linears: Mapping[str, NDArray[np.float32]]) -> Any:
-    models, config = _model_class(path, shape)
+    models, config, alone = _model_class(path, shape)
     checkpoint = load_checkpoint(str(path))
     if checkpoint.int4 is not None and not linears:  # there are no other weights
         linears = dequantized_linears(checkpoint.int4, checkpoint.weights)
-    if not linears:
+    if not linears and alone:
         return models.from_pretrained(path, config=config, dtype=torch.float32)
     views = checkpoint.weights
     weights = {name: view.torch().float() for name, view in views.items()}
@@ -61,12 +62,19 @@ def _load(path: Path, shape: ModelConfig, linears: Mapping[str, NDArray[np.float
     return model
 
 
-def _model_class(path: Path, shape: ModelConfig) -> tuple[Any, Any]:
-    """Class and configuration of a checkpoint's model; a LongRoPE model keeps the divisors of ``shape``."""
+def _model_class(path: Path, shape: ModelConfig) -> tuple[Any, Any, bool]:
+    """Class and configuration of a checkpoint's model; a LongRoPE model keeps the divisors of ``shape``.
+
+    Of a model that also takes images they are those of its language model, and the last result is False.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path)
     if shape.rope.divisors:
         rope = config.rope_parameters
         rope["short_factor"] = rope["long_factor"] = list(shape.rope.divisors)
-    return getattr(transformers, config.architectures[0]), config
+    architecture = config.architectures[0]
+    family = FAMILIES[shape.family]
+    if architecture == family.text_part:
+        return getattr(transformers, family.architectures[0]), config.text_config, False
+    return getattr(transformers, architecture), config, True

@@ -164,7 +164,7 @@ class CudaEngine(KernelEngine):
         self, directory: Path, info: EngineInfo, num_threads: int | None = None, rank: Rank = ONE_RANK
     ) -> None:
         library = cuda_library()
-        dtype = torch.bfloat16 if info.model.dtype == "bfloat16" else torch.float16
+        dtype = getattr(torch, info.model.half_dtype)
         device = torch.device("cuda", torch.cuda.current_device())
         # Which experts run is read back from the GPU, which no captured step can do.
         record = run_again if info.model.num_experts else CudaRecorder()

@@ -24,6 +24,7 @@ from minicache_trt.calibration.target import Sizes
 from minicache_trt.checkpoint import Checkpoint
 from minicache_trt.compression.methods import make_plan
 from minicache_trt.compression.size import BASELINE_BYTES
+from minicache_trt.config import ModelConfig
 from minicache_trt.contract import compressed_block_bytes, full_block_bytes
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.tokenizer import load_tokenizer
@@ -110,6 +111,7 @@ def calibrate(
         Text, tokenizer or model cannot be used, or the ratio cannot be reached.
     """
     config = checkpoint.config.for_context(context)
+    _check_layers(config)
     sizes = Sizes(config, context, settings.window)
     if target_ratio is not None:
         _check_ratio(target_ratio, sizes, settings)
@@ -136,6 +138,16 @@ def calibrate(
     return Calibration(
         chosen, choice, tried, baselines, plans.uncompressed, front, alike, search, sizes, state, digest, checksum
     )
+
+
+def _check_layers(config: ModelConfig) -> None:
+    alike = len({config.at_layer(layer) for layer in range(config.num_layers)}) == 1
+    if not alike or config.attention_softcap is not None or config.logit_softcap is not None:
+        what = "layers differ in their windows or RoPE" if not alike else "logits are soft-capped"
+        raise UserError(
+            f"calibration of a {config.family} model whose {what} is not supported yet",
+            "choose a method instead, such as --method kivi4",
+        )
 
 
 def _check_ratio(ratio: float, sizes: Sizes, settings: CalibrationSettings) -> None:

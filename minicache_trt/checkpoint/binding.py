@@ -33,12 +33,16 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     layer: dict[str, tuple[int, ...]] = {"input_norm.weight": (hidden,)}
     for name, (rows, columns, has_bias) in linears.items():
         if name in ("mlp.gate", "moe.router"):
+            if config.output_norms:
+                layer["attention.output_norm.weight"] = (hidden,)
             layer["post_attention_norm.weight"] = (hidden,)
         if name == "attention.o" and config.qk_norm:
             layer |= {f"attention.{part}_norm.weight": (config.head_dim,) for part in "qk"}
         layer[f"{name}.weight"] = (rows, columns)
         if has_bias:
             layer[f"{name}.bias"] = (rows,)
+    if config.output_norms:
+        layer["mlp.output_norm.weight"] = (hidden,)
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, hidden)}
     for i in range(config.num_layers):
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from minicache_trt.checkpoint.families import FAMILIES, Family
+from minicache_trt.checkpoint.hf_windows import FULL, SLIDING
 from minicache_trt.errors import UserError
 
 _DIFFERENCES = {
-    "attn_logit_softcapping": "attention logits are soft-capped",
-    "final_logit_softcapping": "output logits are soft-capped",
-    "query_pre_attn_scalar": "attention logits have a scale of their own",
-    "sliding_window_pattern": "layers have different attention windows",
     "embedding_multiplier": "embeddings are scaled",
     "attention_multiplier": "attention logits have a scale of their own",
     "residual_multiplier": "residuals are scaled",
@@ -48,7 +45,7 @@ def find_family(raw: Mapping[str, Any], path: str) -> Family:
     architectures, model_type = raw.get("architectures"), raw.get("model_type")
     for family in FAMILIES.values():
         if isinstance(architectures, list) and architectures:
-            if any(architecture in family.architectures for architecture in architectures):
+            if any(each in (*family.architectures, family.text_part or None) for each in architectures):
                 return family
         elif model_type == family.model_type:
             return family
@@ -72,10 +69,11 @@ def differences(raw: Mapping[str, Any]) -> list[str]:
     ]
     found += [f"{key} ({meaning})" for key, meaning in _DIFFERENCES.items() if isinstance(raw.get(key), dict)]
     for key in ("hidden_act", "hidden_activation", "activation_function"):
-        if isinstance(raw.get(key), str) and raw[key] != "silu":
-            found.append(f"{key} {raw[key]!r} (the MLP is not SwiGLU)")
+        if isinstance(raw.get(key), str) and raw[key] not in ("silu", "gelu_pytorch_tanh"):
+            found.append(f"{key} {raw[key]!r} (the MLP is neither SwiGLU nor GEGLU)")
             break
     layers = raw.get("layer_types")
-    if isinstance(layers, list) and len(set(map(str, layers))) > 1:
-        found.append(f"layer_types {', '.join(sorted(set(map(str, layers))))} (layers differ)")
+    other = {str(kind) for kind in layers} - {FULL, SLIDING} if isinstance(layers, list) else set()
+    if other:
+        found.append(f"layer_types {', '.join(sorted(other))} (layers of another kind)")
     return found

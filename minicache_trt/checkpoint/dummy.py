@@ -29,7 +29,7 @@ _SCALE = 0.02
 def write_dummy(directory: Path, config: ModelConfig, raw: Mapping[str, Any]) -> None:
     """Write ``config.json`` and a sparse ``model.safetensors`` into ``directory``.
 
-    Norm weights are one. Every other tensor is zero but for one page of 4 KiB at its start and at every 2 MiB, which
+    Norms multiply by one. Every other tensor is zero but for one page of 4 KiB at its start and at every 2 MiB, which
     holds seeded normal numbers of standard deviation 0.02: activations are not degenerate, and a 7B shape takes about
     27 MB of disk. Only embeddings of tokens in such a page differ from zero. Models up to 16 MiB are random throughout.
 
@@ -93,7 +93,7 @@ def _write_weights(file: IO[bytes], config: ModelConfig) -> None:
     for canonical, offset, nbytes in places:
         if canonical.endswith("norm.weight"):
             file.seek(base + offset)
-            file.write(np.ones(nbytes // dtype.itemsize, dtype).tobytes())
+            file.write(np.full(nbytes // dtype.itemsize, 0 if config.unit_offset_norm else 1, dtype).tobytes())
             continue
         for at, length in _pages(offset, nbytes, stride):
             values = rng.standard_normal(length // dtype.itemsize, dtype=np.float32) * _SCALE

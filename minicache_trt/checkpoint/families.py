@@ -32,6 +32,30 @@ _MIXTRAL_MODULES = _LLAMA_MODULES | {
     "layers.{i}.moe.experts.{e}.up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
     "layers.{i}.moe.experts.{e}.down": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
 }
+_GEMMA_MODULES = _LLAMA_MODULES | {
+    "layers.{i}.attention.output_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.post_attention_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "layers.{i}.mlp.output_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+_GEMMA_FIELDS = {
+    "qkv_bias": "attention_bias",
+    "output_bias": "attention_bias",
+    "sliding_window": "sliding_window",
+    "query_scalar": "query_pre_attn_scalar",
+    "logit_softcap": "final_logit_softcapping",
+}
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA_CONSTANTS = {"activation": "gelu_tanh", "unit_offset_norm": True, "output_norms": True}
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None, **_QWEN_WINDOW}
 
@@ -56,11 +80,20 @@ class Family:
         ``ModelConfig``'s default whatever config.json says.
     defaults : mapping
         What an absent config.json key means, as in the family's transformers configuration. A family with
-        ``use_sliding_window`` here has windows only where that is set, from layer ``max_window_layers`` on.
+        ``use_sliding_window`` here has windows only where that is set, from layer ``max_window_layers`` on; one with
+        ``sliding_window_pattern`` in all layers but every so-manieth; one with ``rope_local_base_freq`` has another
+        RoPE in layers with a window.
     constants : mapping
         ``ModelConfig`` fields that are the same in all of the family's models.
     partial_rotary : bool
         Whether config.json's ``partial_rotary_factor`` is read.
+    activation : tuple of str
+        config.json's key of the MLP's activation, and the only value it may have.
+    scaled_embedding : bool
+        Whether embeddings are multiplied by the square root of hidden_size.
+    text_part : str
+        Value of ``architectures`` of models that also take images, whose language model, ``text_config``, is of this
+        family.
     """
 
     name: str
@@ -71,6 +104,9 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     partial_rotary: bool = False
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    scaled_embedding: bool = False
+    text_part: str = ""
 
     def hf_name(self, canonical: str) -> str:
         """The checkpoint's name of a canonical weight: ``layers.3.attention.q.weight`` to ``...q_proj.weight``."""
@@ -153,6 +189,41 @@ FAMILIES: dict[str, Family] = {
             fields={"sliding_window": "sliding_window"},
             defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "eos_token_id": 32000},
             partial_rotary=True,
+        ),
+        Family(
+            name="gemma2",
+            architectures=("Gemma2ForCausalLM",),
+            model_type="gemma2",
+            modules=_GEMMA_MODULES,
+            fields={**_GEMMA_FIELDS, "attention_softcap": "attn_logit_softcapping"},
+            defaults={
+                **_GEMMA_DEFAULTS,
+                "sliding_window_pattern": 2,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+            },
+            constants=_GEMMA_CONSTANTS,
+            activation=("hidden_activation", "gelu_pytorch_tanh"),
+            scaled_embedding=True,
+        ),
+        Family(
+            name="gemma3",
+            architectures=("Gemma3ForCausalLM",),
+            model_type="gemma3_text",
+            modules=_GEMMA_MODULES,
+            fields=_GEMMA_FIELDS,  # transformers reads attn_logit_softcapping and caps nothing by it
+            defaults={
+                **_GEMMA_DEFAULTS,
+                "vocab_size": 262208,
+                "max_position_embeddings": 131072,
+                "sliding_window_pattern": 6,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+            },
+            constants={**_GEMMA_CONSTANTS, "qk_norm": True},
+            activation=("hidden_activation", "gelu_pytorch_tanh"),
+            scaled_embedding=True,
+            text_part="Gemma3ForConditionalGeneration",
         ),
     )
 }

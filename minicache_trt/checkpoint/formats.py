@@ -65,7 +65,7 @@ def hugging_face(directory: Path, raw: Mapping[str, Any]) -> Source:
                     f"{views[name].file}: {name}: expected dtype {', '.join(ITEM_SIZES)}, got {views[name].dtype}",
                     "use the checkpoint's unquantized version",
                 )
-        return [from_view(views[name]) for name in needed]
+        return [from_view(views[name], name) for name in needed]
 
     return Source("Hugging Face checkpoint", dict(raw), tensors)
 

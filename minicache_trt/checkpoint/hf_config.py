@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from minicache_trt.checkpoint.detection import find_family
 from minicache_trt.checkpoint.families import Family
 from minicache_trt.checkpoint.hf_rope import parse_rope
+from minicache_trt.checkpoint.hf_windows import parse_windows
 from minicache_trt.checkpoint.json_fields import JsonFields
 from minicache_trt.checkpoint.weights import ITEM_SIZES
-from minicache_trt.config import ModelConfig
+from minicache_trt.config import ModelConfig, RopeConfig
 from minicache_trt.errors import UserError
 
 _REQUIRED = (
@@ -21,6 +23,9 @@ _REQUIRED = (
     "vocab_size",
     "max_position_embeddings",
 )
+
+_BESIDE_TEXT = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "quantization_config")
+"""Keys of config.json that stand beside ``text_config`` and are of the whole model."""
 
 _DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -50,11 +55,12 @@ def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None
         The architecture, RoPE type, activation or quantization is not supported; a key is missing or has a wrong value.
     """
     family = find_family(raw, path)
-    missing = [key for key in _REQUIRED if raw.get(key) is None]
+    raw = text_part(family, raw, path)
+    missing = [key for key in _REQUIRED if raw.get(key, family.defaults.get(key)) is None]
     if missing:
         raise UserError(f"{path}: missing {', '.join(missing)}", "restore the file from the original checkpoint")
     fields = JsonFields({**_DEFAULTS, **family.defaults, **raw}, path)
-    _check_supported(fields)
+    _check_supported(family, fields)
     heads, hidden = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
     head_dim = fields.get("head_dim", int, optional=True)
     if head_dim is None:
@@ -78,7 +84,9 @@ def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None
             vocab_size=fields.get("vocab_size", int),
             max_position_embeddings=fields.get("max_position_embeddings", int),
             rms_norm_eps=fields.get("rms_norm_eps", float),
-            rope=parse_rope(fields, family.partial_rotary),
+            rope=parse_rope(fields, family.partial_rotary, "full_attention"),
+            local_rope=_local_rope(family, fields),
+            embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
             tie_word_embeddings=bool(fields.get("tie_word_embeddings", bool, optional=True)),
             dtype=_parse_dtype(fields) or "float16",
             bos_token_id=fields.get("bos_token_id", int, optional=True),
@@ -89,9 +97,24 @@ def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None
         raise UserError(f"{path}: {error}", "this shape is not supported; use another checkpoint") from error
 
 
-def _check_supported(fields: JsonFields) -> None:
-    if fields.values["hidden_act"] != "silu":
-        raise fields.error("hidden_act", "'silu'", fields.values["hidden_act"], "use a checkpoint with this activation")
+def text_part(family: Family, raw: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """config.json of the language model alone, where the model also takes images."""
+    architectures = raw.get("architectures")
+    if not family.text_part or not isinstance(architectures, list) or family.text_part not in architectures:
+        return raw
+    text = JsonFields(raw, path).get("text_config", dict)
+    beside = {key: raw[key] for key in _BESIDE_TEXT if raw.get(key) is not None}
+    return {**{key: value for key, value in text.items() if value is not None}, **beside}
+
+
+def _check_supported(family: Family, fields: JsonFields) -> None:
+    key, activation = family.activation
+    if fields.values[key] != activation:
+        raise fields.error(key, repr(activation), fields.values[key], "use a checkpoint with this activation")
+    if fields.values.get("use_bidirectional_attention"):
+        raise fields.error(
+            "use_bidirectional_attention", "false", True, "use a checkpoint that generates text, not embeddings"
+        )
     quantization = fields.values.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -103,10 +126,12 @@ def _check_supported(fields: JsonFields) -> None:
 
 def _family_fields(family: Family, fields: JsonFields) -> dict[str, Any]:
     values: dict[str, Any] = dict(family.constants)
-    window = _sliding_window(family, fields)
+    window, full_layers = parse_windows(family, fields)
     for name, key in family.fields.items():
         if name == "sliding_window":
-            values[name] = window
+            values |= {"sliding_window": window, "full_layers": full_layers}
+        elif name in ("query_scalar", "attention_softcap", "logit_softcap"):
+            values[name] = fields.get(key, float, optional=True)
         elif name in ("num_experts", "experts_per_token"):
             values[name] = fields.get(key, int)
         else:
@@ -114,27 +139,10 @@ def _family_fields(family: Family, fields: JsonFields) -> dict[str, Any]:
     return values
 
 
-def _sliding_window(family: Family, fields: JsonFields) -> int | None:
-    """Tokens every layer's queries see, or None for all; refuses layers that differ."""
-    layers = fields.get("num_hidden_layers", int)
-    given = fields.get("layer_types", list, optional=True)
-    if given is not None and len(set(map(str, given))) > 1:
-        raise fields.error("layer_types", "equal layers", sorted(set(map(str, given))), "use another checkpoint")
-    key = family.fields.get("sliding_window")
-    if key is None:
+def _local_rope(family: Family, fields: JsonFields) -> RopeConfig | None:
+    if "rope_local_base_freq" not in family.defaults:
         return None
-    window: int | None = fields.get(key, int, optional=True)
-    if "use_sliding_window" in family.defaults:
-        first = fields.get("max_window_layers", int)
-        if not fields.get("use_sliding_window", bool) or (given is None and first >= layers):
-            return None
-        if given is None and first > 0:
-            raise fields.error("max_window_layers", "equal layers (0 with a window)", first, "use another checkpoint")
-        if given is not None and given[:1] == ["full_attention"]:
-            return None
-    if window is not None and window < 1:
-        raise fields.error(key, "a positive number or null", window)
-    return window
+    return parse_rope(fields, family.partial_rotary, "sliding_attention")
 
 
 def _parse_dtype(fields: JsonFields) -> str | None:

@@ -20,7 +20,7 @@ _TYPES = {
 _LISTED = ("default", "linear", "llama3", "longrope")
 
 
-def parse_rope(fields: JsonFields, partial: bool) -> RopeConfig:
+def parse_rope(fields: JsonFields, partial: bool, layers: str) -> RopeConfig:
     """RoPE from ``rope_parameters`` (transformers 5) or from ``rope_theta`` and ``rope_scaling`` (before).
 
     Parameters
@@ -29,10 +29,21 @@ def parse_rope(fields: JsonFields, partial: bool) -> RopeConfig:
         All of config.json.
     partial : bool
         Whether models of this family may rotate a part of each head.
+    layers : str
+        A kind of layers in ``layer_types``, where they differ. Before transformers 5, ``sliding_attention`` has the
+        base ``rope_local_base_freq`` and no scaling, where a family has that.
     """
     key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     scaling = fields.get(key, dict, optional=True) or {}
-    top = {name: fields.values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    local = "rope_local_base_freq" in fields.values and layers == "sliding_attention"
+    if any(isinstance(value, dict) for value in scaling.values()) and "rope_local_base_freq" in fields.values:
+        scaling = JsonFields(scaling, f"{fields.path}: {key}").get(layers, dict, optional=True) or {}
+    elif local:
+        scaling = {}
+    top = {
+        "rope_theta": fields.values.get("rope_local_base_freq" if local else "rope_theta"),
+        "partial_rotary_factor": fields.values.get("partial_rotary_factor"),
+    }
     given = {name: value for name, value in (top | scaling).items() if value is not None}
     rope = JsonFields({"rope_theta": 10000.0, "partial_rotary_factor": 1.0, **given}, f"{fields.path}: {key}")
     if any(isinstance(value, dict) for value in scaling.values()):

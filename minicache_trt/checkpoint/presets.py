@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from minicache_trt.checkpoint import gemma_shapes as gemma
 from minicache_trt.checkpoint import preset_shapes as shapes
 from minicache_trt.checkpoint.hf_config import parse_config
 from minicache_trt.config import ModelConfig
@@ -36,6 +37,20 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
+        Preset("gemma2-2b", "google/gemma-2-2b", gemma.GEMMA2_2B),
+        Preset("gemma2-2b-it", "google/gemma-2-2b-it", gemma.GEMMA2_2B | gemma.GEMMA2_CHAT),
+        Preset("gemma2-9b", "google/gemma-2-9b", gemma.GEMMA2_9B),
+        Preset("gemma2-9b-it", "google/gemma-2-9b-it", gemma.GEMMA2_9B | gemma.GEMMA2_CHAT),
+        Preset("gemma2-27b", "google/gemma-2-27b", gemma.GEMMA2_27B),
+        Preset("gemma2-27b-it", "google/gemma-2-27b-it", gemma.GEMMA2_27B | gemma.GEMMA2_CHAT),
+        Preset("gemma3-1b", "google/gemma-3-1b-pt", gemma.GEMMA3_1B),
+        Preset("gemma3-1b-it", "google/gemma-3-1b-it", gemma.GEMMA3_1B | gemma.GEMMA3_CHAT),
+        Preset("gemma3-4b", "google/gemma-3-4b-pt", gemma.GEMMA3_4B),
+        Preset("gemma3-4b-it", "google/gemma-3-4b-it", gemma.GEMMA3_4B | gemma.GEMMA3_CHAT),
+        Preset("gemma3-12b", "google/gemma-3-12b-pt", gemma.GEMMA3_12B),
+        Preset("gemma3-12b-it", "google/gemma-3-12b-it", gemma.GEMMA3_12B | gemma.GEMMA3_CHAT),
+        Preset("gemma3-27b", "google/gemma-3-27b-pt", gemma.GEMMA3_27B),
+        Preset("gemma3-27b-it", "google/gemma-3-27b-it", gemma.GEMMA3_27B | gemma.GEMMA3_CHAT),
         Preset("llama2-7b", "meta-llama/Llama-2-7b-hf", shapes.LLAMA2_7B),
         Preset("llama2-7b-chat", "meta-llama/Llama-2-7b-chat-hf", shapes.LLAMA2_7B),
         Preset("llama2-13b", "meta-llama/Llama-2-13b-hf", shapes.LLAMA2_13B),

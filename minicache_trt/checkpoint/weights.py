@@ -96,7 +96,7 @@ def numpy_dtype(dtype: str) -> np.dtype:
 
 
 def read_safetensors_index(directory: str | Path) -> dict[str, WeightView]:
-    """Addresses of all tensors of a checkpoint directory, by their Hugging Face names.
+    """Addresses of all tensors of a checkpoint directory, by their Hugging Face names in a model of text alone.
 
     Reads the headers of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` names.
 
@@ -107,9 +107,9 @@ def read_safetensors_index(directory: str | Path) -> dict[str, WeightView]:
     """
     directory = Path(directory)
     if (directory / WEIGHTS_FILE).is_file():
-        return read_safetensors_file(directory / WEIGHTS_FILE)
+        return _text_names(read_safetensors_file(directory / WEIGHTS_FILE))
     if (directory / INDEX_FILE).is_file():
-        return _read_shards(directory / INDEX_FILE)
+        return _text_names(_read_shards(directory / INDEX_FILE))
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
         raise UserError(
             f"{directory}: the weights are PyTorch pickles, expected safetensors",
@@ -121,6 +121,14 @@ def read_safetensors_index(directory: str | Path) -> dict[str, WeightView]:
         f"{directory}: no {WEIGHTS_FILE} and no {INDEX_FILE}{found}",
         "give a checkpoint in Hugging Face safetensors format, or use load_format 'dummy' to try the shape only",
     )
+
+
+def _text_names(views: dict[str, WeightView]) -> dict[str, WeightView]:
+    """Tensors of the language model of one that also takes images, as the language model alone would name them."""
+    return {
+        name.removeprefix("language_model.").replace("model.language_model.", "model.", 1): view
+        for name, view in views.items()
+    }
 
 
 def read_safetensors_file(path: Path) -> dict[str, WeightView]:

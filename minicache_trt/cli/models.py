@@ -99,7 +99,7 @@ def model_cost(preset: Preset, memory: int) -> ModelCost:
     config, window = preset.config, BuildConfig().window
     parameters = sum(math.prod(shape) for shape in weight_shapes(config).values())
     weights = parameters * ITEM_SIZES[config.dtype]
-    context = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+    context = min(config.max_position_embeddings, config.cache_window or config.max_position_embeddings)
     rows = []
     for method in METHODS:
         plan = make_plan(config, method)

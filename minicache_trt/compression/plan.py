@@ -66,6 +66,7 @@ class CompressionPlan:
                     f"rotates {config.rotary_dim} of {config.head_dim} components",
                     "use basis 'post_rope'",
                 )
+            _check_rotation(index, stream, config)
             for layer in stream.layers:
                 if not 0 <= layer < config.num_layers:
                     raise UserError(
@@ -113,6 +114,17 @@ class CompressionPlan:
             raise UserError(
                 "plan: it was calibrated on another checkpoint than this one",
                 "calibrate this checkpoint, or use that one",
+            )
+
+
+def _check_rotation(index: int, stream: Stream, config: ModelConfig) -> None:
+    if stream.basis == "pre_rope" and config.local_rope is not None:
+        whole = [layer for layer in stream.layers if layer in config.full_layers]
+        if 0 < len(whole) < len(stream.layers):
+            raise UserError(
+                f"plan: streams[{index}].basis: 'pre_rope' needs layers with the same RoPE, layers "
+                f"{', '.join(map(str, whole))} have another than the rest of {', '.join(map(str, stream.layers))}",
+                "group layers that have a sliding window, and those that have none, or use basis 'post_rope'",
             )
 
 

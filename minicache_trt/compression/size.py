@@ -23,8 +23,10 @@ def baseline_bytes_per_token(config: ModelConfig) -> int:
 
 
 def baseline_sequence_bytes(config: ModelConfig, context: int) -> int:
-    """Bytes of the 16-bit keys and values that a sequence of ``context`` tokens can still see."""
-    return baseline_bytes_per_token(config) * min(context, config.sliding_window or context)
+    """Bytes of the 16-bit keys and values that a sequence of ``context`` tokens can still see, layer by layer."""
+    whole = config.num_layers if config.sliding_window is None else len(config.full_layers)
+    seen = whole * context + (config.num_layers - whole) * min(context, config.sliding_window or context)
+    return baseline_bytes_per_token(config) // config.num_layers * seen
 
 
 def compressed_blocks(plan: CompressionPlan, context: int, window: int) -> int:
@@ -36,7 +38,8 @@ def sequence_bytes(
     plan: CompressionPlan, config: ModelConfig, context: int, window: int, element_bytes: int = BASELINE_BYTES
 ) -> int:
     """Bytes one decoding sequence of ``context`` tokens holds: codes, scales, norms, retained tokens, the exact window
-    and the unused rest of its last block. Blocks behind a sliding window are free.
+    and the unused rest of its last block. Blocks behind a sliding window are free where all layers have one: a block
+    holds every layer's tokens.
 
     Parameters
     ----------
@@ -57,7 +60,7 @@ def sequence_bytes(
 
 def held_blocks(config: ModelConfig, context: int, demoted: int) -> tuple[int, int]:
     """Compressed and full blocks that a sequence of ``context`` tokens holds once ``demoted`` were compressed."""
-    behind = 0 if config.sliding_window is None else max(0, context + 1 - config.sliding_window) // BLOCK_SIZE
+    behind = 0 if config.cache_window is None else max(0, context + 1 - config.cache_window) // BLOCK_SIZE
     return max(0, demoted - behind), -(-context // BLOCK_SIZE) - max(demoted, behind)
 
 
@@ -83,7 +86,7 @@ def context_that_fits(plan: CompressionPlan, config: ModelConfig, memory: int, w
         blocks = memory // full
         if blocks >= exact:
             blocks = exact + (memory - exact * full) // compressed
-    shown = config.sliding_window
+    shown = config.cache_window
     if shown is not None and blocks * BLOCK_SIZE >= shown:
         # From here on every block of tokens frees one: the cache is as large as it gets within the next two blocks.
         lengths = range(shown, shown + 2 * BLOCK_SIZE)

@@ -111,12 +111,18 @@ class _Observer:
         from transformers import AttentionInterface, AutoModel
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        from minicache_trt.reference.history import TieredHistory, tiered_attention
+
+        uncompressed = CompressionPlan("full")
+
         def observe(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **settings: Any) -> Any:
             """``q [1, num_heads, T, head_dim]`` and ``k [1, num_kv_heads, T, head_dim]`` after RoPE."""
             layer = module.layer_idx
             largest = q[0].abs().amax(1).view(config.num_kv_heads, config.group_size, -1).amax(1)
             np.maximum(queries[layer], largest.numpy(), out=queries[layer])
             np.maximum(keys[layer], k[0].abs().amax(1).numpy(), out=keys[layer])
+            if settings.get("softcap") is not None:  # which PyTorch's attention cannot do
+                return tiered_attention(module, q, k, v, mask, history=TieredHistory(uncompressed, ()), **settings)
             return sdpa_attention_forward(module, q, k, v, mask, **settings)
 
         AttentionInterface.register(ATTENTION, observe)

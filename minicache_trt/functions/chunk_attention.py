@@ -8,8 +8,6 @@ chunk: run the two apart. No tensor is empty in a step of at least one sequence,
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
 
 from minicache_trt.functions.step import LayerStream, Step
@@ -27,14 +25,14 @@ def chunk_attention(step: Step, chunks: dict[str, ir.Value]) -> ir.Value:
         """0 copies an extent: a constant shape is one layer in TensorRT, one that is put together is ten."""
         return g.op("Reshape", x, g.constant(list(shape)))
 
-    q = g.op("Mul", step.q, g.floats([[1.0 / math.sqrt(dim)]]))
+    q = g.op("Mul", step.q, g.floats([[config.attention_scale]]))
     q = g.op("Gather", q, chunks["rows"], attrs={"axis": 0})
     if group == 1:
         q = g.transpose(reshape(q, 0, 0, heads, dim), [0, 2, 1, 3])
     else:
         q = reshape(g.transpose(reshape(q, 0, 0, heads, group, dim), [0, 2, 1, 3, 4]), 0, heads, -1, dim)
     keys, values = (_history(step, chunks, part) for part in range(2))
-    logits = g.op("Add", g.op("MatMul", q, g.swap_last(keys, 4)), chunks["hidden"])
+    logits = g.op("Add", step.capped(g.op("MatMul", q, g.swap_last(keys, 4))), chunks["hidden"])
     out = g.op("MatMul", g.op("Softmax", logits, attrs={"axis": -1}), values)
     if group == 1:
         out = g.transpose(out, [0, 2, 1, 3])

@@ -118,7 +118,7 @@ def _full_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir.Value
         row, key, value, hidden = tile
         queries = step.scaled(g.op("Gather", q, row, attrs={"axis": 0}))
         logits = g.op("MatMul", queries, g.swap_last(step.widened(g.op("GatherND", step.kv, key)), 4))
-        logits = g.op("Add", logits, hidden)
+        logits = g.op("Add", step.capped(logits), hidden)
 
         def attend(weights: ir.Value) -> ir.Value:
             return g.op("MatMul", weights, step.widened(g.op("GatherND", step.kv, value)))
@@ -175,6 +175,7 @@ def _compressed_tier(step: Step, work: Work, q: ir.Value, count: ir.Value) -> ir
             logits = stream_logits(g, stream, own)
         if key_maps.slots is not None:
             logits = g.op("Gather", logits, key_maps.slots, attrs={"axis": 1})
+        logits = step.capped(logits)
         if hidden is not None:
             logits = g.op("Add", logits, hidden)
 

@@ -95,7 +95,7 @@ def _attend(step: Step, q: ir.Value, trips: ir.Value, tile: ir.Value, chunks: ir
             query, *history = slices
             key, value = (g.slice(x, g.constant([0]), limit, 1) for x in history)
             logits = g.op("MatMul", step.scaled(query), g.swap_last(key, 3))
-            logits = g.op("Add", g.reshape(logits, [chunks, group, tile, -1]), hidden)
+            logits = g.op("Add", g.reshape(step.capped(logits), [chunks, group, tile, -1]), hidden)
             weights = g.op("Softmax", logits, attrs={"axis": -1})
             weights = g.reshape(weights, [chunks, g.op("Mul", tile, g.constant([group])), -1])
             return [g.op("MatMul", weights, value)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -95,8 +94,13 @@ class Step:
         return x if self.form.wide else self.g.float32(x)
 
     def scaled(self, q: ir.Value) -> ir.Value:
-        """Queries times 1 / sqrt(D); in front of a product the runtime makes it a factor of that."""
-        return self.g.op("Mul", q, self.g.floats(1.0 / math.sqrt(self.config.head_dim)))
+        """Queries times the scale of logits; in front of a product the runtime makes it a factor of that."""
+        return self.g.op("Mul", q, self.g.floats(self.config.attention_scale))
+
+    def capped(self, logits: ir.Value) -> ir.Value:
+        """Logits of attention, before anything is masked, with the model's soft cap if it has one."""
+        cap = self.config.attention_softcap
+        return logits if cap is None else softcap(self.g, logits, cap)
 
     def pools(self, part: str) -> dict[str, ir.Value]:
         """Pools of the layer's ``key`` or ``value`` stream by kind."""
@@ -112,6 +116,11 @@ class Step:
         prefix = f"{part}.read."
         own = {name.removeprefix(prefix): value for name, value in self.inputs.items() if name.startswith(prefix)}
         return StreamMaps(**own)
+
+
+def softcap(g: Emitter, x: ir.Value, cap: float) -> ir.Value:
+    """``cap * tanh(x / cap)`` of float32 numbers."""
+    return g.op("Mul", g.op("Tanh", g.op("Mul", x, g.floats(1.0 / cap))), g.floats(cap))
 
 
 def arange(g: Emitter, count: ir.Value) -> ir.Value:

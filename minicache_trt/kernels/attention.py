@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -95,7 +94,8 @@ def attention_arguments(
         config.num_heads,
         config.num_kv_heads,
         config.head_dim,
-        1.0 / math.sqrt(config.head_dim),
+        config.attention_scale,
+        config.attention_softcap or 0.0,
         address(inverse_frequencies),
     )
     return AttentionArguments(

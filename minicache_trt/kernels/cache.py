@@ -56,7 +56,12 @@ class KernelCache:
         self.library, self.config, self.plan = library, config, plan
         self.device, self.dtype = device, dtype
         self.tensors: dict[str, Tensor] = {}
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
+        self._at_layer = [config.at_layer(layer) for layer in range(config.num_layers)]
+        self.frequencies = {
+            rope: inverse_frequencies(rope, config.head_dim).to(device)
+            for rope in dict.fromkeys(own.rope for own in self._at_layer)
+        }
+        """Of every RoPE of the model, float32 ``[rotary_dim / 2]``."""
         self._layouts = plan_layout(plan, config) if plan.compresses else ()
         self._readings: dict[tuple[str, int], _Reading] = {}
         self._writers: list[CompressStream] = []
@@ -147,7 +152,7 @@ class KernelCache:
             block_index,
             self.config,
             self.dtype,
-            self.frequencies,
+            self.frequencies[self._at_layer[layer].rope],
         )
 
     def _add_stream(self, layout: StreamLayout) -> None:
@@ -167,16 +172,17 @@ class KernelCache:
         for part in PARTS if self.plan.compresses else ():
             reading = self._readings[part, layer]
             views[part] = stream_view(reading.shape, reading.layout, self.tensors, reading.maps)
+        own = self._at_layer[layer]
         return attention_arguments(
-            self.config,
+            own,
             step.attention(self.plan.compresses),
             self.tensors[f"kv.{layer}"],
             q,
             out,
             views.get("key"),
             views.get("value"),
-            self.frequencies,
-            self.config.sliding_window or 0,
+            self.frequencies[own.rope],
+            own.sliding_window or 0,
         )
 
     def _scratch(self, size: int) -> Tensor:

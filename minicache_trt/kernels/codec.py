@@ -101,7 +101,7 @@ class CompressStream:
         needed = [{name: maps[name] for name in ("map", "offset")} for maps in reader_maps] if measured else []
         self._readers = [device_maps(maps, device) for maps in needed]
         self._write_maps = write_maps_of(self._maps, self._readers)
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
+        self._frequencies = inverse_frequencies(layout.config.rope, config.head_dim).to(device)
 
     def __call__(
         self,
@@ -194,7 +194,7 @@ def restore_blocks(
     dtype = dtype or getattr(torch, config.dtype)
     out = blocks.new_empty((len(blocks), config.num_kv_heads, BLOCK_SIZE, config.head_dim), dtype=dtype)
     if frequencies is None:
-        frequencies = inverse_frequencies(config.rope, config.head_dim).to(blocks.device)
+        frequencies = inverse_frequencies(layout.config.rope, config.head_dim).to(blocks.device)
     library.call(
         "restore_blocks",
         TYPES[dtype],

@@ -81,13 +81,14 @@ class Step(Structure):
 
 
 class AttentionShape(Structure):
-    """Query heads, KV heads, head_dim, scale of logits, rotary frequencies."""
+    """Query heads, KV heads, head_dim, scale and soft cap of logits, rotary frequencies."""
 
     _fields_ = [
         ("query_heads", c_int32),
         ("heads", c_int32),
         ("dim", c_int32),
         ("scale", c_float),
+        ("softcap", c_float),
         ("inverse_frequencies", c_void_p),
     ]
 

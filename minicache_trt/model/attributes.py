@@ -20,11 +20,12 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": OP_VERSION}
 def attention_attributes(
     config: ModelConfig, streams: LayerStreams | None, form: GraphForm = CPU_FORM
 ) -> dict[str, ir.Attr | int | str]:
-    """Attributes of one layer's node; lists are text, numbers separated by spaces.
+    """Attributes of one layer's node; ``config``: as the layer knows it (`ModelConfig.at_layer`).
 
-    ``input_names``: what each input is, in order. ``key_stream``, ``value_stream``: `stream_descriptor` of the layer's
-    place in its streams. ``inverse_frequencies``: of the rotary embedding, for keys stored without it. A node that
-    takes the outputs of a `ChunkStep` has none: no kernel takes those.
+    Lists are text, numbers separated by spaces. ``logit_numbers``: scale and soft cap (0: none) of logits, where they
+    are not 1 / sqrt(D) and none. ``input_names``: what each input is, in order. ``key_stream``, ``value_stream``:
+    `stream_descriptor` of the layer's place in its streams. ``inverse_frequencies``: of the rotary embedding, for keys
+    stored without it. A node that takes the outputs of a `ChunkStep` has none: no kernel takes those.
     """
     if form.shared_step:
         return {}
@@ -36,6 +37,8 @@ def attention_attributes(
         "head_dim": config.head_dim,
         "sliding_window": config.sliding_window or 0,
     }
+    if config.query_scalar is not None or config.attention_softcap is not None:
+        result["logit_numbers"] = _floats([config.attention_scale, config.attention_softcap or 0.0])
     if streams is not None:
         names += [parameter for parameter, *_ in streams.inputs()]
         result["key_stream"] = _text(stream_descriptor(streams.key.layout, streams.key.member))

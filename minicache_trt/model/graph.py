@@ -141,23 +141,28 @@ def build_decoder(
     layouts = plan_layout(plan, config)
     functions = _Functions(form.shared_step)
     updated: list[ir.Value] = []
-    shared = _chunk_step(g, config, plan, steps, functions) if form.shared_step else steps
+    at_layer = [config.at_layer(layer) for layer in range(config.num_layers)]
+    shared = {
+        own: _chunk_step(g, own, plan, steps, functions, f"step.{kind}") if form.shared_step else steps
+        for kind, own in enumerate(dict.fromkeys(at_layer))
+    }
 
     def attention(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
+        known = at_layer[layer]
         streams = layer_streams(plan, layouts, layer, maps.tensors) if plan.compresses else None
         variant: Hashable = None
         rotation = streams is not None and streams.key.layout.stream.basis == "pre_rope"
         inputs = [q, k, v, full[layer]]
-        inputs += [shared[name] for name in attention_inputs(plan.compresses, rotation, form)[len(inputs) :]]
+        inputs += [shared[known][name] for name in attention_inputs(plan.compresses, rotation, form)[len(inputs) :]]
         if streams is not None:
             variant = tuple((_variant(own.layout), own.member) for own in (streams.key, streams.value))
             inputs += [
                 compressed[tensor] if kind == "pool" else maps.value(tensor) for _, kind, tensor in streams.inputs()
             ]
         function = functions.get(
-            "PagedAttention", variant, partial(paged_attention, "PagedAttention", config, streams, form)
+            "PagedAttention", (known, variant), partial(paged_attention, "PagedAttention", known, streams, form)
         )
-        attrs = attention_attributes(config, streams, form)
+        attrs = attention_attributes(known, streams, form)
         out, kv = _call(g, function, inputs, f"layers.{layer}.attention", attrs)
         pool = full_pools(config)[layer]
         updated.append(_output(kv, pool.output_name, form.compute, ["Nf", *pool.shape]))
@@ -172,15 +177,15 @@ def build_decoder(
 
 
 def _chunk_step(
-    g: Emitter, config: ModelConfig, plan: CompressionPlan, steps: dict[str, ir.Value], functions: _Functions
+    g: Emitter, config: ModelConfig, plan: CompressionPlan, steps: dict[str, ir.Value], functions: _Functions, name: str
 ) -> dict[str, ir.Value]:
-    """Outputs of a call of `ChunkStep`, by name."""
+    """Outputs of the call ``name`` of `ChunkStep`, for layers that know the model as ``config``, by name."""
     rotation = any(stream.basis == "pre_rope" for stream in plan.streams)
     function = functions.get(
-        "ChunkStep", None, partial(chunk_step_function, "ChunkStep", config, plan.compresses, rotation)
+        "ChunkStep", config, partial(chunk_step_function, "ChunkStep", config, plan.compresses, rotation)
     )
-    inputs = [steps[name] for name in step_inputs(plan.compresses)]
-    return dict(zip(chunk_step_names(plan.compresses, rotation), _call(g, function, inputs, "step", {}), strict=True))
+    inputs = [steps[parameter] for parameter in step_inputs(plan.compresses)]
+    return dict(zip(chunk_step_names(plan.compresses, rotation), _call(g, function, inputs, name, {}), strict=True))
 
 
 def build_compressor(
@@ -199,7 +204,9 @@ def build_compressor(
         own = [_pool_value(pool, "Nc", form) for pool in layout.pools.values()]
         writer = writer_maps(layout, maps.tensors)
         function = functions.get(
-            "CompressBlocks", _variant(layout), partial(compress_blocks, "CompressBlocks", layout, tuple(writer))
+            "CompressBlocks",
+            (layout.config.rope, _variant(layout)),
+            partial(compress_blocks, "CompressBlocks", layout, tuple(writer)),
         )
         own_maps = [maps.value(tensor) for tensor in writer.values()]
         inputs = [*steps.values(), *(full[layer] for layer in layout.stream.layers), *own_maps, *own]

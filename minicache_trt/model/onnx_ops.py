@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from minicache_trt.config import ModelConfig
+from minicache_trt.config import ModelConfig, RopeConfig
 from minicache_trt.functions.form import GraphForm
+from minicache_trt.functions.step import softcap
 from minicache_trt.functions.tape import Emitter
 from minicache_trt.model.decoder import gated_mlp
 from minicache_trt.model.onnx_moe import dense_mixture, mixture
@@ -61,20 +62,31 @@ class OnnxOps:
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         return self._linear(x, name)
 
+    def scale(self, x: ir.Value, factor: float) -> ir.Value:
+        return self._g.op("Mul", x, self._g.constant(factor, self._form.compute.numpy().name))
+
+    def softcap(self, x: ir.Value, cap: float) -> ir.Value:
+        return softcap(self._g, x if self._form.wide else self._g.float32(x), cap)
+
     def rms_norm(self, x: ir.Value, name: str) -> ir.Value:
-        attrs = {"epsilon": self._config.rms_norm_eps, "axis": -1}
-        return self._g.op("RMSNormalization", x, self._weight(f"{name}.weight"), attrs=attrs)
+        g, attrs = self._g, {"epsilon": self._config.rms_norm_eps, "axis": -1}
+        if not self._config.unit_offset_norm:
+            return g.op("RMSNormalization", x, self._weight(f"{name}.weight"), attrs=attrs)
+        weight = g.op("Add", g.float32(self._table(f"{name}.weight")), g.floats(1.0))
+        if self._form.wide:
+            return g.op("RMSNormalization", x, weight, attrs=attrs)
+        return g.cast(g.op("RMSNormalization", g.float32(x), weight, attrs=attrs), self._form.compute)
 
     def head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
         split = self._g.reshape(x, [-1, heads, self._config.head_dim])
         return self._g.reshape(self.rms_norm(split, name), [-1, heads * self._config.head_dim])
 
-    def rotation(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def rotation(self, positions: ir.Value, rope: RopeConfig) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines with a batch axis of one in front, from the positions themselves in float32: no table."""
         g = self._g
-        frequency = inverse_frequencies(self._config.rope, self._config.head_dim).numpy()
+        frequency = inverse_frequencies(rope, self._config.head_dim).numpy()
         angle = g.op("Mul", g.unsqueeze(g.float32(positions), 1), g.floats(frequency[None]))
-        parts, factor = (g.op("Cos", angle), g.op("Sin", angle)), self._config.rope.attention_factor
+        parts, factor = (g.op("Cos", angle), g.op("Sin", angle)), rope.attention_factor
         cos, sin = parts if factor == 1.0 else (g.op("Mul", part, g.floats(factor)) for part in parts)
         cos, sin = (part if self._form.wide else g.cast(part, self._form.compute) for part in (cos, sin))
         return g.unsqueeze(cos, 0), g.unsqueeze(sin, 0)
@@ -95,6 +107,8 @@ class OnnxOps:
 
     def gated(self, gate: ir.Value, up: ir.Value) -> ir.Value:
         g = self._g
+        if self._config.activation == "gelu_tanh":
+            return g.op("Mul", g.op("Gelu", gate, attrs={"approximate": "tanh"}), up)
         return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
 
     def moe(self, x: ir.Value, name: str) -> ir.Value:

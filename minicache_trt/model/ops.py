@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+from minicache_trt.config import RopeConfig
+
 T = TypeVar("T")
 
 
@@ -21,14 +23,22 @@ class Ops(Protocol[T]):
         """``x @ W.T (+ bias)``, W ``[out, in]``."""
         ...
 
+    def scale(self, x: T, factor: float) -> T:
+        """``x`` times a number, which is rounded to the type of ``x``."""
+        ...
+
+    def softcap(self, x: T, cap: float) -> T:
+        """``cap * tanh(x / cap)``."""
+        ...
+
     def rms_norm(self, x: T, name: str) -> T: ...
 
     def head_norm(self, x: T, name: str, heads: int) -> T:
         """`rms_norm` of each head's vector, all with the same weights ``[head_dim]``."""
         ...
 
-    def rotation(self, positions: T) -> tuple[T, T]:
-        """Cosines and sines ``[T, rotary_dim / 2]`` of the model's rotary embedding."""
+    def rotation(self, positions: T, rope: RopeConfig) -> tuple[T, T]:
+        """Cosines and sines ``[T, rotary_dim / 2]`` of a rotary embedding."""
         ...
 
     def rotary(self, x: T, rotation: tuple[T, T], heads: int) -> T:
@@ -42,7 +52,7 @@ class Ops(Protocol[T]):
     def add(self, a: T, b: T) -> T: ...
 
     def gated(self, gate: T, up: T) -> T:
-        """``silu(gate) * up``."""
+        """The model's activation of ``gate``, times ``up``."""
         ...
 
     def moe(self, x: T, name: str) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +71,7 @@ def paged_attention(pools: Pools, batch: Batch, q: Tensor, k: Tensor, v: Tensor,
     Tensor
         ``[T, Hq*D]``.
     """
-    config = pools.config
+    config = pools.config.at_layer(layer)
     device = q.device
     pools.append(layer, k, v, torch.from_numpy(batch.slot_mapping).long().to(device))
     out = torch.empty_like(q)
@@ -93,7 +92,9 @@ def paged_attention(pools: Pools, batch: Batch, q: Tensor, k: Tensor, v: Tensor,
         if config.sliding_window is not None:
             visible &= torch.arange(length, device=device) > position - config.sliding_window
         keys, values = (tier.repeat_interleave(config.group_size, 0) for tier in tiers)
-        logits = queries @ keys.transpose(1, 2) / math.sqrt(config.head_dim)
+        logits = queries @ keys.transpose(1, 2) * config.attention_scale
+        if config.attention_softcap is not None:
+            logits = torch.tanh(logits / config.attention_softcap) * config.attention_softcap
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
         out[rows] = (weights @ values).transpose(0, 1).flatten(1).to(q.dtype)
     return out

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minicache_trt.config import ModelConfig
+from minicache_trt.config import ModelConfig, RopeConfig
 from minicache_trt.model.decoder import gated_mlp
 from minicache_trt.model.rope import inverse_frequencies
 from minicache_trt.parallel.collectives import ALONE, Collectives
@@ -48,18 +48,30 @@ class TorchOps:
         y = F.linear(x, weight, bias)
         return self._ranks.gather(y) if name == "lm_head" and len(weight) < self._config.vocab_size else y
 
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        # A number takes part in float32: rounded first, as a tensor of the type of x would be.
+        return x * torch.tensor(factor, dtype=x.dtype).item()
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return torch.tanh(x / cap) * cap
+
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
-        return self._weights[f"{name}.weight"] * scaled.to(x.dtype)
+        weight = self._weights[f"{name}.weight"]
+        if self._config.unit_offset_norm:
+            return (scaled * (1.0 + weight.float())).to(x.dtype)
+        return weight * scaled.to(x.dtype)
 
     def head_norm(self, x: Tensor, name: str, heads: int) -> Tensor:
         return self.rms_norm(x.view(len(x), heads, -1), name).flatten(1)
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        frequency = inverse_frequencies(self._config.rope, self._config.head_dim).to(positions.device)
-        angle, factor = positions.float()[:, None] * frequency, self._config.rope.attention_factor
+    def rotation(self, positions: Tensor, rope: RopeConfig) -> tuple[Tensor, Tensor]:
+        angle, factor = positions.float()[:, None] * self._frequencies(rope, positions.device), rope.attention_factor
         return angle.cos() * factor, angle.sin() * factor
+
+    def _frequencies(self, rope: RopeConfig, device: torch.device) -> Tensor:
+        return inverse_frequencies(rope, self._config.head_dim).to(device)
 
     def rotary(self, x: Tensor, rotation: tuple[Tensor, Tensor], heads: int) -> Tensor:
         cos, sin = (part[:, None].to(x.dtype) for part in rotation)
@@ -74,7 +86,8 @@ class TorchOps:
         return a + b
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
+        active = F.silu(gate) if self._config.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return active * up
 
     def moe(self, x: Tensor, name: str) -> Tensor:
         shares = self.linear(x, f"{name}.router").float().softmax(-1)

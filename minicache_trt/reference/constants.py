@@ -77,7 +77,8 @@ class Constants:
     def from_plan(cls, plan: CompressionPlan, index: int, config: ModelConfig) -> Constants:
         """Of stream ``index`` of a plan."""
         stream = plan.streams[index]
-        frequencies = rope_frequencies(config.rope, config.head_dim) if stream.basis == "pre_rope" else None
+        rope = config.at_layer(stream.layers[0]).rope
+        frequencies = rope_frequencies(rope, config.head_dim) if stream.basis == "pre_rope" else None
         return cls.of(stream, stream_matrices(plan.matrices, index), frequencies)
 
     def to_slots(self, x: Tensor) -> Tensor:

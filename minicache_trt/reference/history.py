@@ -100,6 +100,7 @@ def tiered_attention(
     scaling: float,
     history: TieredHistory,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Append the new tokens to the history and attend to all of it, causally.
@@ -125,6 +126,8 @@ def tiered_attention(
         if sliding_window is not None:
             hidden |= distance >= sliding_window
         logits = (tile @ keys[:, :end].transpose(1, 2) * scaling).to(torch.promote_types(query.dtype, torch.float32))
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
         weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         tiles.append(weights.to(values.dtype) @ values[:, :end])
     return torch.cat(tiles, dim=1).transpose(0, 1)[None].contiguous(), None

@@ -73,7 +73,7 @@ class Reference:
             Constants.of(
                 stream,
                 stream_matrices(plan.matrices, index),
-                _rope_frequencies(self.model) if stream.basis == "pre_rope" else None,
+                _rope_frequencies(self.model, stream.layers[0]) if stream.basis == "pre_rope" else None,
             )
             for index, stream in enumerate(plan.streams)
         ]
@@ -196,8 +196,8 @@ def _model_shape(config: Any) -> ModelConfig:
     )
 
 
-def _rope_frequencies(model: Any) -> Tensor:
-    """Radians per position of the model's own rotary embedding, float32 ``[D / 2]``.
+def _rope_frequencies(model: Any, layer: int) -> Tensor:
+    """Radians per position of the rotary embedding of a layer, from the model's own, float32 ``[D / 2]``.
 
     A factor of cosines and sines (LongRoPE) stays in the keys: turning them back and forth commutes with it.
 
@@ -206,8 +206,11 @@ def _rope_frequencies(model: Any) -> Tensor:
     ValueError
         The model has no rotary embedding.
     """
+    kinds = getattr(model.config, "layer_types", None)
+    names = ["inv_freq", *([f"{kinds[layer]}_inv_freq"] if kinds else [])]
     for module in model.modules():
-        if hasattr(module, "inv_freq"):
-            frequencies: Tensor = module.inv_freq.to(torch.float32)
-            return frequencies
+        for name in names:
+            if hasattr(module, name):
+                frequencies: Tensor = getattr(module, name).to(torch.float32)
+                return frequencies
     raise ValueError(f"model: expected one with rotary embeddings for basis pre_rope, got {type(model).__name__}")

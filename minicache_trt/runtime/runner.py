@@ -53,7 +53,7 @@ class Runner:
             full_block_bytes(engine.model, engine.element_bytes),
             compressed_block_bytes(plan, engine.model, engine.element_bytes),
             engine.free_memory(),
-            engine.model.sliding_window,
+            engine.model.cache_window,
         )
         allocated = engine.allocate(self.sizes.full_blocks, self.sizes.compressed_blocks)
         if allocated != self.sizes.num_bytes:
@@ -62,8 +62,8 @@ class Runner:
         compressed_pool = BlockPool(self.sizes.compressed_blocks, "compressed")
         rule = DemotionRule(build.window, build.quantum)
         # A block behind a sliding window is gone, and with it the beginning of every prefix.
-        reuse = cache_config.enable_block_reuse and engine.model.sliding_window is None
-        window = engine.model.sliding_window
+        window = engine.model.cache_window
+        reuse = cache_config.enable_block_reuse and window is None
         self.cache = TieredCache(rule, full_pool, compressed_pool, plan.compresses, reuse, window)
         self.scheduler = Scheduler(self.cache, build.max_batch_size, build.max_num_tokens)
         self.statistics = self._new_statistics()

@@ -15,6 +15,15 @@ MC_SIMD void block_logits(int group, int used, int width, const float* q, const 
   }
 }
 
+// Soft-caps logits [G, used] in rows of B, if the model does.
+MC_SIMD void cap_logits(const AttentionArguments& a, int group, int used, float* logits) {
+  if (!(a.shape.softcap > 0.0f)) return;
+  for (int g = 0; g < group; ++g) {
+    float* row = logits + g * kBlockSize;
+    for (int t = 0; t < used; t += kLanes) store(row + t, soft_cap(load(row + t), a.shape.softcap * kLog2e));
+  }
+}
+
 // Turns logits [0, used) of one query into weights relative to the running maximum; returns what earlier sums shrink by.
 MC_SIMD float weigh(float* logits, int used, float& peak, float& total) {
   float highest = peak;
@@ -49,6 +58,7 @@ MC_SIMD void decode_full(const AttentionArguments& a, const DecodePart& part, co
     const bool last = (block + 1) * kBlockSize >= part.last;
     const float* next = last ? values : tier.block(table[block + 1], Part::key, part.head);
     block_logits(group, used, dim, q, keys, values, w.logits);
+    cap_logits(a, group, used, w.logits);
     for (int g = 0; g < group; ++g) {
       float* partial = out + g * (2 + dim);
       w.factors[g] = weigh(w.logits + g * kBlockSize, used, partial[0], partial[1]);
@@ -107,6 +117,7 @@ MC_SIMD void decode_compressed(const AttentionArguments& a, const Reader& key, c
         }
       }
     }
+    cap_logits(a, group, kBlockSize, w.logits);
     latent_tile(vs, value.latent, value_block, value_slot, w.tile);
     norms_of(vs, value_block, value_slot, nu);
     for (int g = 0; g < group; ++g) {

@@ -13,10 +13,13 @@ struct Running {
 };
 
 // One tile of queries against up to one block of keys. `q` [D, kTile], `keys`, `values` [B, D] with `used` rows.
-// A key at position p is seen by row i if after[i] < p <= upto[i].
-MC_SIMD void attend(int dim, const float* q, const float* keys, const float* values, int used, int position,
+// A key at position p is seen by row i if after[i] < p <= upto[i]. `softcap` 0: none.
+MC_SIMD void attend(int dim, float softcap, const float* q, const float* keys, const float* values, int used, int position,
                     bool masked, const std::int32_t* upto, const std::int32_t* after, float* logits, Running state) {
   product(used, kTile, dim, keys, dim, 1, q, kTile, logits, kTile, nullptr);
+  if (softcap > 0.0f) {
+    for (int i = 0; i < used * kTile; i += kLanes) store(logits + i, soft_cap(load(logits + i), softcap));
+  }
   if (masked) {
     for (int t = 0; t < used; ++t) {
       for (int i = 0; i < kTile; ++i) {
@@ -85,7 +88,7 @@ MC_ENTRY void prefill_part(const AttentionArguments& a, const Reader& key, const
   const auto run = [&](int tile, const float* k, const float* v, int used, int position) {
     const Running state{peaks + tile * kTile, totals + tile * kTile, sums + static_cast<std::int64_t>(tile) * kTile * dim};
     const bool masked = position + used - 1 > upto[0] || position <= after[kTile - 1];
-    attend(dim, all_q + static_cast<std::int64_t>(tile) * dim * kTile, k, v, used, position, masked, upto, after, logits,
+    attend(dim, a.shape.softcap * kLog2e, all_q + static_cast<std::int64_t>(tile) * dim * kTile, k, v, used, position, masked, upto, after, logits,
            state);
   };
 

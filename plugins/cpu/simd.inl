@@ -64,6 +64,14 @@ MC_SIMD Floats exp2_vector(Floats x) {
   return underflow ? Floats{} : scaled;
 }
 
+// cap * tanh(x / cap), within 1e-6 cap.
+MC_SIMD Floats soft_cap(Floats x, float cap) {
+  const Ints negative = x < Floats{};
+  const Floats power = exp2_vector((negative ? x : -x) * splat(2.0f * 1.44269504088896340736f / cap));
+  const Floats y = splat(cap) * (splat(1.0f) - power) / (splat(1.0f) + power);
+  return negative ? -y : y;
+}
+
 MC_SIMD float exp2_scalar(float x) {
   return exp2_vector(splat(x))[0];
 }

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdlib>
 #include <sstream>
 
@@ -22,13 +23,19 @@ struct Node {
     return true;
   }
 
-  bool text(const char* name, std::string& out) const {
-    std::size_t size = 0;
-    Status* status = api.attribute(info, name, nullptr, &size);
+  // Bytes of a text, its closing zero included; 0 where the node has none.
+  std::size_t size(const char* name) const {
+    std::size_t result = 0;
+    Status* status = api.attribute(info, name, nullptr, &result);
     if (status != nullptr) api.release(status);
+    return result;
+  }
+
+  bool text(const char* name, std::string& out) const {
+    std::size_t size = this->size(name);
     if (size == 0) return error("PagedAttention: attribute %s is missing", name);
     out.resize(size);
-    status = api.attribute(info, name, out.data(), &size);
+    Status* status = api.attribute(info, name, out.data(), &size);
     if (status != nullptr) {
       api.release(status);
       return error("PagedAttention: attribute %s cannot be read", name);
@@ -76,6 +83,15 @@ bool read_attributes(const Api& api, const KernelInfo* info, Attributes& out, Er
   }
   if (out.dim < 16 || out.dim % 16 != 0 || out.dim > kMaxHeadDim) {
     return error("PagedAttention: head_dim: expected a multiple of 16 up to %d, got %d", kMaxHeadDim, out.dim);
+  }
+  out.scale = 1.0f / std::sqrt(static_cast<float>(out.dim));
+  if (node.size("logit_numbers") > 0) {
+    std::vector<float> numbers;
+    if (!node.list("logit_numbers", numbers)) return false;
+    if (numbers.size() != 2 || !(numbers[0] > 0.0f) || !(numbers[1] >= 0.0f))
+      return error("PagedAttention: logit_numbers: expected a positive scale and a soft cap of at least 0");
+    out.scale = numbers[0];
+    out.softcap = numbers[1];
   }
   std::istringstream words(names);
   for (std::string word; words >> word;) {

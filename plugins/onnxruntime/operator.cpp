@@ -126,7 +126,7 @@ Status* PagedAttention::bind(KernelContext* context, Run& run) const {
   AttentionArguments& a = run.arguments;
   const int dim = attributes_.dim;
   a.type = Type::float32;
-  a.shape = {attributes_.query_heads, attributes_.heads, dim, 1.0f / std::sqrt(static_cast<float>(dim)), nullptr};
+  a.shape = {attributes_.query_heads, attributes_.heads, dim, attributes_.scale, attributes_.softcap, nullptr};
   a.step.query_start = inputs.data<std::int32_t>("query_start");
   a.step.context_len = inputs.data<std::int32_t>("context_len");
   a.step.slot_mapping = inputs.data<std::int32_t>("slot_mapping");

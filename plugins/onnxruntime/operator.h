@@ -16,6 +16,7 @@ namespace minicache::ort {
 // Attributes of a node (minicache_trt/model/attributes.py writes them).
 struct Attributes {
   std::int32_t query_heads = 0, heads = 0, dim = 0, sliding_window = 0;
+  float scale = 0.0f, softcap = 0.0f;
   std::vector<std::string> inputs;  // names in the order of the node's inputs
   bool compressed = false;
   StreamShape key{}, value{};

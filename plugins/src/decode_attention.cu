@@ -103,6 +103,7 @@ std::int32_t check_shape(const AttentionArguments& a) {
     return fail(unsupported, "%s: dim: expected 64, 80, 96, 128 or 256, got %d", kName, shape.dim);
   }
   if (!(shape.scale > 0.0f)) return fail(invalid_argument, "%s: scale: expected a positive number", kName);
+  if (!(shape.softcap >= 0.0f)) return fail(invalid_argument, "%s: softcap: expected 0 or more", kName);
   const Step& step = a.step;
   if (step.decodes < 0 || step.decodes > step.sequences || step.decodes > step.tokens) {
     return fail(invalid_argument, "%s: decodes: expected 0 to %d, got %d", kName, minimum(step.sequences, step.tokens),

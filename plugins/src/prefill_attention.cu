@@ -27,6 +27,9 @@ std::int32_t check_shape(const AttentionArguments& a) {
   if (!(shape.scale > 0.0f) || shape.scale > 1e30f)
     return fail(invalid_argument, "prefill_attention: scale: expected a positive number, got %g",
                 static_cast<double>(shape.scale));
+  if (!(shape.softcap >= 0.0f) || shape.softcap > 1e30f)
+    return fail(invalid_argument, "prefill_attention: softcap: expected at least 0, got %g",
+                static_cast<double>(shape.softcap));
   if (a.sliding_window < 0)
     return fail(invalid_argument, "prefill_attention: sliding_window: expected at least 0, got %d", a.sliding_window);
   return ok;

@@ -45,6 +45,26 @@ bool read_stream(const FieldReader& reader, const char* op, const char* name, co
   return true;
 }
 
+// Scale and soft cap of logits.
+bool read_logit_numbers(const FieldReader& reader, AttentionAttributes& out, std::string& text, Error& error) {
+  out.scale = 1.0f / std::sqrt(static_cast<float>(out.dim));
+  out.softcap = 0.0f;
+  if (!reader.has("logit_numbers")) return true;
+  std::vector<float> numbers;
+  if (!reader.floats("logit_numbers", text, numbers)) return false;
+  if (numbers.size() != 2)
+    return error("%s: logit_numbers: expected 2 numbers, got %d", kAttention, static_cast<int>(numbers.size()));
+  out.scale = numbers[0];
+  out.softcap = numbers[1];
+  if (!std::isfinite(out.scale) || !(out.scale > 0.0f))
+    return error("%s: logit_numbers: expected a positive scale, got %g", kAttention, static_cast<double>(out.scale));
+  if (!std::isfinite(out.softcap) || !(out.softcap >= 0.0f)) {
+    return error("%s: logit_numbers: expected a soft cap of at least 0, got %g", kAttention,
+                 static_cast<double>(out.softcap));
+  }
+  return true;
+}
+
 bool read_input_names(const FieldReader& reader, std::string& text, std::vector<std::string>& out) {
   if (!reader.text("input_names", text)) return false;
   out = split_words(text);
@@ -59,6 +79,7 @@ const std::vector<FieldName>& AttentionAttributes::names() {
       {"head_dim", PluginFieldType::kINT32},      {"sliding_window", PluginFieldType::kINT32},
       {"input_names", PluginFieldType::kCHAR},    {"key_stream", PluginFieldType::kCHAR},
       {"value_stream", PluginFieldType::kCHAR},   {"inverse_frequencies", PluginFieldType::kCHAR},
+      {"logit_numbers", PluginFieldType::kCHAR},
   };
   return names;
 }
@@ -69,6 +90,7 @@ bool AttentionAttributes::parse(const PluginFieldCollection* fields, AttentionAt
       !reader.number("num_heads", 1, kMostHeads, out.query_heads) ||
       !reader.number("head_dim", 1, kMaxHeadDim, out.dim) ||
       !reader.number("sliding_window", 0, kLargest, out.sliding_window) ||
+      !read_logit_numbers(reader, out, out.logit_text_, error) ||
       !read_input_names(reader, out.input_names_, out.inputs)) {
     return false;
   }
@@ -93,6 +115,7 @@ void AttentionAttributes::write(FieldList& out) const {
   out.number("num_kv_heads", heads);
   out.number("head_dim", dim);
   out.number("sliding_window", sliding_window);
+  if (!logit_text_.empty()) out.text("logit_numbers", logit_text_);
   out.text("input_names", input_names_);
   if (!compressed) return;
   out.text("key_stream", key_text_);

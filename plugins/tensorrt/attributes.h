@@ -5,8 +5,10 @@
 //   num_kv_heads         int   KV heads H, a divisor of Hq                    head_dim             int
 //   head_dim             int   D: 64, 80, 96, 128 or 256                      stream               text
 //   sliding_window       int   tokens a query sees; 0: all                    stream_numbers       text, t and gamma
-//   input_names          text  what each input is, in order                   inverse_frequencies  text
-//   key_stream           text  only with a compressed tier                    input_names          text
+//   logit_numbers        text  scale and soft cap (0: none) of logits; may    inverse_frequencies  text
+//                              be absent: 1 / sqrt(D) and none                input_names          text
+//   input_names          text  what each input is, in order
+//   key_stream           text  only with a compressed tier
 //   value_stream         text  likewise
 //   inverse_frequencies  text  likewise: D / 2 numbers of the rotary embedding
 //
@@ -20,6 +22,7 @@ namespace minicache::trt {
 
 struct AttentionAttributes {
   std::int32_t query_heads, heads, dim, sliding_window;
+  float scale, softcap;
   std::vector<std::string> inputs;
   bool compressed;                         // whether there are streams
   StreamShape key, value;
@@ -32,7 +35,7 @@ struct AttentionAttributes {
   void write(FieldList& out) const;
 
  private:
-  std::string input_names_, key_text_, value_text_, frequencies_text_;
+  std::string input_names_, logit_text_, key_text_, value_text_, frequencies_text_;
 };
 
 struct CompressAttributes {

@@ -1,7 +1,5 @@
 #include "tensorrt/paged_attention.h"
 
-#include <cmath>
-
 namespace minicache::trt {
 namespace {
 
@@ -111,7 +109,7 @@ AttentionArguments PagedAttention::arguments(const Shapes& shapes, Type type, co
   AttentionArguments a{};
   a.type = type;
   a.shape = {attributes_.query_heads, attributes_.heads, attributes_.dim,
-             1.0f / std::sqrt(static_cast<float>(attributes_.dim)), table()};
+             attributes_.scale,       attributes_.softcap, table()};
   a.step = {ids(at_.query_start),
             ids(at_.context_len),
             ids(at_.compressed_len),

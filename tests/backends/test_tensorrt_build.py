@@ -18,7 +18,7 @@ from minicache_trt.config import BuildConfig
 from minicache_trt.contract import LOGITS, compressed_pools, full_pools
 from minicache_trt.engine_directory import ENGINES, read_engine
 from minicache_trt.errors import UserError
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 from tests.support.engines import build
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -80,6 +80,16 @@ def test_mixture_of_experts_is_dense(tmp_path: Path, monkeypatch: pytest.MonkeyP
     layers = network.layers()
     assert not [kind for kind in layers if kind.startswith(("CONDITION", "LOOP", "ITERATOR"))]
     assert layers["MATRIX_MULTIPLY"] >= 4 * 4 * 3
+
+
+def test_layers_that_differ_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's graph in bfloat16: what layers need of a step is computed once for each kind of layer."""
+    monkeypatch.setattr("minicache_trt.backends.tensorrt.build.build_engines", lambda *arguments: None)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **LAYERED["gemma2"])
+    directory = build(checkpoint, tmp_path / "engine", "kivi4", backend="tensorrt-rtx", max_seq_len=512)
+    assert read_engine(directory).build.dtype == "bfloat16"
+    layers = parse_network(trt, directory / "decoder.onnx").layers()
+    assert layers["SOFTMAX"] == 4 and not [kind for kind in layers if kind.startswith(("CONDITION", "LOOP"))]
 
 
 def test_a_graph_tensorrt_cannot_import_is_named(tmp_path: Path) -> None:

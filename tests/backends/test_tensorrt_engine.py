@@ -18,7 +18,7 @@ from minicache_trt.errors import UserError
 from minicache_trt.hf_reference import reference_for
 from minicache_trt.kernels.graphs import run_again
 from minicache_trt.runtime.llm import LLM
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 from tests.support.engines import build
 from tests.support.fake_tensorrt import FakeTensorRt
 from tests.support.steps import step
@@ -48,10 +48,19 @@ def open_fake(directory: Path) -> tuple[TensorRtEngine, FakeTensorRt]:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("method", ["full", "kivi4", "minicache4"])
-def test_generates_what_the_reference_does(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "method"),
+    [
+        (None, "full"),
+        (None, "kivi4"),
+        (None, "minicache4"),
+        ("gemma2, scale 20, caps 5 and 3, GQA 6:2, bfloat16", "full"),
+        ("gemma3, windows in layers 1 and 2", "minicache4"),
+    ],
+)
+def test_generates_what_the_reference_does(tmp_path: Path, shape: str | None, method: str) -> None:
     """Ragged prompts over a quantum, decoded together over several demotions, in float32."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **(LAYERED[shape] if shape else {"head_dim": 64}))
     limits = {"backend": "tensorrt-rtx", "dtype": "float32", "quantum": 128, "max_num_tokens": 150}
     directory = build(checkpoint, tmp_path / "engine", method, **limits)
     engine, trt = open_fake(directory)

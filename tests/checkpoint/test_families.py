@@ -21,6 +21,8 @@ VARIANTS = [
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {"head_dim": 16}),
     ("qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
+    ("gemma2", {"head_dim": 32, "tie_word_embeddings": False}),
+    ("gemma3_text", {"head_dim": 32}),
 ]
 STACKED = [("phi3", {}), ("phi3", {"num_key_value_heads": 4, "tie_word_embeddings": True, "intermediate_size": 80})]
 

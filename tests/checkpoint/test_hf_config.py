@@ -3,15 +3,28 @@
 import json
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from minicache_trt.checkpoint import parse_config, resolve_config
+from minicache_trt.checkpoint import FAMILIES, parse_config, resolve_config
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"type": "longrope", "short_factor": [1.0 + i for i in range(8)], "long_factor": [2.0] * 8}
+BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 12.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 3.0},
+}
 CLASSES = {
     "llama": (LlamaConfig, "LlamaForCausalLM"),
     "mistral": (MistralConfig, "MistralForCausalLM"),
@@ -19,9 +32,12 @@ CLASSES = {
     "qwen2": (Qwen2Config, "Qwen2ForCausalLM"),
     "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
     "phi3": (Phi3Config, "Phi3ForCausalLM"),
+    "gemma2": (Gemma2Config, "Gemma2ForCausalLM"),
+    "gemma3_text": (Gemma3TextConfig, "Gemma3ForCausalLM"),
 }
 
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 VARIANTS = [
@@ -59,11 +75,20 @@ VARIANTS = [
     ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}),
     ("phi3", {"rope_scaling": {**LONGROPE, "attention_factor": 1.5}, "original_max_position_embeddings": 64}),
     ("phi3", {"partial_rotary_factor": 0.5}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}),
+    ("gemma2", {}),
+    ("gemma2", {"num_hidden_layers": 5, "attn_logit_softcapping": None, "final_logit_softcapping": 7.5}),
+    ("gemma2", {"layer_types": ["full_attention", "sliding_attention"], "query_pre_attn_scalar": 144, "head_dim": 32}),
+    ("gemma3_text", {"num_hidden_layers": 13, "eos_token_id": [1, 106]}),
+    ("gemma3_text", {"num_hidden_layers": 5, "sliding_window_pattern": 2, "rope_local_base_freq": 500}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e5, "sliding_window": 9}),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 2, "final_logit_softcapping": 30.0}),
+    ("gemma3_text", {"rope_parameters": BY_LAYER, "layer_types": ["sliding_attention", "full_attention"]}),
 ]
 
 
 def assert_parity(config: ModelConfig, reference) -> None:
-    rope = reference.rope_parameters
+    rope = reference.rope_parameters.get("full_attention", reference.rope_parameters)
     assert config.num_layers == reference.num_hidden_layers
     assert config.hidden_size == reference.hidden_size
     assert config.intermediate_size == reference.intermediate_size
@@ -79,17 +104,31 @@ def assert_parity(config: ModelConfig, reference) -> None:
     eos = reference.eos_token_id
     assert config.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     kind = type(reference)
-    bias = kind is Qwen2Config or (kind in (LlamaConfig, Qwen3Config) and reference.attention_bias)
+    bias = kind is Qwen2Config or (kind not in (MistralConfig, MixtralConfig, Phi3Config) and reference.attention_bias)
     assert config.qkv_bias == bias and config.output_bias == (bias and kind is not Qwen2Config)
     assert config.mlp_bias == (kind is LlamaConfig and reference.mlp_bias)
-    assert config.qk_norm == (kind is Qwen3Config)
+    assert config.qk_norm == (kind in (Qwen3Config, Gemma3TextConfig))
     assert config.num_experts == getattr(reference, "num_local_experts", 0)
     assert config.experts_per_token == getattr(reference, "num_experts_per_tok", 0)
-    windows = {
-        getattr(reference, "sliding_window", None) if layer == "sliding_attention" else None
-        for layer in getattr(reference, "layer_types", None) or ["sliding_attention"]
-    }
-    assert [config.sliding_window] == ([None] if kind is LlamaConfig else list(windows))
+    own = "sliding_attention" if kind is not LlamaConfig else "full_attention"
+    kinds = getattr(reference, "layer_types", None) or [own] * config.num_layers
+    window = getattr(reference, "sliding_window", None)
+    layers = [config.at_layer(layer) for layer in range(config.num_layers)]
+    assert [layer.sliding_window for layer in layers] == [
+        window if own == "sliding_attention" else None for own in kinds
+    ]
+    gemma = kind in (Gemma2Config, Gemma3TextConfig)
+    assert config.attention_softcap == (reference.attn_logit_softcapping if kind is Gemma2Config else None)
+    assert config.logit_softcap == (reference.final_logit_softcapping if gemma else None)
+    assert config.attention_scale == pytest.approx(
+        (reference.query_pre_attn_scalar if gemma else config.head_dim) ** -0.5
+    )
+    assert (config.unit_offset_norm, config.output_norms, config.activation == "gelu_tanh") == (gemma,) * 3
+    assert config.embedding_scale == (reference.hidden_size**0.5 if gemma else 1.0)
+    if kind is Gemma3TextConfig:
+        bases = [reference.rope_parameters[own]["rope_theta"] for own in kinds]
+        assert [layer.rope.theta for layer in layers] == bases
+        assert config.local_rope is not None and config.local_rope.scaling == "none"
     assert config.rope.theta == rope["rope_theta"]
     assert config.rope.scaling == rope["rope_type"].replace("default", "none")
     for name, key in {
@@ -123,7 +162,7 @@ def test_parity_with_transformers(tmp_path, raw_config, family, changes, written
     else:
         (tmp_path / "config.json").write_text(json.dumps(raw))
     config = resolve_config(str(tmp_path))
-    assert config.family == family and config.dtype == "float16"
+    assert FAMILIES[config.family].model_type == family and config.dtype == "float16"
     assert_parity(config, reference)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -193,7 +232,17 @@ def test_architectures_absent(write_config):
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected bool, got 'no'"),
         ({"eos_token_id": "</s>"}, "eos_token_id: expected an id, a list of ids or null, got '</s>'"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantized checkpoints \(fp8\) are not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected equal layers"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: expected full_attention in every layer",
+        ),
+        ({**QWEN, "layer_types": ["full_attention", "chunked_attention"]}, "got 'chunked_attention'"),
+        ({**QWEN, "use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types: expected 2 of them"),
+        ({**GEMMA3, "hidden_activation": "gelu"}, "hidden_activation: expected 'gelu_pytorch_tanh', got 'gelu'"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention: expected false, got True"),
+        ({**GEMMA3, "sliding_window_pattern": 0}, "sliding_window_pattern: expected a positive number, got 0"),
+        ({**GEMMA3, "query_pre_attn_scalar": 0}, "query_scalar: expected a positive number, got 0"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text_config: expected dict, got nothing"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "type 'dynamic' is not .*types: default, linear, llama3",
@@ -207,10 +256,6 @@ def test_architectures_absent(write_config):
         ({**MIXTRAL, "num_experts_per_tok": 9}, "experts_per_token: expected 1 to 8, got 9"),
         ({**MIXTRAL, "num_local_experts": "8"}, "num_local_experts: expected int, got '8'"),
         ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 7}}, "rope.divisors: expected 8 numbers, got 7"),
-        (
-            {**QWEN, "use_sliding_window": True, "max_window_layers": 1},
-            "max_window_layers: expected equal layers .*, got 1",
-        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: expected float, got nothing"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor: expected float, got nothing"),
         ({"rope_scaling": {"type": ["linear"]}}, r"RoPE type \['linear'\] is not supported"),
@@ -246,14 +291,14 @@ def test_unknown_architecture(write_config, raw_config, changes):
 
 
 def test_unknown_architecture_says_what_differs(write_config):
-    gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
-    capped = {"attn_logit_softcapping": 50.0, "layer_types": ["sliding_attention", "full_attention"]}
+    other = {"architectures": ["OtherForCausalLM"], "model_type": "other", "hidden_activation": "relu2"}
+    scaled = {"logit_scale": 0.0625, "layer_types": ["chunked_attention", "full_attention"]}
     with pytest.raises(UserError) as caught:
-        resolve_config(str(write_config(**gemma, **capped)))
+        resolve_config(str(write_config(**other, **scaled)))
     for part in (
-        "attn_logit_softcapping 50.0 (attention logits are soft-capped)",
-        "hidden_activation 'gelu_pytorch_tanh' (the MLP is not SwiGLU)",
-        "layer_types full_attention, sliding_attention (layers differ)",
+        "logit_scale 0.0625 (output logits are scaled)",
+        "hidden_activation 'relu2' (the MLP is neither SwiGLU nor GEGLU)",
+        "layer_types chunked_attention (layers of another kind)",
     ):
         assert part in caught.value.cause
 

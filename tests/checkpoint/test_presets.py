@@ -6,9 +6,16 @@ import huggingface_hub
 import pytest
 from transformers import AutoConfig
 
-from minicache_trt.checkpoint import PRESETS, list_presets, resolve_config, weight_shapes
+from minicache_trt.checkpoint import FAMILIES, PRESETS, list_presets, resolve_config, weight_shapes
 
 PARAMETERS = {
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 3_880_263_168,
+    "gemma3-12b": 11_766_034_176,
+    "gemma3-27b": 27_009_346_304,
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
@@ -51,14 +58,18 @@ def test_parameter_counts(name, expected):
 def test_every_preset_parses_as_transformers_does(name):
     preset = PRESETS[name]
     config = resolve_config(name.upper())
-    reference = AutoConfig.for_model(**preset.raw_config)
+    reference = AutoConfig.for_model(**preset.raw_config).get_text_config()
     assert config == preset.config
-    assert config.family == preset.raw_config["model_type"]
+    assert FAMILIES[config.family].model_type == reference.model_type
     head_dim = getattr(reference, "head_dim", None)
     assert config.head_dim == (head_dim or reference.hidden_size // reference.num_attention_heads)
     assert config.sliding_window == getattr(reference, "sliding_window", None)
-    assert config.rope.theta == reference.rope_parameters["rope_theta"]
-    assert config.rope.factor == reference.rope_parameters.get("factor", 1.0)
+    rope = reference.rope_parameters.get("full_attention", reference.rope_parameters)
+    assert config.rope.theta == rope["rope_theta"] and config.rope.factor == rope.get("factor", 1.0)
+    if config.family.startswith("gemma"):
+        full = [layer for layer, kind in enumerate(reference.layer_types) if kind == "full_attention"]
+        assert config.full_layers == tuple(full)
+        assert config.query_scalar == reference.query_pre_attn_scalar
     assert preset.hub_id.count("/") == 1
 
 

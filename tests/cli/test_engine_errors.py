@@ -61,11 +61,11 @@ DAMAGED_ENGINES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config not text": (lambda engine: (engine / "config.json").write_bytes(b"\xff\xfe"), ["config.json is damaged"]),
     "other format version": (
         _config(lambda data: data.update(format_version=7)),
-        ["format version 7, this release reads 3", "build the engine again"],
+        ["format version 7, this release reads 4", "build the engine again"],
     ),
     "earlier format version": (
         _config(lambda data: data.update(format_version=1)),
-        ["format version 1, this release reads 3", "build the engine again"],
+        ["format version 1, this release reads 4", "build the engine again"],
     ),
     "other contract": (_config(lambda data: data.update(contract="0" * 64)), ["another tensor contract"]),
     "field missing": (_config(lambda data: data.pop("plan")), ["config.json is damaged: field 'plan' is missing"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -258,7 +258,10 @@ def windowed(pools: Pools, batch: Batch, q: Tensor, layer: int, window: int) -> 
             history = pools.history(part, layer, old) if compressed else recent[:, :0]
             tiers.append(torch.cat([history, recent], 1)[:, -window:].repeat_interleave(config.group_size, 0))
         query = q[s].view(config.num_heads, config.head_dim, 1)
-        weights = (tiers[0] @ query / math.sqrt(config.head_dim)).softmax(1)
+        logits = tiers[0] @ query / math.sqrt(config.query_scalar or config.head_dim)
+        if config.attention_softcap is not None:
+            logits = config.attention_softcap * torch.tanh(logits / config.attention_softcap)
+        weights = logits.softmax(1)
         out.append((weights.mT @ tiers[1]).flatten())
     return torch.stack(out)
 
@@ -278,6 +281,17 @@ def test_sliding_window(host_library: KernelLibrary, name: str, window: int) -> 
         batch.full_table[s, : max(0, behind - compressed) // BLOCK_SIZE] = 0
     out = attend(host_library, pools, batch, q, 1, window=window)
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["full", "minicache4", "keys before RoPE"])
+@pytest.mark.parametrize("window", [0, 100])
+def test_scale_and_soft_cap(host_library: KernelLibrary, name: str, window: int) -> None:
+    torch.manual_seed(8)
+    plan, config = PLANS[name], replace(CONFIG, query_scalar=9.0, attention_softcap=2.0)
+    batch = step(sequences_of(plan, [(700, 640, 1), (130, 64, 1), (64, 0, 1)]))
+    pools, (q, _, _) = random_pools(config, plan), queries(batch, config)
+    out = attend(host_library, pools, batch, q, 1, window=window)
+    torch.testing.assert_close(out, windowed(pools, batch, q, 1, window), atol=2e-5, rtol=2e-5)
 
 
 def test_strided_rows(host_library: KernelLibrary) -> None:
@@ -316,6 +330,7 @@ def test_no_decodes_is_nothing_to_do(host_library: KernelLibrary) -> None:
         ("step.compressed_columns", 0, "compressed_columns"),
         ("q_stride", 479, "q_stride"),
         ("sliding_window", -1, "sliding_window"),
+        ("shape.softcap", -1, "softcap: expected 0 or more"),
         ("full_blocks", 0, "full_blocks"),
         ("type", 9, "type: number 9"),
         ("key.shape", None, "key.shape and value.shape"),

@@ -137,7 +137,9 @@ def windowed_reference(case: PrefillCase, visible: Callable[[Tensor, Tensor], Te
         keys, values = case.kv[table].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
         keys, values = (x.repeat_interleave(config.group_size, 0) for x in (keys, values))
         q = case.q[start:stop].double().view(stop - start, config.num_heads, config.head_dim).transpose(0, 1)
-        logits = q @ keys.transpose(1, 2) / math.sqrt(config.head_dim)
+        logits = q @ keys.transpose(1, 2) / math.sqrt(config.query_scalar or config.head_dim)
+        if config.attention_softcap is not None:
+            logits = config.attention_softcap * torch.tanh(logits / config.attention_softcap)
         seen = visible(torch.arange(length - (stop - start), length)[:, None], torch.arange(length))
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
         rows.append((weights @ values).transpose(0, 1).flatten(1))
@@ -149,6 +151,16 @@ def windowed_reference(case: PrefillCase, visible: Callable[[Tensor, Tensor], Te
 def test_sliding_windows(host_library: KernelLibrary, window: int, longest_chunk: int | None) -> None:
     case = PrefillCase.random(shape(group=3), MIXED, torch.float32)
     expected = windowed_reference(case, lambda query, key: (key <= query) & (key > query - window))
+    case = replace(case.with_poison(), sliding_window=window, longest_chunk=longest_chunk)
+    torch.testing.assert_close(case.attend(host_library), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("longest_chunk", [None, WIDE_TILES], ids=["tiles of 64", "tiles of 128"])
+@pytest.mark.parametrize("window", [0, 100])
+def test_scale_and_soft_cap(host_library: KernelLibrary, window: int, longest_chunk: int | None) -> None:
+    config = replace(shape(group=3), query_scalar=9.0, attention_softcap=2.0)
+    case = PrefillCase.random(config, MIXED, torch.float32)
+    expected = windowed_reference(case, lambda query, key: (key <= query) & (key > query - (window or 10_000)))
     case = replace(case.with_poison(), sliding_window=window, longest_chunk=longest_chunk)
     torch.testing.assert_close(case.attend(host_library), expected, atol=2e-5, rtol=0)
 
@@ -215,6 +227,7 @@ def test_steps_without_chunks(host_library: KernelLibrary) -> None:
         ("shape.query_heads", 3, "query_heads: expected a multiple of 2 KV heads, got 3"),
         ("shape.scale", math.nan, "scale: expected a positive number"),
         ("sliding_window", -1, "sliding_window: expected at least 0, got -1"),
+        ("shape.softcap", math.nan, "softcap: expected at least 0"),
         ("type", 9, "type: expected 0 to 2, got 9"),
         ("full_blocks", 0, "full_blocks: expected at least 1, got 0"),
         ("q_stride", 255, "q_stride: expected a multiple of 4 from 256 on, got 255"),

@@ -52,6 +52,12 @@ def test_sliding_window(harness: Harness, kernels: Kernels, name: str, window: i
     assert_agrees(kernels, plugin_case(harness, kernels, config, name, STEPS["mixed"], torch.float32))
 
 
+@pytest.mark.parametrize("name", ["full", "kivi4", "keys before RoPE"])
+def test_scale_and_soft_cap(harness: Harness, kernels: Kernels, name: str) -> None:
+    config = replace(CONFIG, query_scalar=9.0, attention_softcap=2.0)
+    assert_agrees(kernels, plugin_case(harness, kernels, config, name, STEPS["mixed"], torch.float32))
+
+
 def test_appends_finite_numbers_alone(harness: Harness, kernels: Kernels) -> None:
     case = plugin_case(harness, kernels, CONFIG, "kivi4", STEPS["mixed"], torch.float32)
     case.k[0, 3], case.v[5, 7] = torch.nan, torch.inf

@@ -101,6 +101,75 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 32, "sliding_window": 90, "pad_token_id": 0}
+"""What all of Gemma's shapes below have, unless they say otherwise."""
+
+LAYERED: dict[str, dict[str, Any]] = {
+    "qwen2, window from layer 2": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 100,
+        "max_window_layers": 2,
+        "num_hidden_layers": 5,
+    },
+    "gemma2": {**GEMMA, "family": "gemma2", "tie_word_embeddings": True},
+    "gemma2, scale 20, caps 5 and 3, GQA 6:2, bfloat16": {
+        **GEMMA,
+        "family": "gemma2",
+        "num_attention_heads": 6,
+        "hidden_size": 96,
+        "head_dim": 48,
+        "num_hidden_layers": 5,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "dtype": "bfloat16",
+    },
+    "gemma2, head_dim 256, windows in layers 1 and 2": {
+        **GEMMA,
+        "family": "gemma2",
+        "head_dim": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 150,
+    },
+    "gemma3": {**GEMMA, "family": "gemma3_text", "num_hidden_layers": 8, "tie_word_embeddings": True},
+    "gemma3, capped, scaled rope, GQA 6:2, float16": {
+        **GEMMA,
+        "family": "gemma3_text",
+        "num_attention_heads": 6,
+        "hidden_size": 96,
+        "vocab_size": 203,
+        "query_pre_attn_scalar": 28,
+        "sliding_window": 129,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "attn_logit_softcapping": 8.0,
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0},
+        },
+        "dtype": "float16",
+    },
+    "gemma3, windows in layers 1 and 2": {
+        **GEMMA,
+        "family": "gemma3_text",
+        "head_dim": 64,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma3, all layers with a window": {
+        **GEMMA,
+        "family": "gemma3_text",
+        "num_key_value_heads": 4,
+        "layer_types": ["sliding_attention"] * 4,
+        "sliding_window": 200,
+    },
+}
+"""Shapes whose layers differ in their windows, some of them in their RoPE."""
+
+
 def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
     """Write a checkpoint whose config is `DEFAULTS` with ``overrides`` (``family`` and ``dtype`` included)."""
     values = DEFAULTS | overrides
@@ -113,6 +182,8 @@ def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+        elif name.endswith("norm.weight") and family.startswith("gemma"):
+            torch.nn.init.uniform_(parameter, -0.5, 1.0)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             torch.nn.init.uniform_(parameter, 0.5, 2.0)
     model.to(getattr(torch, dtype)).save_pretrained(directory)

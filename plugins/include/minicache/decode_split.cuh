@@ -97,13 +97,14 @@ struct Scores {
   MC_HD float& operator()(int query, int token) const { return x[query * kStride + token]; }
 };
 
-// Turns the item's logits into weights; writes maximum and sum of its queries. Tokens not seen get weight 0. Columns of
+// Turns the item's logits, soft-capped if the model's are, into weights; writes maximum and sum of its queries. Tokens not seen get weight 0. Columns of
 // the tile without a query keep what they have: matrix products do not mix columns.
 // Begins and ends with a `sync`.
 template <class Block, class T>
 MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitItem& item, const Partials& partials,
                    Scores scores) {
   const int first = item.first_block * kBlockSize, last = item.last_block * kBlockSize;
+  const float cap = problem.shape.softcap * kLog2e;
   block.sync();
   for (int n = 0; n * kDecodeWarps < item.queries; ++n) {
     typename Block::template PerThread<float> peak, sum;
@@ -111,7 +112,11 @@ MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitIte
       const int query = thread.warp() + n * kDecodeWarps;
       float highest = -kInfinity;
       for (int t = first + thread.lane(); t < last; t += kWarp) {
-        if (t < item.tokens.first || t >= item.tokens.last) scores(query, t) = -kInfinity;
+        if (t < item.tokens.first || t >= item.tokens.last) {
+          scores(query, t) = -kInfinity;
+        } else if (cap > 0.0f) {
+          scores(query, t) = soft_cap(scores(query, t), cap);
+        }
         highest = maximum(highest, scores(query, t));
       }
       peak(thread) = highest;

@@ -62,4 +62,11 @@ MC_HD float exp2_approximate(float x) {
 #endif
 }
 
+// cap * tanh(x / cap) of a finite x, within 1e-6 cap.
+MC_HD float soft_cap(float x, float cap) {
+  const float power = exp2_approximate(-2.0f * kLog2e * (x < 0.0f ? -x : x) / cap);
+  const float y = cap * (1.0f - power) / (1.0f + power);
+  return x < 0.0f ? -y : y;
+}
+
 }  // namespace minicache

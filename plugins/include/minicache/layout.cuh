@@ -206,10 +206,11 @@ struct Step {
   MC_HD int compressed(int sequence) const { return compressed_len == nullptr ? 0 : compressed_len[sequence]; }
 };
 
-// Query heads per KV head, scale of logits, rotary frequencies.
+// Query heads and KV heads, scale and soft cap of logits, rotary frequencies.
 struct AttentionShape {
   std::int32_t query_heads, heads, dim;
-  float scale;                       // 1 / sqrt(D)
+  float scale;                       // 1 / sqrt(D), or a number of the model's own
+  float softcap;                     // logits x become softcap * tanh(x / softcap); 0: they stay as they are
   const float* inverse_frequencies;  // [D / 2], of keys in the pre_rope basis; component i is paired with i + D / 2
 };
 

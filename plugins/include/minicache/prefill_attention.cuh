@@ -134,10 +134,25 @@ struct PrefillAttention {
                                              context - (index + 1) * kBlockSize);
         Block::commit_async();
       }
+      if (arguments.shape.softcap > 0.0f) cap(block, arguments, logits);
       if (index >= whole || arguments.sliding_window > 0) mask(block, arguments, index, logits);
       softmax.update(block, scale, logits, accumulators);
       multiply_values<D, Rows>(block, logits, values, accumulators);
     }
+  }
+
+  // Logits are not scaled yet, and neither is what they become.
+  template <class Block>
+  MC_HD static void cap(Block& block, const Arguments& arguments, Logits<Block>& logits) {
+    const float cap = arguments.shape.softcap / arguments.shape.scale;
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < Rows * kBlockSize / 8; ++n) {
+        FragmentD& logit = logits[n / (kBlockSize / 8)][n % (kBlockSize / 8)](thread);
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) logit.x[i] = soft_cap(logit.x[i], cap);
+      }
+    });
   }
 
   // Logits of keys a query does not see become -infinity. Key x (counted from the chunk's first query) is behind query
