@@ -1,6 +1,6 @@
 """Plans of several sizes from one calibration: the model is run and its streams are measured once for all of them.
 
-    python examples/calibrate.py CHECKPOINT TEXT FOLDER --ratios 5,8,12
+    python examples/calibration/several_sizes.py CHECKPOINT TEXT FOLDER --ratios 5,8,12
     minicache-trt eval --model CHECKPOINT --plan FOLDER/plan-5x.json --plan FOLDER/plan-8x.json --text HELD_OUT
 
 `minicache-trt calibrate` writes one plan, with a record and plots; this is what it is made of. TEXT is plain text, or
