@@ -11,14 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import AutoTokenizer
 
+from minicache_trt.calibration.klt import joint_transform
+from minicache_trt.calibration.matching import match_heads, procrustes
+from minicache_trt.calibration.model import CalibrationModel, masked_attention, visible_keys
+from minicache_trt.calibration.rotary import unrotate
 from minicache_trt.compression.methods import MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
+
+STATES = ("key", "key_pre", "value")
+PIECE = 512
+"""Tokens of the pieces a text is read in."""
 
 States = dict[str, torch.Tensor]
 """``key`` (after RoPE), ``key_pre`` (before it) and ``value``: ``[num_layers, tokens, num_kv_heads, head_dim]``."""
@@ -39,31 +46,24 @@ class Variant:
         return (self.plan.streams, sums)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def states_of(checkpoint: Path, config: ModelConfig, text: str, tokens: int) -> States:
-    """Keys and values of a text, read in pieces of 512 tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
-    for index, layer in enumerate(model.model.layers):
-        for part, name in (("key_pre", "k_proj"), ("value", "v_proj")):
-            rows = seen.setdefault((part, index), [])
-            getattr(layer.self_attn, name).register_forward_hook(lambda _, __, out, rows=rows: rows.append(out[0]))
-    ids = tokenizer(text.replace("\n\0", "\n"), return_tensors="pt").input_ids[:, :tokens]
-    cosines, sines = [], []
-    for chunk in ids.split(512, dim=1):
-        model(chunk, use_cache=False)
-        cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(chunk.shape[1])[None])
-        cosines.append(cos[0])
-        sines.append(sin[0])
-    shape = (config.num_layers, -1, config.num_kv_heads, config.head_dim)
-    found = {
-        part: torch.stack([torch.cat(seen[part, layer]) for layer in range(config.num_layers)]).view(shape)
-        for part in ("key_pre", "value")
-    }
-    keys = found["key_pre"].transpose(1, 2)
-    found["key"] = apply_rotary_pos_emb(keys, keys, torch.cat(cosines)[None], torch.cat(sines)[None])[0].transpose(1, 2)
-    return found
+    """Keys and values of the first ``tokens`` tokens of a text, a multiple of `PIECE`, read piece by piece."""
+    model, tokenizer = CalibrationModel(checkpoint, config), AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(text.replace("\n\0", "\n"), return_tensors="pt").input_ids[0, : tokens // PIECE * PIECE]
+    visible = visible_keys(0, PIECE, config.sliding_window)
+    seen: dict[str, list[list[torch.Tensor]]] = {part: [[] for _ in range(config.num_layers)] for part in STATES}
+
+    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        for part, x in zip(STATES, (key, unrotate(config, key), value), strict=True):
+            seen[part][layer].append(x[0].transpose(0, 1))
+        return masked_attention(query, key, value, visible)
+
+    for piece in ids.split(PIECE):
+        hidden = model.embed(piece[None])
+        for layer in range(config.num_layers):
+            hidden = model.layer(layer, hidden, 0, attend)
+    return {part: torch.stack([torch.cat(pieces) for pieces in layers]) for part, layers in seen.items()}
 
 
 def merged_layers(config: ModelConfig, start: int, group: int = 2) -> list[tuple[int, ...]]:
@@ -234,18 +234,14 @@ def aligned(config: ModelConfig, states: States, plan: CompressionPlan) -> Compr
         if len(stream.layers) == 1:
             streams.append(stream)
             continue
-        first, second = (states[stream.part][layer].double() for layer in stream.layers)
+        first, second = (states[stream.part][layer].double().numpy() for layer in stream.layers)
         heads, dim = config.num_kv_heads, config.head_dim
-        products = torch.einsum("thd,tge->hgde", first, second)
-        gain = torch.linalg.svdvals(products).sum(-1)
-        order = max(itertools.permutations(range(heads)), key=lambda p: sum(gain[h, g] for h, g in enumerate(p)))
+        order = match_heads(first, second)
         turn = np.zeros((2, heads, dim, dim), np.float32)
         turn[0] = np.eye(dim)
-        for slot, head in enumerate(order):
-            u, _, vt = torch.linalg.svd(products[slot, head].T)
-            turn[1, slot] = (u @ vt).float().numpy()
+        turn[1] = procrustes(np.einsum("thd,the->hde", second[:, order], first))
         matrices[f"streams.{index}.align"] = turn
-        matrices[f"streams.{index}.head_map"] = np.array([range(heads), order], np.int32)
+        matrices[f"streams.{index}.head_map"] = np.stack([np.arange(heads), order]).astype(np.int32)
         streams.append(dataclasses.replace(stream, align=True, match_heads=True))
     return CompressionPlan("aligned", tuple(streams), matrices)
 
@@ -265,12 +261,11 @@ def klt(
         if stream.merge != "linear":
             continue
         part = "key_pre" if stream.basis == "pre_rope" else stream.part
-        joined = states[part][list(stream.layers)].permute(2, 1, 0, 3).flatten(2).double()
-        mean = joined.mean(1)
-        centred = joined - mean[:, None]
-        vectors = torch.linalg.eigh(centred.transpose(1, 2) @ centred).eigenvectors.flip(-1)[..., :rank]
-        constants = {"encode": vectors, "decode": vectors.transpose(1, 2), "mean": mean}
-        matrices |= {f"streams.{index}.{k}": v.float().contiguous().numpy() for k, v in constants.items()}
+        joined = states[part][list(stream.layers)].permute(2, 1, 0, 3).flatten(2).double().numpy()
+        second = joined.swapaxes(1, 2) @ joined / joined.shape[1]
+        plain = np.broadcast_to(np.eye(joined.shape[-1]), second.shape)  # every direction counts alike
+        constants = joint_transform(second, joined.mean(1), plain, damping=0.0).constants(rank, stream.gaussian)
+        matrices |= {f"streams.{index}.{name}": value for name, value in constants.items()}
     return dataclasses.replace(plan, matrices=matrices)
 
 

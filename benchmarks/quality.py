@@ -25,7 +25,7 @@ from reporting import JsonFile, write_report
 from transformers import AutoTokenizer
 
 from minicache_trt.checkpoint.resolve import resolve_config
-from minicache_trt.cli.console import stderr
+from minicache_trt.cli.console import progress_bars
 from minicache_trt.compression.methods import CALIBRATED_METHODS, MERGING_METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
@@ -89,10 +89,8 @@ def main(
     names = [FULL, *(method for method in methods.split(",") if method != FULL)]
     contenders = [Contender(Path(m).name, checkpoint, plan_for(m, merge_start, config), build) for m in names]
 
-    def progress(method: str, done: int, total: int) -> None:
-        stderr.print(f"{method}: {done} of {total} sequences")
-
-    summary = summarize(evaluate(contenders, cells, None, threads, None, progress))
+    with progress_bars() as report:
+        summary = summarize(evaluate(contenders, cells, None, threads, None, report))
     results = [figures(line) for line in summary]
     model = checkpoint.resolve().name if checkpoint.name != "checkpoint" else "demo model"
     counts = ", ".join(f"{len(cells[task][0].examples)} {what}" for task, what in

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minicache_trt.calibration.calibrate import Calibration
 from minicache_trt.calibration.evaluator import Losses
+from minicache_trt.calibration.result import Calibration
 from minicache_trt.calibration.search import Verified
 from minicache_trt.calibration.settings import CalibrationSettings
 from minicache_trt.calibration.target import Sizes

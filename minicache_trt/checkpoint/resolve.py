@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from minicache_trt.checkpoint.binding import bind_weights
 from minicache_trt.checkpoint.dummy import DUMMY_MARK, write_dummy
+from minicache_trt.checkpoint.fingerprint import fingerprint
 from minicache_trt.checkpoint.formats import hugging_face, open_source
 from minicache_trt.checkpoint.hf_config import parse_config
 from minicache_trt.checkpoint.hub import (
@@ -29,7 +29,7 @@ from minicache_trt.checkpoint.quantize import linears_in
 from minicache_trt.checkpoint.source import INT4_FILE, INT4_MARK, QUANTIZED_FILE, Source, materialize
 from minicache_trt.checkpoint.tensor_file import Progress
 from minicache_trt.checkpoint.tokenizer_files import sidecar_files, tokenizer_directory, with_tokenizer
-from minicache_trt.checkpoint.weights import WeightView, read_header, read_json_object, read_safetensors_index
+from minicache_trt.checkpoint.weights import WeightView, read_json_object, read_safetensors_index
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
 
@@ -86,16 +86,9 @@ class Checkpoint:
         return sorted({view.file for view in self.weights.values()})
 
     def checksum(self) -> str:
-        """SHA-256 over config.json and, per weight file, its name, size and safetensors header.
-
-        It tells checkpoints of different shape, layout or origin apart in milliseconds. It does not read the weights:
-        a change of values alone, in a file of the same size, goes unnoticed.
-        """
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for path in [*self.weight_files(), *([self.int4] if self.int4 is not None else [])]:
-            digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
-            digest.update(read_header(path))
-        return digest.hexdigest()
+        """What a plan remembers of the checkpoint it was calibrated on; see `fingerprint`."""
+        files = [*self.weight_files(), *([self.int4] if self.int4 is not None else [])]
+        return fingerprint(self.directory / "config.json", files)
 
 
 def load_checkpoint(

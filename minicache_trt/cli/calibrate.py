@@ -18,7 +18,7 @@ from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
 
 if TYPE_CHECKING:
-    from minicache_trt.calibration.calibrate import Calibration
+    from minicache_trt.calibration.result import Calibration
 
 DEFAULT_RATIO = 5.0
 PLAN_FILE = "plan.json"

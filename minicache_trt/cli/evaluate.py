@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +89,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Draw bits against loss into this .png, .svg or .pdf file.", rich_help_panel=OUTPUT),
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep each finished row in this file, and take from it what is there: a killed run goes on, one more "
+            "method costs only itself.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Measure quality and memory of compression methods side by side.
@@ -101,10 +110,13 @@ def evaluate(
 
       minicache-trt eval -e engine --text held_out.txt --tasks perplexity,passkey,keyvalue --lengths 1024,4096
 
+      minicache-trt eval -m ./checkpoint --plan plan.json --text held_out.txt --length 4096 --results rows.json
+
       minicache-trt eval -e engine --tasks hellaswag,arc_easy --limit 200 --length 1024
     """
     from minicache_trt.evaluation.contenders import check_names
     from minicache_trt.evaluation.evaluate import evaluate as run
+    from minicache_trt.evaluation.kept import KeptResults
     from minicache_trt.evaluation.report import summarize, tables
     from minicache_trt.evaluation.tasks import TASKS
     from minicache_trt.plots.figure import check_file
@@ -122,9 +134,9 @@ def evaluate(
     contenders = _contenders(engine, model, revision, chosen, settings)
     check_names(contenders)
     cells = _cells(contenders, ours, text, settings)
+    kept = None if results is None else KeptResults(results, cells, {"backend": backend, **_harness_data(harness)})
     with progress_bars(not json) as report:
-        results = run(contenders, cells, harness, threads, backend, report)
-    summary = summarize(results)
+        summary = summarize(run(contenders, cells, harness, threads, backend, report, kept))
     source = str(engine or model)
     if plot is not None:
         from minicache_trt.evaluation.plots import draw_pareto
@@ -203,6 +215,19 @@ def _tasks(
     if needless:
         raise UserError(f"{', '.join(needless)} only goes with tasks of lm-eval-harness", "name one in --tasks")
     return ours, None
+
+
+def _harness_data(tasks: HarnessTasks | None) -> dict[str, Any]:
+    """What results of lm-eval-harness depend on: names, limits, and the task files that were given."""
+    if tasks is None:
+        return {}
+    folder = tasks.include_path
+    files = [] if folder is None else [
+        (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]  # fmt: skip
+    return {"tasks": tasks.names, "limit": tasks.limit, "num_fewshot": tasks.num_fewshot, "files": files}
 
 
 def _contenders(

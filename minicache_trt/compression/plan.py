@@ -112,7 +112,7 @@ class CompressionPlan:
         """
         if self.calibrated_on not in (None, checksum):
             raise UserError(
-                "plan: it was calibrated on another checkpoint than this one",
+                "plan: it was calibrated on another checkpoint than this one (other weights, or another config.json)",
                 "calibrate this checkpoint, or use that one",
             )
 

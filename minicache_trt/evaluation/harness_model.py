@@ -25,7 +25,7 @@ Encoded = tuple[Any, list[int], list[int]]
 class EngineLM(TemplateLM):  # type: ignore[misc]
     """Answers requests through an engine's cache.
 
-    A context without its last token is a prompt, prefilled; that token and a continuation are decoded one by one, so
+    A context without its last token is a prompt, prefilled; that token and a continuation are computed as decoded, so
     every scored token reads the context compressed where it is out of the exact window. Rolling windows are text: only
     their first tokens are a prompt. To generate, the whole context is a prompt. What is too long loses tokens on the
     left, as with lm-eval-harness's own models.
@@ -40,7 +40,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._llm = llm
         self.tokenizer: Any = llm.tokenizer
-        self._build, self._vocab_size = llm.engine.build, llm.engine.model.vocab_size
+        self._build = llm.engine.build
 
     @property
     def max_length(self) -> int:
@@ -107,9 +107,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             first = max(1, len(tokens) - len(continuation))
             cut = len(context) + len(continuation) - len(tokens)
             examples.append(Example(tokens, ((first, len(tokens)),), min(max(1, prompt - cut), len(tokens) - 1)))
-        batch = self._build.max_batch_size
         scores = score_examples(
-            self._llm, examples, exact_prefix(self._build), batch, self._vocab_size, lambda done: None
+            self._llm, examples, exact_prefix(self._build), self._build.max_batch_size, lambda done: None
         )
         return [(-float(nll), bool(exact)) for nll, exact in zip(scores.nll, scores.exact, strict=True)]
 

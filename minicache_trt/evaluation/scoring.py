@@ -12,20 +12,18 @@ from numpy.typing import NDArray
 from minicache_trt.config import BLOCK_SIZE, BuildConfig
 from minicache_trt.evaluation.examples import Example
 
-LOGIT_BYTES = 1 << 29
-"""Logits held at a time decide how many sequences run together."""
-
 Array = NDArray[np.float64]
 Progress = Callable[[int], None]
-"""Takes the number of examples done."""
+"""Takes the number of tokens done."""
 
 
 class Scorer(Protocol):
     """The part of `minicache_trt.LLM` that is used."""
 
-    def score(
-        self, token_ids: Sequence[list[int]], prompt_lens: Sequence[int] | None, start: int | Sequence[int]
-    ) -> list[NDArray[np.float32]]: ...
+    def likelihoods(
+        self, token_ids: Sequence[list[int]], prompt_lens: Sequence[int] | None, start: int | Sequence[int],
+        progress: Callable[[int], None] | None,
+    ) -> list[tuple[Array, NDArray[np.bool_]]]: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,7 @@ def exact_prefix(build: BuildConfig) -> int:
     return build.window + BLOCK_SIZE
 
 
-def score_examples(
-    llm: Scorer, examples: Sequence[Example], prefix: int, batch: int, vocab_size: int, progress: Progress
-) -> Scores:
+def score_examples(llm: Scorer, examples: Sequence[Example], prefix: int, batch: int, progress: Progress) -> Scores:
     """Score the answers of examples with teacher forcing.
 
     Parameters
@@ -74,8 +70,7 @@ def score_examples(
     prefix : int
         Prompt of the examples that name none, `exact_prefix`.
     batch : int
-        Most sequences at a time.
-    vocab_size : int
+        Sequences at a time.
     progress : callable
 
     Returns
@@ -84,35 +79,24 @@ def score_examples(
         In the order of the examples.
     """
     rows: list[tuple[float, ...]] = []
-    start = 0
-    while start < len(examples):
-        longest = max(len(e.tokens) - e.answers[0][0] + 1 for e in examples[start : start + batch])
-        some = examples[start : start + max(1, min(batch, LOGIT_BYTES // (4 * vocab_size * longest)))]
+    before = 0
+    for start in range(0, len(examples), batch):
+        some = examples[start : start + batch]
         firsts = [example.answers[0][0] - 1 for example in some]
-        # The last token's logits predict past the sequence.
-        inputs = [example.tokens[:-1] for example in some]
-        lengths = [min(prefix if e.prompt is None else e.prompt, len(t)) for e, t in zip(some, inputs, strict=True)]
-        for example, first, logits in zip(some, firsts, llm.score(inputs, lengths, start=firsts), strict=True):
-            rows.append(answer_scores(example, first, logits))
-        start += len(some)
-        progress(start)
+        tokens = [example.tokens for example in some]
+        lengths = [min(prefix if e.prompt is None else e.prompt, len(e.tokens) - 1) for e in some]
+        likelihoods = llm.likelihoods(tokens, lengths, firsts, lambda done: progress(before + done))  # noqa: B023
+        rows += [answer_scores(e, first, *found) for e, first, found in zip(some, firsts, likelihoods, strict=True)]
+        before += sum(len(example.tokens) - 1 for example in some)
     return Scores(*np.array(rows, np.float64).T)
 
 
-def answer_scores(example: Example, first: int, logits: NDArray[np.float32]) -> tuple[float, ...]:
-    """One row of `Scores`; ``logits[j]`` predict the token at ``first + j + 1``."""
+def answer_scores(example: Example, first: int, token_nll: Array, likeliest: NDArray[np.bool_]) -> tuple[float, ...]:
+    """One row of `Scores`; entry j of what `LLM.likelihoods` found is of the token at ``first + j + 1``."""
     nll = right = count = exact = 0.0
     for start, stop in example.answers:
-        rows, targets = logits[start - 1 - first : stop - 1 - first], np.array(example.tokens[start:stop])
-        hits = rows.argmax(-1) == targets
-        nll += float(token_nll(rows, targets).sum())
-        right, count, exact = right + hits.sum(), count + len(targets), exact + bool(hits.all())
+        own = slice(start - 1 - first, stop - 1 - first)
+        hits = likeliest[own]
+        nll += float(token_nll[own].sum())
+        right, count, exact = right + hits.sum(), count + stop - start, exact + bool(hits.all())
     return nll, float(right), float(count), float(exact), float(len(example.answers))
-
-
-def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> Array:
-    """Negative log-likelihood of each target, in nats: ``[N, vocab]`` and ``[N]`` to ``[N]``."""
-    peak = logits.max(-1, keepdims=True)
-    total = np.log(np.exp(logits - peak).sum(-1, dtype=np.float64)) + peak[:, 0]
-    result: Array = total - logits[np.arange(len(targets)), targets]
-    return result

@@ -27,7 +27,7 @@ from minicache_trt.runtime.prompts import PromptLike
 from minicache_trt.runtime.request import RequestOutput, SamplingParams
 from minicache_trt.runtime.request_factory import RequestFactory, request_options
 from minicache_trt.runtime.runner import Runner
-from minicache_trt.runtime.scoring import scoring_jobs
+from minicache_trt.runtime.scoring import likelihood_jobs, logit_jobs
 from minicache_trt.runtime.statistics import Statistics
 from minicache_trt.runtime.temporary_engine import engine_directory
 from minicache_trt.runtime.tokenizer import Tokenizer
@@ -282,8 +282,46 @@ class LLM:
         UserError
             When tokens or lengths cannot be used; nothing has run then.
         """
-        jobs = scoring_jobs(token_ids, prompt_lens, start, observe, self.engine.model, self.engine.build)
+        jobs = logit_jobs(token_ids, prompt_lens, start, observe, self.engine.model, self.engine.build)
         list(self._run(jobs))
+        return [job.result() for job in jobs]
+
+    def likelihoods(
+        self,
+        token_ids: Sequence[list[int]],
+        prompt_lens: Sequence[int] | None = None,
+        start: int | Sequence[int] = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+        """How likely each token is after those before it, reading the history that generation would have read.
+
+        The numbers are those of `score`, up to rounding, at a fraction of the time and memory: tokens after the prompt
+        that read the same compressed history are computed in one step, a block of them, and logits are not kept.
+
+        Parameters
+        ----------
+        token_ids : list of list of int
+            The last token of each is only predicted, so there may be one more than the engine's ``max_seq_len``.
+        prompt_lens, start
+            As for `score`.
+        progress : callable, optional
+            Called after each step with the number of tokens computed so far.
+
+        Returns
+        -------
+        list of pairs
+            ``nll [len(token_ids[i]) - start[i] - 1]`` float64, in nats, and whether the token was the most likely one,
+            bool; entry j is of token start[i] + j + 1.
+
+        Raises
+        ------
+        UserError
+            When tokens or lengths cannot be used; nothing has run then.
+        """
+        jobs = likelihood_jobs(token_ids, prompt_lens, start, self.engine.model, self.engine.build)
+        for _ in self._run(jobs):
+            if progress is not None:
+                progress(sum(job.num_computed for job in jobs))
         return [job.result() for job in jobs]
 
     def check_integrity(self) -> None:

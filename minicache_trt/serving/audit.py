@@ -33,8 +33,9 @@ class Audit:
     rows: dict[int, Logits]
 
 
-class Replay(Scoring):
-    """The same tokens on another engine; compares each recorded row as soon as it is there, and keeps none.
+class Comparison:
+    """What another engine makes of an audit's tokens (`Rows` of a `Scoring`): each recorded row is compared as soon as
+    it is there, and none is kept.
 
     Attributes
     ----------
@@ -45,19 +46,25 @@ class Replay(Scoring):
     """
 
     def __init__(self, audit: Audit) -> None:
-        first = min(audit.rows)
-        super().__init__(audit.token_ids, audit.prompt_len, first - 1, 0)
         self.divergences: list[float] = []
         self.agreements = 0
-        self._rows = audit.rows
+        self._recorded, self._start = audit.rows, min(audit.rows)
 
-    def keep(self, position: int, logits: Logits) -> None:
-        """Compare the rows that were recorded: the logits of a position are those of the token after it."""
-        for offset, row in enumerate(logits, position + 1):
-            recorded = self._rows.get(offset)
+    def keep(self, first: int, logits: Logits) -> None:
+        """Compare the rows that were recorded: row 0 is of the first recorded token."""
+        for token, row in enumerate(logits, self._start + first):
+            recorded = self._recorded.get(token)
             if recorded is not None:
                 self.divergences.append(divergence(row, recorded))
                 self.agreements += int(row.argmax() == recorded.argmax())
+
+    def result(self) -> Comparison:
+        return self
+
+
+def replay(audit: Audit) -> Scoring[Comparison]:
+    """The same tokens on another engine."""
+    return Scoring(audit.token_ids, audit.prompt_len, min(audit.rows) - 1, Comparison(audit))
 
 
 class Auditor:
@@ -133,10 +140,10 @@ class Auditor:
     def _run(self) -> None:
         while (audit := self._next()) is not None:
             try:
-                replay = Replay(audit)
-                if not self._replay(replay):
+                job = replay(audit)
+                if not self._ran(job):
                     return
-                self._count(replay)
+                self._count(job.result())
             except Exception:  # an audit that fails must not take the server's other audits with it
                 self._metrics.audits["failed"].inc()
 
@@ -152,22 +159,21 @@ class Auditor:
             self._metrics.audit_backlog.set(len(self._backlog))
             return audit
 
-    def _replay(self, replay: Replay) -> bool:
+    def _ran(self, job: Scoring[Comparison]) -> bool:
         """Whether it came to its end."""
         self._admission.wait_until_idle_or_draining()
-        with closing(self._uncompressed.run([replay])) as steps:
+        with closing(self._uncompressed.run([job])) as steps:
             for _ in steps:
                 self._admission.wait_until_idle_or_draining()
                 if self._closed or self._admission.draining:
                     return False
-        replay.result()
         return True
 
-    def _count(self, replay: Replay) -> None:
-        for value in replay.divergences:
+    def _count(self, found: Comparison) -> None:
+        for value in found.divergences:
             self._metrics.kl_divergence.observe(value)
-        self._recent.audited(replay.divergences, replay.agreements)
-        self._metrics.audit_agreements.inc(replay.agreements)
+        self._recent.audited(found.divergences, found.agreements)
+        self._metrics.audit_agreements.inc(found.agreements)
         self._metrics.audits["replayed"].inc()
 
 

@@ -10,14 +10,24 @@ from pathlib import Path
 import pytest
 
 from minicache_trt.calibration import calibrate as module
-from minicache_trt.calibration.calibrate import Calibration, calibrate
+from minicache_trt.calibration.calibrate import calibrate
+from minicache_trt.calibration.chooser import MARGIN
 from minicache_trt.calibration.evaluator import Evaluator
 from minicache_trt.calibration.moments import Moments
+from minicache_trt.calibration.result import Calibration
+from minicache_trt.calibration.samples import sample_sets
 from minicache_trt.calibration.settings import CalibrationSettings
 from minicache_trt.checkpoint import load_checkpoint
+from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan, save_plan
 from minicache_trt.compression.size import ratio
+from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.errors import UserError
+from minicache_trt.evaluation.contenders import Contender, build_for
+from minicache_trt.evaluation.evaluate import evaluate
+from minicache_trt.evaluation.examples import Example
+from minicache_trt.evaluation.tasks import Cell
+from minicache_trt.runtime.tokenizer import load_tokenizer
 from tests.calibration.conftest import SMALL
 
 CONTEXT = 1024
@@ -60,7 +70,7 @@ def test_it_loses_less_than_every_other(result: Calibration) -> None:
     total = result.search.total(result.chosen)
     assert math.isfinite(total)
     by_name = {each.name: result.search.total(each) for each in (*result.tried, *result.baselines)}
-    assert total * (1 - module.MARGIN) <= min(loss for name, loss in by_name.items() if name != "kivi4")
+    assert total * (1 - MARGIN) <= min(loss for name, loss in by_name.items() if name != "kivi4")
     assert total < 0.2 * by_name["kivi2"]
     assert "without merging" in {result.chosen.name, *by_name}
 
@@ -76,6 +86,38 @@ def test_every_stream_was_measured(result: Calibration) -> None:
 def test_reading_for_free(demo: Path, code_text: Path, tmp_path: Path) -> None:
     free = run(demo, code_text, tmp_path / "plan.json", settings=replace(SMALL, read_cost="free", rounds=1))
     assert {stream.basis for stream in free.chosen.plan.streams} == {"post_rope"}
+
+
+@pytest.mark.long
+def test_groups_of_four(demo: Path, code_text: Path, tmp_path: Path) -> None:
+    """A ratio that only groups of four layers reach: built, run and scored, it costs what its calibration said."""
+    loaded = load_checkpoint(str(demo))
+    settings = replace(SMALL, groups=(1, 2, 4), rounds=2)
+    with pytest.raises(UserError, match=r"larger --groups|smallest plan"):
+        run(demo, code_text, tmp_path / "plan.json", 13.3)
+    found = run(demo, code_text, tmp_path / "plan.json", 13.3, settings=settings)
+    plan = found.chosen.plan
+    assert {"key", "value"} == {stream.part for stream in plan.streams if len(stream.layers) == 4}
+    save_plan(plan, tmp_path / "plan.json")
+    contenders = [
+        Contender(name, demo, own, build_for(SMALL.length, 2))
+        for name, own in (("full", CompressionPlan("full")), ("plan", load_plan(tmp_path / "plan.json")))
+    ]
+    tokenizer = load_tokenizer(demo)
+    assert tokenizer is not None
+    samples = sample_sets(code_text, tokenizer, loaded.config.for_context(CONTEXT), settings).verify
+    first = SMALL.window + BLOCK_SIZE
+    examples = tuple(
+        Example(row.tolist(), ((int(start) + 1, SMALL.length),), first)
+        for row, start in zip(samples.tokens, samples.scored.argmax(1), strict=True)
+    )
+    full, own = evaluate(contenders, {"text": [Cell(SMALL.length, None, examples)]}, None, 1, None, silent)
+    for result, losses in ((full, found.uncompressed), (own, found.chosen.losses)):
+        scores = result.scores("text")
+        for kind, mask in enumerate((~samples.recall, samples.recall)):
+            expected = losses.nll[kind] * scores.count[mask].sum()
+            assert scores.nll[mask].sum() == pytest.approx(expected, rel=2e-3), (result.name, kind)
+    assert own.memory.sequence_ratio > 2 and own.memory.bits < 1
 
 
 @pytest.mark.long

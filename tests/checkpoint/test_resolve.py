@@ -3,10 +3,13 @@
 import json
 import os
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from minicache_trt.checkpoint import load_checkpoint, resolve_config
+from minicache_trt.checkpoint import WeightView, load_checkpoint, resolve_config
+from minicache_trt.checkpoint.fingerprint import PIECE_BYTES, PIECES, WHOLE_BYTES, _samples
 from minicache_trt.errors import UserError
 
 
@@ -51,6 +54,46 @@ def test_checksum(save_model):
     with (directory / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     assert load_checkpoint(str(directory)).checksum() not in (before, changed)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "50KB"])
+def test_checksum_sees_values(save_model, shard_size):
+    """Every tensor, small or large, in one file or in shards: other values of the same size are another checkpoint."""
+    directory, _ = save_model(shard_size=shard_size)
+    checkpoint = load_checkpoint(str(directory))
+    assert (len(checkpoint.weight_files()) > 1) == (shard_size != "1GB")
+    assert min(view.nbytes for view in checkpoint.weights.values()) <= WHOLE_BYTES
+    assert max(view.nbytes for view in checkpoint.weights.values()) > 4 * WHOLE_BYTES
+    before = checkpoint.checksum()
+    for name, view in checkpoint.weights.items():
+        size = view.file.stat().st_size
+        with view.file.open("r+b") as file:
+            file.seek(view.offset)
+            own = np.fromfile(file, np.float32, view.nbytes // 4)
+            file.seek(view.offset)
+            (own * np.float32(1 + 2**-20)).tofile(file)
+        assert view.file.stat().st_size == size
+        assert checkpoint.checksum() != before, name
+        with view.file.open("r+b") as file:
+            file.seek(view.offset)
+            own.tofile(file)
+        assert checkpoint.checksum() == before, name
+
+
+def test_checksum_reads_little(save_model):
+    """A large tensor is sampled from its first to its last byte, by a number of bytes that does not depend on it."""
+    view = WeightView("w", Path("f"), 100, 10**10, (10**10 // 2,), "float16")
+    samples = _samples(view)
+    assert sum(size for _, size in samples) == PIECES * PIECE_BYTES and samples[0][0] == 100
+    assert sum(samples[-1]) == 100 + 10**10
+
+
+def test_checksum_of_a_file_that_is_gone(save_model):
+    directory, _ = save_model()
+    checkpoint = load_checkpoint(str(directory))
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(No such file"):
+        checkpoint.checksum()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,44 @@ def test_smoothquant_is_calibrated(invoke: Invoke, checkpoint: Path, text: Path,
     assert json.loads(result.out)["methods"][1]["memory"]["bits"] == 8 + 2 * 16 / 16
 
 
+def test_finished_rows_are_kept(
+    invoke: Invoke, refused: Refused, checkpoint: Path, text: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed in its second row goes on with it; what was measured is not measured again, and means the same."""
+    from minicache_trt import LLM
+
+    measured: list[int] = []
+    likelihoods = LLM.likelihoods
+
+    def counted(llm: LLM, *arguments: Any) -> Any:
+        measured.append(1)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return likelihoods(llm, *arguments)
+
+    monkeypatch.setattr(LLM, "likelihoods", counted)
+    command = ["eval", "-m", checkpoint, "--text", text, *SMALL, "--results", "rows.json", "--json"]
+    killed = invoke(*command, "--methods", "kivi2")
+    assert killed.code != 0 and len(measured) == 2
+    whole = invoke(*command, "--methods", "kivi2,kivi4")
+    assert whole.code == 0 and len(measured) == 4, whole
+    again = invoke(*command, "--methods", "kivi4,kivi2")
+    rows = {row["method"]: row for row in json.loads(whole.out)["methods"]}
+    assert len(measured) == 4 and {row["method"]: row for row in json.loads(again.out)["methods"]} == rows
+    fresh = invoke(*command[:-3], "--json", "--methods", "kivi2,kivi4")
+    assert {row["method"]: row for row in json.loads(fresh.out)["methods"]} == rows
+
+    measured[:] = [1, 1]
+    assert invoke(*command, "--seed", 1).code == 0 and len(measured) == 3  # other examples: full again
+    assert invoke(*command, "--weights", "int8").code == 0 and len(measured) == 4
+    rows_before = Path("rows.json").read_bytes()
+    (workspace / "other.json").write_text('{"rows": {}}')
+    for name, said in (("other.json", "holds no rows of eval"), ("text.txt", "holds no rows of eval"),
+                       ("no/rows.json", "there is no folder")):  # fmt: skip
+        refused([*command[:-2], name], said)
+    assert Path("rows.json").read_bytes() == rows_before
+
+
 def test_refusals(refused: Refused, checkpoint: Path, engine: Path, text: Path) -> None:
     model = ["eval", "-m", checkpoint, "--text", text]
     refused(["eval", "--text", text], "expected --engine or --model")

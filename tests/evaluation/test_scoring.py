@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,22 @@ from minicache_trt.evaluation.contenders import Contender, build_for
 from minicache_trt.evaluation.evaluate import evaluate
 from minicache_trt.evaluation.examples import Example, Source, key_values, passkey
 from minicache_trt.evaluation.report import figures, summarize
-from minicache_trt.evaluation.scoring import Scores, answer_scores, score_examples, token_nll
+from minicache_trt.evaluation.scoring import Scores, answer_scores, score_examples
 from minicache_trt.evaluation.tasks import Cell
 from minicache_trt.runtime.llm import LLM
+from minicache_trt.runtime.scoring import LikelihoodRows, token_nll
 from tests.support.engines import build
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 VOCAB = 300
+
+
+def likelihoods(logits: np.ndarray, following: Sequence[int]) -> tuple[Any, Any]:
+    """What an engine finds in logits, a row after another."""
+    rows = LikelihoodRows(following)
+    for index, row in enumerate(logits):
+        rows.keep(index, row[None])
+    return rows.result()
 
 
 def test_answer_scores_by_hand() -> None:
@@ -31,7 +40,7 @@ def test_answer_scores_by_hand() -> None:
     example = Example([0, 0, 1, 2, 1], ((1, 3), (4, 5)))
     # Rows predict tokens 1 to 3; the one of token 4 is missing until it is appended.
     rows = np.concatenate([logits, np.log(np.array([[0.1, 0.3, 0.6]], np.float32))])
-    nll, right, count, exact, answers = answer_scores(example, 0, rows)
+    nll, right, count, exact, answers = answer_scores(example, 0, *likelihoods(rows, example.tokens[1:]))
     assert np.isclose(nll, -np.log([0.5, 0.8, 0.3]).sum(), rtol=1e-6)
     assert (right, count, exact, answers) == (2, 3, 1, 2)
     assert np.isclose(token_nll(np.array([[1e4, 0.0]], np.float32), np.array([1]))[0], 1e4)
@@ -40,20 +49,21 @@ def test_answer_scores_by_hand() -> None:
 class Model:
     """Predicts what it is told to: the next token of the sequence, or another one."""
 
-    def __init__(self, sequences: Sequence[Example], wrong: int = 0) -> None:
-        self.next = {tuple(e.tokens[:-1]): e.tokens[1:] for e in sequences}
+    def __init__(self, wrong: int = 0) -> None:
         self.wrong, self.prompts, self.sizes = wrong, list[int](), list[int]()
 
-    def score(
-        self, token_ids: Sequence[list[int]], prompt_lens: Sequence[int] | None, start: int | Sequence[int]
-    ) -> list[Any]:
+    def likelihoods(
+        self, token_ids: Sequence[list[int]], prompt_lens: Sequence[int] | None, start: int | Sequence[int],
+        progress: Callable[[int], None] | None,
+    ) -> list[Any]:  # fmt: skip
         assert prompt_lens is not None and not isinstance(start, int)
         self.prompts += prompt_lens
         self.sizes.append(len(token_ids))
         found = []
         for tokens, first in zip(token_ids, start, strict=True):
-            targets = (np.array(self.next[tuple(tokens)][first:]) + self.wrong) % VOCAB
-            found.append(np.where(np.arange(VOCAB) == targets[:, None], np.float32(30), np.float32(0)))
+            targets = (np.array(tokens[first + 1 :]) + self.wrong) % VOCAB
+            logits = np.where(np.arange(VOCAB) == targets[:, None], np.float32(30), np.float32(0))
+            found.append(likelihoods(logits, tokens[first + 1 :]))
         return found
 
 
@@ -66,8 +76,8 @@ def asked() -> list[Example]:
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_who_knows_is_right(asked: list[Example], batch: int) -> None:
-    model = Model(asked)
-    scores = score_examples(model, asked, 128, batch, VOCAB, lambda done: None)
+    model = Model()
+    scores = score_examples(model, asked, 128, batch, lambda done: None)
     assert scores.answers.tolist() == [1, 1, 1, 4] == scores.exact.tolist()
     assert scores.count.tolist() == scores.right.tolist() == [5, 5, 5, 20]
     assert scores.nll.max() < 1e-6
@@ -75,10 +85,10 @@ def test_who_knows_is_right(asked: list[Example], batch: int) -> None:
 
 
 def test_who_does_not_is_wrong(asked: list[Example]) -> None:
-    scores = score_examples(Model(asked, wrong=1), asked, 128, 8, VOCAB, lambda done: None)
+    scores = score_examples(Model(wrong=1), asked, 128, 8, lambda done: None)
     assert not scores.right.any() and not scores.exact.any()
     assert np.allclose(scores.nll, 30 * scores.count, atol=1e-3)
-    known = score_examples(Model(asked), asked, 128, 8, VOCAB, lambda done: None)
+    known = score_examples(Model(), asked, 128, 8, lambda done: None)
     values = figures(scores, known)
     assert (values["accuracy"], values["exact"], values["exact_change"]) == (0, 0, -1)
     assert values["exact_change_interval"] == (-1, -1) and np.isclose(values["nll_change"], 30)
@@ -89,7 +99,7 @@ def test_one_wrong_token_spoils_its_answer_only() -> None:
     example = Example(list(range(10)), ((2, 5), (7, 10)))
     for row, token in enumerate(example.tokens[2:], 1):
         logits[row, token if token != 8 else 0] = 20
-    _, right, count, exact, answers = answer_scores(example, 0, logits)
+    _, right, count, exact, answers = answer_scores(example, 0, *likelihoods(logits, example.tokens[1:]))
     assert (right, count, exact, answers) == (5, 6, 1, 2)
 
 
@@ -98,7 +108,7 @@ def test_perplexity_is_hugging_faces(tmp_path: Path) -> None:
     llm = LLM.from_engine(load_engine(build(DEMO, tmp_path / "engine", "full", max_seq_len=256), 1))
     rng = np.random.default_rng(0)
     rows = [[0, *rng.integers(2, 3072, 199).tolist()] for _ in range(3)]
-    scores = score_examples(llm, [Example(r, ((129, 200),)) for r in rows], 128, 2, 3072, lambda done: None)
+    scores = score_examples(llm, [Example(r, ((129, 200),)) for r in rows], 128, 2, lambda done: None)
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     for index, row in enumerate(rows):
         ids = torch.tensor([row])
@@ -118,11 +128,23 @@ def test_compressed_history_is_read(tmp_path: Path) -> None:
     nll = {}
     for method in ("full", "minicache"):
         directory = build(DEMO, tmp_path / method, method, max_seq_len=320)
-        nll[method] = score_examples(
-            LLM.from_engine(load_engine(directory, 1)), spans, 128, 4, 3072, lambda done: None
-        ).nll
+        nll[method] = score_examples(LLM.from_engine(load_engine(directory, 1)), spans, 128, 4, lambda done: None).nll
     assert np.isclose(nll["full"][0], nll["minicache"][0], rtol=1e-3)
     assert nll["minicache"][1] > nll["full"][1] + 1
+
+
+@pytest.mark.parametrize("method", ["kivi2", "minicache4"])
+def test_blocks_at_once_are_as_decoded(tmp_path: Path, method: str) -> None:
+    """A block of tokens in one step costs what its tokens cost one by one, on the engine's own kernels."""
+    llm = LLM.from_engine(load_engine(build(DEMO, tmp_path / "engine", method, max_seq_len=384), 1))
+    rng = np.random.default_rng(0)
+    rows = [[0, *np.resize(rng.integers(2, 3072, 70), size).tolist()] for size in (300, 340)]
+    found = llm.likelihoods(rows, [128, 200], [140, 150])
+    logits = llm.score([row[:-1] for row in rows], [128, 200], [140, 150])
+    for row, first, (nll, likeliest), decoded in zip(rows, (140, 150), found, logits, strict=True):
+        following = np.array(row[first + 1 :])
+        np.testing.assert_allclose(nll, token_nll(decoded, following), rtol=1e-3, atol=1e-3)
+        assert (likeliest == (decoded.argmax(-1) == following)).mean() > 0.99
 
 
 def test_memory_is_what_is_allocated(tmp_path: Path) -> None:

@@ -155,6 +155,37 @@ def test_preempted_requests_lose_nothing(make_llm, method, max_num_tokens):
         assert (logits == expected_logits(sequence, len(prompt), llm.engine.build, compresses)).all()
 
 
+@settings(max_examples=25, deadline=None)
+@given(schedules(), st.data())
+def test_likelihoods_read_the_same_history(schedule, data):
+    """What is computed at once says of every token what the formula says of it, whatever the batch and the cache."""
+    engine, cache_config = schedule
+    llm = LLM.from_engine(engine, kv_cache_config=cache_config)
+    disturb(llm, data.draw(periods))
+    random = np.random.default_rng(data.draw(seeds))
+    most = engine.build.max_seq_len + 1
+    sequences = [tokens(i, random.integers(2, most + 1)) for i in range(random.integers(1, 7))]
+    prompt_lens = [int(random.integers(1, len(sequence))) for sequence in sequences]
+    starts = [int(random.integers(0, len(sequence) - 1)) for sequence in sequences]
+    found = llm.likelihoods(sequences, prompt_lens, starts)
+    check_idle(llm)
+    for sequence, prompt_len, start, (nll, likeliest) in zip(sequences, prompt_lens, starts, found, strict=True):
+        logits = expected_logits(sequence[:-1], prompt_len, engine.build, engine.plan.compresses)[start:]
+        log_p = logits - np.logaddexp.reduce(logits.astype(np.float64), -1, keepdims=True)
+        following = sequence[start + 1 :]
+        np.testing.assert_allclose(nll, -log_p[np.arange(len(following)), following], rtol=1e-5, atol=1e-6)
+        assert (likeliest == (logits.argmax(-1) == following)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_likelihoods_take_a_block_in_a_step(make_llm, method):
+    """As many tokens as share one history: none but the first of a step changes what has been compressed."""
+    llm = make_llm(method, max_seq_len=400, max_num_tokens=300)
+    llm.likelihoods([tokens(0, 385)], [128])
+    steps = llm.statistics.prefill_steps + llm.statistics.decode_steps
+    assert steps == (1 + (384 - 128) // 64 if method != "full" else 2)
+
+
 def test_the_formula_notices_a_wrong_history():
     build = small_build()
     sequence = tokens(0, 300)
