@@ -16,6 +16,7 @@ from minicache_trt.runtime.request import RequestOptions
 from minicache_trt.runtime.request import Sequence as TokenSequence
 from minicache_trt.runtime.sampler import Logits
 from minicache_trt.runtime.scheduler import Work
+from minicache_trt.runtime.step_logits import StepLogits
 
 
 class Scoring:
@@ -58,10 +59,10 @@ class Scoring:
     def event(self) -> TokenEvent | None:
         return None
 
-    def advance(self, item: Work, logits: Logits) -> int | None:
+    def advance(self, item: Work, logits: StepLogits, last: int) -> int | None:
         """Keep the item's logits and feed the next given token."""
         if item.num_logits:
-            self.keep(item.end - item.num_logits, logits)
+            self.keep(item.end - item.num_logits, logits.last_rows(last, item.num_logits))
         self.finished = item.end == len(self._token_ids)
         if self.finished or item.end < self.sequence.num_tokens:
             return None
