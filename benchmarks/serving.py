@@ -3,19 +3,16 @@
 * *streams*: requests of mixed lengths, many at once through ``generate_async``, and one after the other. Outputs of the
   two are compared; where they part, the logits of the tokens chosen together, alone and teacher-forced, tell how far
   they were from the best ones. The runtime's share is everything but the time inside the engine's ``decode`` and
-  ``compress``: scheduling, packing, sampling, text, and whatever else runs in the process.
+  ``compress``: scheduling, packing, sampling, text, and whatever else runs in the process. Both sides have the same
+  engine, settings and requests, prompts included; "while all run" leaves out the end, when no request is left to take
+  the place of one that has ended.
 * *scarce*: requests with long answers, in a cache of a quarter of the bytes they would use together.
 * *prefix*: time to first token of a second prompt that begins as a first one did, over that of the first.
 """
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import gc
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,125 +20,18 @@ import numpy as np
 import typer
 from common import CACHE_DIR, REPOSITORY, CacheDir, Shape, engine_directory, open_engine, random_llama, run
 from reporting import JsonFile, write_report
+from serving_runs import Run, Work, open_llm, run_work
 
 from minicache_trt.cli.console import quiet_transformers, stderr
 from minicache_trt.config import BuildConfig, KvCacheConfig
-from minicache_trt.engine_directory import CHECKPOINT
 from minicache_trt.errors import UserError
-from minicache_trt.load.lengths import LogNormal
 from minicache_trt.runtime.llm import LLM
-from minicache_trt.runtime.sampling_params import SamplingParams
 from minicache_trt.units import format_bytes
 
 DEMO = REPOSITORY / "examples" / "demo_model" / "checkpoint"
 SHAPE = Shape()
 PARTS = ("streams", "scarce", "prefix")
 PREFIX, SUFFIX = 1000, 24
-
-
-@dataclasses.dataclass
-class EngineTime:
-    """Seconds inside an engine; its ``decode`` and ``compress`` are replaced by ones that count."""
-
-    seconds: float = 0.0
-    calls: int = 0
-
-    def watch(self, engine: Any) -> None:
-        for name in ("decode", "compress"):
-            setattr(engine, name, self._timed(getattr(engine, name)))
-
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return call(*arguments)
-            finally:
-                self.seconds += time.perf_counter() - start
-                self.calls += 1
-
-        return timed
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Prompts and the number of tokens wanted after each."""
-
-    prompts: list[list[int]]
-    output_lens: list[int]
-
-    @classmethod
-    def mixed(cls, count: int, vocab_size: int, mean: int, most: int) -> Work:
-        """Log-normal lengths of prompts and answers, of random tokens."""
-        rng = np.random.default_rng(0)
-        inputs = LogNormal(mean, 0.8, most).draw(rng, count)
-        outputs = LogNormal(mean, 0.8, most).draw(rng, count)
-        # Ids from 3 on: the first ones are special in the checkpoints at hand.
-        return cls([rng.integers(3, vocab_size, length).tolist() for length in inputs], outputs)
-
-    @classmethod
-    def growing(cls, count: int, vocab_size: int, most: int) -> Work:
-        """Short prompts and long answers: all that are admitted together outgrow the cache together."""
-        rng = np.random.default_rng(1)
-        inputs = rng.integers(16, 96, count)
-        outputs: list[int] = rng.integers(most // 2, most, count, endpoint=True).tolist()
-        return cls([rng.integers(3, vocab_size, length).tolist() for length in inputs], outputs)
-
-    def params(self, index: int) -> SamplingParams:
-        return SamplingParams(max_tokens=self.output_lens[index], temperature=0, ignore_eos=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One pass over the work."""
-
-    seconds: float
-    engine_seconds: float
-    outputs: list[list[int]]
-    first_tokens: list[float]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(map(len, self.outputs)) / self.seconds
-
-    @property
-    def runtime_share(self) -> float:
-        return 1 - self.engine_seconds / self.seconds
-
-    def figures(self) -> dict[str, float]:
-        return {
-            "seconds": self.seconds,
-            "engine_seconds": self.engine_seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "runtime_share": self.runtime_share,
-            "median_time_to_first_token": statistics.median(self.first_tokens),
-        }
-
-
-def run_work(llm: LLM, spent: EngineTime, work: Work, streams: int) -> Run:
-    """All requests in order, ``streams`` at a time."""
-
-    async def one(index: int, places: asyncio.Semaphore) -> tuple[list[int], float]:
-        async with places:
-            return await generate(index)
-
-    async def generate(index: int) -> tuple[list[int], float]:
-        start, first, tokens, reason = time.perf_counter(), None, [], None
-        async for update in llm.generate_async(work.prompts[index], work.params(index)):
-            first = first or time.perf_counter() - start
-            tokens += update.outputs[0].token_ids_diff
-            reason = update.outputs[0].finish_reason
-        if reason != "length" or len(tokens) != work.output_lens[index]:
-            raise RuntimeError(f"request {index} ended with {reason} after {len(tokens)} of {work.output_lens[index]}")
-        return tokens, first or 0.0
-
-    async def everything() -> list[tuple[list[int], float]]:
-        places = asyncio.Semaphore(streams)
-        return await asyncio.gather(*(one(index, places) for index in range(len(work.prompts))))
-
-    before, start = spent.seconds, time.perf_counter()
-    results = asyncio.run(everything())
-    seconds = time.perf_counter() - start
-    return Run(seconds, spent.seconds - before, *map(list, zip(*results, strict=True)))
 
 
 def differences(llm: LLM, work: Work, alone: Run, together: Run) -> dict[str, Any]:
@@ -157,16 +47,6 @@ def differences(llm: LLM, work: Work, alone: Run, together: Run) -> dict[str, An
     return {"streams": len(alone.outputs), "differing": len(parts), "largest_gap_share": worst}
 
 
-def open_llm(directory: Path, threads: int, config: KvCacheConfig) -> tuple[LLM, EngineTime]:
-    engine, spent = open_engine(directory, threads), EngineTime()
-    spent.watch(engine)
-    llm = LLM.from_engine(engine, tokenizer=directory / CHECKPOINT, kv_cache_config=config)
-    run_work(llm, spent, Work([[3, 4, 5]] * 2, [2, 2]), 2)
-    gc.collect()
-    gc.freeze()  # as servers do: what the libraries have loaded is no garbage, and takes long to look through
-    return llm, spent
-
-
 def streams(
     directory: Path, threads: int, work: Work, num_streams: int, alone_requests: int, rounds: int
 ) -> tuple[list[list[object]], dict[str, Any]]:
@@ -177,25 +57,57 @@ def streams(
     for done in range(rounds):
         together.append(run_work(llm, spent, work, num_streams))
         alone.append(run_work(llm, spent, first, 1))
-        rates = [side[-1].tokens_per_second for side in (alone, together)]
+        rates = [side[-1].whole.tokens_per_second for side in (alone, together)]
         stderr.print(f"round {done + 1}/{rounds}: alone {rates[0]:.4g}, together {rates[1]:.4g} tokens/s")
     found = [differences(llm, first, a, b) for a, b in zip(alone, together, strict=True)]
     close(llm)
-    ratio = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in zip(alone, together, strict=True))
     rows: list[list[object]] = []
     for name, runs in (("one stream", alone), (f"{num_streams} streams", together)):
-        rate = statistics.median(item.tokens_per_second for item in runs)
-        share = statistics.median(item.runtime_share for item in runs)
-        rows.append([name, f"{rate:.1f} tokens/s", f"runtime {share:.1%}"])
+        rate = statistics.median(item.whole.tokens_per_second for item in runs)
+        rows.append([name, f"{rate:.1f} tokens/s", _shares(runs, threads)])
+    rate = statistics.median(item.busy.tokens_per_second for item in together)
+    share = statistics.median(item.busy.runtime_share for item in together)
+    rows.append([f"... while all {num_streams} run", f"{rate:.1f} tokens/s", f"runtime {share:.1%}"])
+    pairs = list(zip(alone, together, strict=True))
+    ratios = {
+        "whole": statistics.median(b.whole.tokens_per_second / a.whole.tokens_per_second for a, b in pairs),
+        "busy": statistics.median(b.busy.tokens_per_second / a.whole.tokens_per_second for a, b in pairs),
+        "engine": statistics.median(_engine_per_token(a) / _engine_per_token(b) for a, b in pairs),
+    }
     compared = f"{found[0]['differing']} of {len(first.prompts)} outputs differ"
-    rows.append([f"{num_streams} streams over one", f"{ratio:.2f}x", compared])
+    rows += [
+        [f"{num_streams} streams over one", f"{ratios['whole']:.2f}x", compared],
+        [f"... while all {num_streams} run", f"{ratios['busy']:.2f}x", ""],
+        ["... if the runtime took no time", f"{ratios['engine']:.2f}x", ""],
+    ]
+    steps = [(a.full_step, b.full_step) for a, b in pairs if a.full_step and b.full_step]
+    if steps:
+        ratios["decode"] = statistics.median(num_streams * one / many for one, many in steps)
+        one, many = (statistics.median(side) * 1e3 for side in zip(*steps, strict=True))
+        rows.append(["... of decode steps alone", f"{ratios['decode']:.2f}x", f"{one:.2f} and {many:.2f} ms a step"])
+    for name, runs in (("one stream", alone), (f"{num_streams} streams", together)):
+        each = [item.per_token() for item in runs]
+        parts = [f"{part} {statistics.median(item.get(part, 0.0) for item in each) * 1e3:.3f}" for part in each[0]]
+        rows.append([f"ms per token, {name}", "", ", ".join(parts)])
     results = {
         "one": [item.figures() for item in alone],
         "together": [item.figures() for item in together],
-        "ratio": ratio,
+        "ratio": ratios["whole"],
+        "ratios": ratios,
         "differences": found,
     }
     return rows, results
+
+
+def _engine_per_token(run: Run) -> float:
+    return run.whole.engine_seconds / run.whole.tokens
+
+
+def _shares(runs: list[Run], threads: int) -> str:
+    share = f"runtime {statistics.median(item.whole.runtime_share for item in runs):.1%}"
+    if threads > 1:  # other threads compute as well
+        return share
+    return f"{share}, of CPU time {statistics.median(item.runtime_cpu_share for item in runs):.1%}"
 
 
 def scarce(directory: Path, threads: int, work: Work) -> tuple[list[list[object]], dict[str, Any]]:
@@ -210,8 +122,8 @@ def scarce(directory: Path, threads: int, work: Work) -> tuple[list[list[object]
     found = differences(llm, work, ample, tight)
     close(llm)
     rows: list[list[object]] = [
-        ["cache for everybody", f"{ample.tokens_per_second:.1f} tokens/s", format_bytes(used)],
-        ["a quarter of it", f"{tight.tokens_per_second:.1f} tokens/s", f"{preemptions} preemptions"],
+        ["cache for everybody", f"{ample.whole.tokens_per_second:.1f} tokens/s", format_bytes(used)],
+        ["a quarter of it", f"{tight.whole.tokens_per_second:.1f} tokens/s", f"{preemptions} preemptions"],
         ["", f"{len(tight.outputs)} complete", f"{found['differing']} differ"],
     ]
     figures = {"ample": ample.figures(), "tight": tight.figures()}

@@ -7,15 +7,18 @@ node's work: it attends to keys and values where they lie, which standard operat
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.machinery
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 
 from minicache_trt.contract import DOMAIN
+from minicache_trt.errors import UserError
 
 SWITCH = "MINICACHE_CPU_KERNELS"
 """Environment variable: ``0`` keeps the functions, a path names another library."""
@@ -25,31 +28,64 @@ _STEM = "_cpu_kernels"
 _PACKAGE = Path(__file__).parents[1]
 
 
+class _Library(NamedTuple):
+    path: Path
+    instruction_set: str
+
+    @classmethod
+    def open(cls, path: Path) -> _Library:
+        """Raises OSError when it cannot be loaded, AttributeError when it holds something else."""
+        library = ctypes.CDLL(str(path))
+        library.minicache_cpu_isa.restype = ctypes.c_char_p
+        return cls(path, library.minicache_cpu_isa().decode())
+
+
 @functools.cache
-def _find(switch: str) -> tuple[Path, str] | None:
+def _find(switch: str) -> _Library | None:
     if switch == "0":
         return None
-    built = [_PACKAGE / f"{_STEM}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    for path in [Path(switch)] if switch else built:
-        try:
-            library = ctypes.CDLL(str(path))
-            library.minicache_cpu_isa.restype = ctypes.c_char_p
-            return path, library.minicache_cpu_isa().decode()
-        except (OSError, AttributeError):
-            continue
+    if switch:
+        return _named(Path(switch))
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        with contextlib.suppress(OSError, AttributeError):
+            return _Library.open(_PACKAGE / f"{_STEM}{suffix}")
     return None
 
 
+def _named(path: Path) -> _Library:
+    hint = f"unset {SWITCH} for the library of the installation, or set it to 0 to do without"
+    if not path.is_file():
+        raise UserError(f"{SWITCH}: there is no file {path}", hint)
+    try:
+        return _Library.open(path.absolute())
+    except OSError as error:
+        raise UserError(f"{SWITCH}: {path} cannot be loaded: {error}", hint) from error
+    except AttributeError as error:
+        raise UserError(f"{SWITCH}: {path} does not hold minicache-trt's CPU kernels", hint) from error
+
+
 def cpu_kernels() -> Path | None:
-    """The library to register with a session, or None: not built for this machine, or switched off."""
+    """The library to register with a session, or None: not built for this machine, or switched off.
+
+    Raises
+    ------
+    UserError
+        The environment names a library that is missing or cannot be used.
+    """
     found = _find(os.environ.get(SWITCH, ""))
-    return None if found is None else found[0]
+    return None if found is None else found.path
 
 
 def instruction_set() -> str | None:
-    """What the kernels use of this processor: ``avx512``, ``avx2`` or ``generic``; None without them."""
+    """What the kernels use of this processor: ``avx512``, ``avx2`` or ``generic``; None without them.
+
+    Raises
+    ------
+    UserError
+        As `cpu_kernels` does.
+    """
     found = _find(os.environ.get(SWITCH, ""))
-    return None if found is None else found[1]
+    return None if found is None else found.instruction_set
 
 
 def with_kernels(model: onnx.ModelProto) -> bool:

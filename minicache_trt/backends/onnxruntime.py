@@ -137,13 +137,13 @@ def open_session(path: Path, num_threads: int | None, graph: bytes | None = None
     Raises
     ------
     UserError
-        ONNX Runtime refuses it.
+        ONNX Runtime refuses it, or the environment names kernels that cannot be used.
     """
+    library = cpu_kernels()
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads or 0
     options.log_severity_level = 3
     try:
-        library = cpu_kernels()
         if library is not None:
             model = onnx.load(path, load_external_data=False) if graph is None else onnx.load_from_string(graph)
             if with_kernels(model):

@@ -136,7 +136,10 @@ def _cpu_kernels() -> Check:
     name = "CPU kernels"
     if os.environ.get(SWITCH) == "0":
         return Check(name, False, f"switched off by {SWITCH}=0", needed=False)
-    found = instruction_set()
+    try:
+        found = instruction_set()
+    except UserError as error:
+        return Check(name, False, error.cause, remedy=error.remedy)
     if found is None:
         remedy = "slower decoding; to have them: install a C++ compiler, then this package again"
         return Check(name, False, "not built", needed=False, remedy=remedy)

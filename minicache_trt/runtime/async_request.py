@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from typing import Any
 
 from minicache_trt.runtime.generation import Generation
@@ -39,8 +38,8 @@ class AsyncRequest:
         self._wakeups = wakeups
         self._lock = threading.Lock()  # guards what follows
         self._ended = threading.Event()
-        self._num_tokens = self._num_read = 0
-        self._text = self._text_read = ""
+        self._num_tokens = self._num_read = self._text_read = 0
+        self._text = ""
         self._exhausted = False
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
@@ -107,14 +106,9 @@ class AsyncRequest:
             await self._wait(future)
 
     def _take(self, finished: bool) -> RequestOutput:
-        output = self._generation.snapshot(self._num_tokens, self._text, finished)
-        completion = replace(
-            output.outputs[0],
-            text_diff=self._text[len(self._text_read) :],
-            token_ids_diff=output.outputs[0].token_ids[self._num_read :],
-        )
-        self._num_read, self._text_read, self._exhausted = self._num_tokens, self._text, finished
-        return replace(output, outputs=[completion])
+        read = self._num_read, self._text_read
+        self._num_read, self._text_read, self._exhausted = self._num_tokens, len(self._text), finished
+        return self._generation.snapshot(self._num_tokens, self._text, finished, *read)
 
     def _future(self) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import PREFILL_TILE
 from minicache_trt.runtime.scheduler import ScheduledStep, Work
 from minicache_trt.runtime.tiered_cache import TieredCache
@@ -61,28 +62,30 @@ def build_batch(step: ScheduledStep, cache: TieredCache) -> Batch:
     """
     work = step.work
     sequences = [item.sequence for item in work]
-    counts = np.array([item.num_tokens for item in work], np.int32)
-    query_start = np.zeros(len(work) + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    ends = query_start[1:].tolist()
-    num_decodes = int(np.count_nonzero(counts == 1))
-    logit_rows = [row for item, end in zip(work, ends, strict=True) for row in range(end - item.num_logits, end)]
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    for item in work:
-        token_ids += item.sequence.token_ids[item.start : item.end]
-        positions += range(item.start, item.end)
-        slots += cache.slots(item.sequence, item.start, item.end)
+    ends = list(accumulate([item.num_tokens for item in work]))
+    query_start = np.array([0, *ends], np.int32)
+    decodes = [item for item in work if item.num_tokens == 1]
+    num_decodes = len(decodes)
+    compressed_len = np.array([sequence.compressed_len for sequence in sequences], np.int32)
     full_table = _table([sequence.full_table for sequence in sequences])
     compressed_table = _table([sequence.compressed_table for sequence in sequences])
+    token_ids = [item.sequence.token_ids[item.start] for item in decodes]
+    positions = [item.start for item in decodes]
+    offsets = np.array(positions, np.int32) - compressed_len[:num_decodes]
+    blocks = full_table[np.arange(num_decodes), offsets // BLOCK_SIZE]
+    slots = [blocks * BLOCK_SIZE + offsets % BLOCK_SIZE]
+    for item in work[num_decodes:]:
+        token_ids += item.sequence.token_ids[item.start : item.end]
+        positions += range(item.start, item.end)
+        slots.append(cache.slots(item.sequence, item.start, item.end))
+    logit_rows = [row for item, end in zip(work, ends, strict=True) for row in range(end - item.num_logits, end)]
     return Batch(
         input_ids=np.array(token_ids, np.int32),
         positions=np.array(positions, np.int32),
         query_start=query_start,
         context_len=np.array([item.end for item in work], np.int32),
-        compressed_len=np.array([sequence.compressed_len for sequence in sequences], np.int32),
-        slot_mapping=np.array(slots, np.int32),
+        compressed_len=compressed_len,
+        slot_mapping=np.concatenate(slots),
         full_table=full_table,
         compressed_table=compressed_table,
         full_work=work_list(full_table[:num_decodes]),
@@ -105,10 +108,8 @@ def prefill_past(lengths: list[int]) -> Int32:
 
 
 def _table(rows: list[list[int]]) -> Int32:
-    table = np.zeros((len(rows), max(1, *map(len, rows))), np.int32)
-    for index, row in enumerate(rows):
-        table[index, : len(row)] = row
-    return table
+    columns = list(zip_longest(*rows, fillvalue=0)) or [(0,) * len(rows)]
+    return np.ascontiguousarray(np.array(columns, np.int32).T)
 
 
 def _prefill_rows(chunks: tuple[Work, ...], query_start: Int32) -> Int32:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minicache_trt.runtime.demotion import Demotion
+from minicache_trt.runtime.detokenizer import Detokenizer, TokenDecoder
 from minicache_trt.runtime.guided_decoding import Constraint
 from minicache_trt.runtime.observer import RequestObserver
+from minicache_trt.runtime.penalties import changes_logits
 from minicache_trt.runtime.request import (
     DEFAULT_OPTIONS,
     CompletionOutput,
@@ -21,11 +23,10 @@ from minicache_trt.runtime.request import (
 )
 from minicache_trt.runtime.sampler import Logits, sample, top_logprobs
 from minicache_trt.runtime.scheduler import Work
-from minicache_trt.runtime.tokenizer import Detokenizer, Tokenizer
+from minicache_trt.runtime.step_logits import StepLogits
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """A request advanced.
 
     Parameters
@@ -61,7 +62,7 @@ class Generation:
         Prompt and output together.
     eos_token_ids : tuple of int
         End the output unless ``params.ignore_eos``.
-    tokenizer : Tokenizer, optional
+    decoder : TokenDecoder, optional
         Without one the text stays empty.
     options : RequestOptions
         Its place among others.
@@ -78,7 +79,7 @@ class Generation:
         params: SamplingParams,
         max_seq_len: int,
         eos_token_ids: tuple[int, ...],
-        tokenizer: Tokenizer | None,
+        decoder: TokenDecoder | None,
         options: RequestOptions = DEFAULT_OPTIONS,
         constraint: Constraint | None = None,
         observer: RequestObserver | None = None,
@@ -94,11 +95,12 @@ class Generation:
         self._eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
         self._generator = np.random.default_rng(params.seed)
-        self._detokenizer = Detokenizer(tokenizer, list(token_ids), params.stop_strings) if tokenizer else None
+        self._detokenizer = Detokenizer(decoder, token_ids, params.stop_strings) if decoder else None
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprobs = [0.0]
         self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self._constraint = constraint
+        self._greedy = params.temperature == 0 and constraint is None and not changes_logits(params)
         self._observer = observer
         self._started = False
         self._stop_reason: int | str | None = None
@@ -107,19 +109,20 @@ class Generation:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def advance(self, item: Work, logits: Logits) -> int | None:
+    def advance(self, item: Work, logits: StepLogits, last: int) -> int | None:
         """Sample when the item reached the last known token."""
         self.event = None
         if self._observer is not None and not self._started:
             self._observer.started(self.sequence)
         self._started = True
-        self._record_prompt_logprobs(item, logits)
+        if self._params.prompt_logprobs is not None:
+            self._record_prompt_logprobs(item, logits.last_rows(last, item.num_logits))
         if item.end < self.sequence.num_tokens:
             return None
         token: int | None
         try:
-            token = self._sample(logits[-1])
-            self._record_logprobs(logits[-1], token)
+            token = self._choose(logits, last - 1)
+            self._record_logprobs(logits.values[last - 1], token)
             self._check_stop(token)
         except ValueError as error:  # logits that are not finite, or a grammar that grew too complex
             token = None
@@ -138,10 +141,14 @@ class Generation:
     def output(self) -> RequestOutput:
         """The request as it stands."""
         text = self._detokenizer.text if self._detokenizer else ""
-        return self.snapshot(len(self.sequence.output_token_ids), text, self.finished)
+        num_tokens = len(self.sequence.output_token_ids)
+        return self.snapshot(num_tokens, text, self.finished, num_tokens, len(text))
 
-    def snapshot(self, num_tokens: int, text: str, finished: bool) -> RequestOutput:
-        """The request as it was when it had ``num_tokens`` tokens and ``text``; other threads may call this."""
+    def snapshot(self, num_tokens: int, text: str, finished: bool, num_read: int, text_read: int) -> RequestOutput:
+        """The request as it was when it had ``num_tokens`` tokens and ``text``; other threads may call this.
+
+        ``num_read`` tokens and ``text_read`` characters of these are not new.
+        """
         tokens, prompt_len = self.sequence.token_ids, self.sequence.prompt_len
         chosen = tokens[prompt_len : prompt_len + num_tokens]
         logprobs = None if self._params.logprobs is None else self._logprobs[:num_tokens]
@@ -153,12 +160,21 @@ class Generation:
             logprobs=logprobs,
             finish_reason=self.finish_reason if finished else None,
             stop_reason=self._stop_reason if finished else None,
+            text_diff=text[text_read:],
+            token_ids_diff=chosen[num_read:],
         )
         cached = self.sequence.num_cached_tokens or 0
         prompt_logprobs = None if self._params.prompt_logprobs is None else self._prompt_logprobs
         return RequestOutput(
             self.request_id, self._prompt, tokens[:prompt_len], [completion], finished, cached, prompt_logprobs
         )
+
+    def _choose(self, logits: StepLogits, row: int) -> int:
+        if self._greedy and self.sequence.num_tokens >= self.sequence.prompt_len + self._params.min_tokens:
+            token = logits.greedy[row]
+            if token is not None:
+                return token
+        return self._sample(logits.values[row])
 
     def _sample(self, logits: Logits) -> int:
         sequence, constraint = self.sequence, self._constraint
@@ -183,12 +199,11 @@ class Generation:
 
     def _record_prompt_logprobs(self, item: Work, logits: Logits) -> None:
         """Rows of the prompt that are seen for the first time; after a preemption they come again."""
-        if self._params.prompt_logprobs is None:
-            return
+        count = self._params.prompt_logprobs or 0
         known, prompt = self._prompt_logprobs, self.sequence.token_ids[: self.sequence.prompt_len]
         for position, row in zip(range(item.end - item.num_logits, item.end), logits, strict=True):
             if position + 1 == len(known) < len(prompt):
-                known.append(top_logprobs(row, prompt[position + 1], self._params.prompt_logprobs))
+                known.append(top_logprobs(row, prompt[position + 1], count))
 
     def _record_logprobs(self, logits: Logits, token: int) -> None:
         if self._params.logprobs is not None:

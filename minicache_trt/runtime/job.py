@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from minicache_trt.runtime.demotion import Demotion
 from minicache_trt.runtime.generation import TokenEvent
 from minicache_trt.runtime.request import Sequence
-from minicache_trt.runtime.sampler import Logits
 from minicache_trt.runtime.scheduler import Work
+from minicache_trt.runtime.step_logits import StepLogits
 
 
 class Job(Protocol):
@@ -26,10 +25,10 @@ class Job(Protocol):
         """What the latest `advance` or `end` brought."""
         ...
 
-    def advance(self, item: Work, logits: Logits) -> int | None:
-        """Take the logits ``[item.num_logits, vocab]`` of an item that ran; return the sequence's next token.
+    def advance(self, item: Work, logits: StepLogits, last: int) -> int | None:
+        """Take the logits of an item that ran, ``item.num_logits`` rows before row ``last``; return its next token.
 
-        Must return a token, or be finished, when the item reached the sequence's last known token. The array is only
+        Must return a token, or be finished, when the item reached the sequence's last known token. The logits are only
         valid during the call.
         """
         ...
@@ -43,8 +42,7 @@ class Job(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """A job as one step left it; ``event`` is None when it computed a part of its prompt."""
 
     job: Job

@@ -140,9 +140,9 @@ class PrefixCache:
 
     def register_full(self, sequence: Sequence, start: int) -> None:
         """Name the full-tier blocks that computing [start, num_computed) completed."""
-        if not self.serves(sequence):
-            return
         first, end = start // BLOCK_SIZE, sequence.num_computed // BLOCK_SIZE
+        if first == end or not self.serves(sequence):
+            return
         offset = sequence.compressed_len // BLOCK_SIZE
         names = self.hashes(sequence, end)
         for block in range(first, end):

@@ -7,10 +7,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
+from minicache_trt.runtime.detokenizer import TokenDecoder
 from minicache_trt.runtime.generation import Generation
 from minicache_trt.runtime.guided_decoding import Constraint, GuidedDecoder
 from minicache_trt.runtime.observer import RequestObserver
@@ -43,6 +45,10 @@ class RequestFactory:
         if isinstance(self._tokenizer_source, str | Path):
             self._tokenizer_source = load_tokenizer(Path(self._tokenizer_source))
         return self._tokenizer_source
+
+    @cached_property
+    def _decoder(self) -> TokenDecoder | None:
+        return None if self.tokenizer is None else TokenDecoder(self.tokenizer)
 
     def many(
         self,
@@ -77,7 +83,7 @@ class RequestFactory:
                 params=item,
                 max_seq_len=self._build.max_seq_len,
                 eos_token_ids=self._model.eos_token_ids,
-                tokenizer=self.tokenizer,
+                decoder=self._decoder,
                 options=replace(options, cache_salt=options.cache_salt or prompt.cache_salt),
                 constraint=self._constraint(item),
                 observer=observer,

@@ -20,6 +20,7 @@ from minicache_trt.runtime.job import Job, Update
 from minicache_trt.runtime.request import Sequence
 from minicache_trt.runtime.scheduler import ScheduledStep, Scheduler
 from minicache_trt.runtime.statistics import Statistics
+from minicache_trt.runtime.step_logits import StepLogits
 from minicache_trt.runtime.tiered_cache import TieredCache
 
 
@@ -163,26 +164,29 @@ class Runner:
         self._compress(self.scheduler.demote())
         step = self.scheduler.schedule()
         self._measure_cache()
-        for item in step.work:
-            if item.sequence.first_step is None:
-                item.sequence.first_step = started
         batch = build_batch(step, self.cache)
         self.before_engine()
-        logits = self.engine.decode(batch)
-        jobs = [self._jobs[item.sequence] for item in step.work]
+        logits = StepLogits(self.engine.decode(batch))
+        jobs: list[Job] = []
         tokens: list[int | None] = []
-        row = 0
-        for item, job in zip(step.work, jobs, strict=True):
-            tokens.append(job.advance(item, logits[row : row + item.num_logits]))
+        row, is_prefill = 0, False
+        for item in step.work:
+            sequence = item.sequence
+            if item.start < sequence.prompt_len or item.num_tokens > 1:
+                is_prefill = True
+                sequence.first_step = sequence.first_step or started
+            job = self._jobs[sequence]
             row += item.num_logits
-        is_prefill = any(item.num_tokens > 1 or item.start < item.sequence.prompt_len for item in step.work)
+            tokens.append(job.advance(item, logits, row))
+            jobs.append(job)
         self.scheduler.update(step, tokens)
-        for job in jobs:
-            if job.finished:
-                self.drop(job)
-        self.statistics.generated_tokens += sum(token is not None for token in tokens)
+        updates = [Update.of(job) for job in jobs]
+        for update in updates:
+            if update.finished:
+                self.drop(update.job)
+        self.statistics.generated_tokens += len(tokens) - tokens.count(None)
         self._measure_time(step, is_prefill, perf_counter() - started)
-        return [Update.of(job) for job in jobs]
+        return updates
 
     def _compress(self, demotions: list[Demotion]) -> None:
         if not demotions:

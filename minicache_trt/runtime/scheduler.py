@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from functools import cached_property
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.runtime.block_pool import OutOfBlocks
@@ -17,22 +16,21 @@ PRIORITY_STEP = 64
 """A request overtakes at most this many earlier ones per unit of priority: urgent ones go first, none waits forever."""
 
 
-@dataclass(frozen=True)
 class Work:
-    """Positions [start, end) of one sequence, computed in one step."""
+    """Positions [start, end) of one sequence, computed in one step.
 
-    sequence: Sequence
-    start: int
-    end: int
+    ``num_tokens`` is their number. ``num_logits`` rows of logits are wanted, those of the last positions; it is what
+    the sequence wanted when this was made, before the step's tokens were known.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        return self.end - self.start
+    __slots__ = ("end", "num_logits", "num_tokens", "sequence", "start")
 
-    @cached_property
-    def num_logits(self) -> int:
-        """Rows of logits wanted, the last ones of the chunk; asked for before the step's tokens are known."""
-        return len(self.sequence.logit_positions(self.start, self.end))
+    def __init__(self, sequence: Sequence, start: int, end: int) -> None:
+        self.sequence = sequence
+        self.start = start
+        self.end = end
+        self.num_tokens = end - start
+        self.num_logits = len(sequence.logit_positions(start, end))
 
 
 @dataclass(frozen=True)
@@ -102,38 +100,42 @@ class Scheduler:
     def demote(self) -> list[Demotion]:
         """Bring c of every running sequence to what its next position needs; preempts when blocks run out."""
         demotions: list[Demotion] = []
-        for sequence in tuple(self.running):
-            while sequence in self.running:
-                try:
-                    new_c = self.cache.compressed_len(sequence.num_computed, sequence.prompt_len)
-                    demotions += self.cache.demote(sequence, new_c)
-                    break
-                except OutOfBlocks:
-                    self._preempt_last()
+        index = 0
+        while index < len(self.running):  # who is preempted is the last, perhaps the one at hand
+            sequence = self.running[index]
+            try:
+                new_c = self.cache.compressed_len(sequence.num_computed, sequence.prompt_len)
+                demotions += self.cache.demote(sequence, new_c)
+                index += 1
+            except OutOfBlocks:
+                self._preempt_last()
         return demotions
 
     def schedule(self) -> ScheduledStep:
         """Choose the next step's work and reserve its full-tier blocks; preempts when they run out."""
         work: list[Work] = []
-        num_decodes = sum(sequence.num_remaining == 1 for sequence in self.running)
+        num_decodes = sum([sequence.num_remaining == 1 for sequence in self.running])
         budget = self.max_num_tokens - num_decodes
         preemptions = self.num_preemptions
-        for sequence in tuple(self.running):
-            while sequence in self.running:
-                item = self._next_chunk(sequence, 1 if sequence.num_remaining == 1 else budget)
-                try:
-                    self.cache.reserve(sequence, item.end)
-                except OutOfBlocks:
-                    self._preempt_last()
-                    continue
-                if sequence.num_remaining > 1:
-                    budget -= item.num_tokens
-                work.append(item)
-                break
+        index = 0
+        while index < len(self.running):  # who is preempted is the last, perhaps the one at hand
+            sequence = self.running[index]
+            is_decode = sequence.num_remaining == 1
+            item = self._next_chunk(sequence, 1 if is_decode else budget)
+            try:
+                self.cache.reserve(sequence, item.end)
+            except OutOfBlocks:
+                self._preempt_last()
+                continue
+            if not is_decode:
+                budget -= item.num_tokens
+            work.append(item)
+            index += 1
         if self.num_preemptions == preemptions:
             work += self._admit(budget)
-        work = [item for item in work if item.num_tokens]
-        return ScheduledStep(tuple(sorted(work, key=lambda item: item.num_tokens > 1)))
+        decodes = [item for item in work if item.num_tokens == 1]
+        chunks = [item for item in work if item.num_tokens > 1]
+        return ScheduledStep((*decodes, *chunks))
 
     def update(self, step: ScheduledStep, tokens: list[int | None]) -> None:
         """Record that ``step`` ran. ``tokens`` has one entry per work item: the sampled token, or None.

@@ -17,6 +17,7 @@ from minicache_trt.runtime.request import RequestOptions
 from minicache_trt.runtime.request import Sequence as TokenSequence
 from minicache_trt.runtime.sampler import Logits
 from minicache_trt.runtime.scheduler import Work
+from minicache_trt.runtime.step_logits import StepLogits
 
 Found = TypeVar("Found", covariant=True)
 
@@ -117,10 +118,10 @@ class Scoring(Generic[Found]):
         """Tokens whose turn has come; falls when the sequence is preempted."""
         return len(self._token_ids) if self.finished else self.sequence.num_computed
 
-    def advance(self, item: Work, logits: Logits) -> int | None:
+    def advance(self, item: Work, logits: StepLogits, last: int) -> int | None:
         """Keep the item's logits and feed the next given token."""
         if item.num_logits:
-            self.keep(item.end - item.num_logits, logits)
+            self.keep(item.end - item.num_logits, logits.last_rows(last, item.num_logits))
         self.finished = item.end == len(self._token_ids)
         if self.finished or item.end < self.sequence.num_tokens:
             return None

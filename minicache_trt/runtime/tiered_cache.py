@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.runtime.block_pool import BlockPool, IntegrityError, OutOfBlocks
@@ -112,6 +113,8 @@ class TieredCache:
         OutOfBlocks
             Nothing has moved then.
         """
+        if new_c == sequence.compressed_len and self.sliding_window is None:
+            return []
         if new_c % BLOCK_SIZE or not sequence.compressed_len <= new_c <= sequence.num_computed:
             raise IntegrityError(
                 f"demotion to {new_c}: expected a multiple of {BLOCK_SIZE} from compressed_len "
@@ -176,14 +179,10 @@ class TieredCache:
             pool.free(used_blocks(table[:count]))
             table[:count] = [0] * count
 
-    def slots(self, sequence: Sequence, start: int, end: int) -> list[int]:
+    def slots(self, sequence: Sequence, start: int, end: int) -> NDArray[np.int32]:
         """Full-tier slots (block * B + offset) of positions [start, end)."""
-        table, c = sequence.full_table, sequence.compressed_len
-        if end == start + 1:
-            return [table[(start - c) // BLOCK_SIZE] * BLOCK_SIZE + (start - c) % BLOCK_SIZE]
-        offsets = np.arange(start - c, end - c)
-        slots: list[int] = (np.array(table)[offsets // BLOCK_SIZE] * BLOCK_SIZE + offsets % BLOCK_SIZE).tolist()
-        return slots
+        offsets = np.arange(start, end, dtype=np.int32) - np.int32(sequence.compressed_len)
+        return np.array(sequence.full_table, np.int32)[offsets // BLOCK_SIZE] * BLOCK_SIZE + offsets % BLOCK_SIZE
 
     def free(self, sequence: Sequence) -> None:
         """Give up all blocks of the sequence and forget what it computed."""

@@ -8,10 +8,19 @@ constexpr float kLowest = -3.0e38f;
 // Logits [G, B] of one block's keys, `keys` [B, width]: q [G, width], scaled. `next`: what is read after the keys.
 MC_SIMD void block_logits(int group, int used, int width, const float* q, const float* keys, const float* next,
                           float* logits) {
-  for (int t = 0; t < used; ++t) {
+  constexpr int kKeys = 4;
+  int t = 0;
+  for (; t + kKeys <= used; t += kKeys) {
+    const float* key = keys + static_cast<std::int64_t>(t) * width;
+    for (int i = 0; next != nullptr && i < kKeys; ++i) prefetch_row(keys, t + i, used, width, next);
+    int g = 0;
+    for (; g + 2 <= group; g += 2) dots<2, kKeys>(width, q + g * width, key, logits + g * kBlockSize + t);
+    if (g < group) dots<1, kKeys>(width, q + g * width, key, logits + g * kBlockSize + t);
+  }
+  for (; t < used; ++t) {
     const float* key = keys + static_cast<std::int64_t>(t) * width;
     if (next != nullptr) prefetch_row(keys, t, used, width, next);
-    for (int g = 0; g < group; ++g) logits[g * kBlockSize + t] = dot(q + g * width, key, width);
+    for (int g = 0; g < group; ++g) dots<1, 1>(width, q + g * width, key, logits + g * kBlockSize + t);
   }
 }
 
@@ -64,10 +73,7 @@ MC_SIMD void decode_full(const AttentionArguments& a, const DecodePart& part, co
       w.factors[g] = weigh(w.logits + g * kBlockSize, used, partial[0], partial[1]);
     }
     if (group < kRows) {
-      for (int g = 0; g < group; ++g) {
-        stream_product(used, w.logits + g * kBlockSize, values, dim, g == 0 ? next : nullptr,
-                       out + g * (2 + dim) + 2, w.factors[g]);
-      }
+      stream_product(group, used, w.logits, values, dim, next, out + 2, 2 + dim, w.factors);
     } else {
       product(group, dim, used, w.logits, kBlockSize, 1, values, dim, out + 2, 2 + dim, w.factors);
     }
@@ -146,7 +152,11 @@ MC_SIMD void decode_compressed(const AttentionArguments& a, const Reader& key, c
         row[t] *= nu[t];
       }
     }
-    product(group, width, kBlockSize, w.logits, kBlockSize, 1, w.tile, width, w.latent, width, w.factors);
+    if (group < kRows) {
+      stream_product(group, kBlockSize, w.logits, w.tile, width, nullptr, w.latent, width, w.factors);
+    } else {
+      product(group, width, kBlockSize, w.logits, kBlockSize, 1, w.tile, width, w.latent, width, w.factors);
+    }
   }
   for (int g = 0; g < group; ++g) {
     float* values = out + g * (2 + dim) + 2;

@@ -21,10 +21,14 @@ MC_SIMD void store_some(float* x, Floats value, int count) {
   }
 }
 MC_SIMD Floats splat(float x) { return x - Floats{}; }
-MC_SIMD Floats to_floats(Bytes x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }
+MC_SIMD Ints to_integers(Bytes x) { return __builtin_convertvector(x, Ints); }
+MC_SIMD Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 MC_SIMD Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-MC_SIMD float sum(Floats x) {
+typedef float Four __attribute__((vector_size(16)));
+
+// Sums of every fourth lane.
+MC_SIMD Four fold(Floats x) {
 #if MC_LANES == 16
   const auto eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
                      __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -32,12 +36,25 @@ MC_SIMD float sum(Floats x) {
   const Floats eight = x;
 #endif
 #if MC_LANES >= 8
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
 #else
-  const Floats four = eight;
+  return eight;
 #endif
-  const auto two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
+}
+
+MC_SIMD float sum(Floats x) {
+  const Four four = fold(x);
+  const Four two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
   return two[0] + two[1];
+}
+
+// Four sums, each in the order of `sum`.
+MC_SIMD void store_sums(float* y, Floats a, Floats b, Floats c, Floats d) {
+  const Four e = fold(a), f = fold(b), g = fold(c), h = fold(d);
+  const Four ef = __builtin_shufflevector(e, f, 0, 4, 1, 5) + __builtin_shufflevector(e, f, 2, 6, 3, 7);
+  const Four gh = __builtin_shufflevector(g, h, 0, 4, 1, 5) + __builtin_shufflevector(g, h, 2, 6, 3, 7);
+  const Four all = __builtin_shufflevector(ef, gh, 0, 1, 4, 5) + __builtin_shufflevector(ef, gh, 2, 3, 6, 7);
+  __builtin_memcpy(y, &all, sizeof(all));
 }
 
 // 2^x for x <= 0; 0 below -126. Relative error 2e-7.
@@ -137,31 +154,65 @@ MC_SIMD void prefetch_row(const float* rows, int t, int used, int width, const f
   for (int i = 0; i < width; i += kLine) __builtin_prefetch(from + i);
 }
 
-// values [Vectors * kLanes] = values * factor + sum of weights[t] rows[t], rows streamed from memory.
-template <int Vectors>
+// values [Queries, Vectors * kLanes] = values * factor[query] + weights [Queries, B] rows, rows streamed from memory.
+template <int Queries, int Vectors>
 MC_SIMD void stream_columns(int used, const float* weights, const float* rows, int width, const float* next,
-                            float* values, float factor) {
-  Floats sums[Vectors];
+                            float* values, std::int64_t stride, const float* factor) {
+  Floats sums[Queries][Vectors];
 #pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) sums[v] = load(values + v * kLanes) * splat(factor);
+  for (int g = 0; g < Queries; ++g) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sums[g][v] = load(values + g * stride + v * kLanes) * splat(factor[g]);
+  }
   for (int t = 0; t < used; ++t) {
     if (next != nullptr) prefetch_row(rows, t, used, width, next);
-    const Floats weight = splat(weights[t]);
     const float* row = rows + static_cast<std::int64_t>(t) * width;
+    Floats right[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) sums[v] += weight * load(row + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) right[v] = load(row + v * kLanes);
+#pragma GCC unroll 8
+    for (int g = 0; g < Queries; ++g) {
+      const Floats weight = splat(weights[g * kBlockSize + t]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sums[g][v] += weight * right[v];
+    }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) store(values + v * kLanes, sums[v]);
+  for (int g = 0; g < Queries; ++g) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store(values + g * stride + v * kLanes, sums[g][v]);
+  }
 }
 
-MC_ENTRY void stream_product(int used, const float* weights, const float* rows, int width, const float* next,
-                             float* values, float factor) {
+template <int Queries>
+MC_SIMD void stream_queries(int used, const float* weights, const float* rows, int width, const float* next,
+                            float* values, std::int64_t stride, const float* factor) {
+  constexpr int kVectors = Queries == 1 ? 8 : 4;  // as many sums at a time as it takes to hide an addition's latency
   int n = 0;
-  for (; n + kColumns * kLanes <= width; n += kColumns * kLanes) {
-    stream_columns<kColumns>(used, weights, rows + n, width, n == 0 ? next : nullptr, values + n, factor);
+  for (; n + kVectors * kLanes <= width; n += kVectors * kLanes) {
+    const float* ahead = n == 0 ? next : nullptr;
+    stream_columns<Queries, kVectors>(used, weights, rows + n, width, ahead, values + n, stride, factor);
   }
-  for (; n < width; n += kLanes) stream_columns<1>(used, weights, rows + n, width, nullptr, values + n, factor);
+  for (; n + 2 * kLanes <= width; n += 2 * kLanes) {
+    const float* ahead = n == 0 ? next : nullptr;
+    stream_columns<Queries, 2>(used, weights, rows + n, width, ahead, values + n, stride, factor);
+  }
+  if (n < width) stream_columns<Queries, 1>(used, weights, rows + n, width, nullptr, values + n, stride, factor);
+}
+
+// values [queries, width] = values * factor[query] + weights [queries, B] rows, for fewer queries than kRows. `next`:
+// what is read after the rows, or null when these are in the cache.
+MC_ENTRY void stream_product(int queries, int used, const float* weights, const float* rows, int width,
+                             const float* next, float* values, std::int64_t stride, const float* factor) {
+  int g = 0;
+  for (; g + 2 <= queries; g += 2) {
+    stream_queries<2>(used, weights + g * kBlockSize, rows, width, g == 0 ? next : nullptr, values + g * stride, stride,
+                      factor + g);
+  }
+  if (g < queries) {
+    stream_queries<1>(used, weights + g * kBlockSize, rows, width, g == 0 ? next : nullptr, values + g * stride, stride,
+                      factor + g);
+  }
 }
 
 // Inner product; `length` a multiple of kLanes.
@@ -174,6 +225,32 @@ MC_SIMD float dot(const float* a, const float* b, int length) {
   }
   if (i < length) first += load(a + i) * load(b + i);
   return sum(first + second);
+}
+
+// Inner products of queries [Queries, width] with keys [Keys, width]; out [Queries, B]. `width` a multiple of kLanes.
+template <int Queries, int Keys>
+MC_SIMD void dots(int width, const float* q, const float* keys, float* out) {
+  Floats sums[Queries][Keys] = {};
+  for (int i = 0; i < width; i += kLanes) {
+    Floats right[Queries];
+#pragma GCC unroll 8
+    for (int g = 0; g < Queries; ++g) right[g] = load(q + g * width + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < Keys; ++t) {
+      const Floats left = load(keys + static_cast<std::int64_t>(t) * width + i);
+#pragma GCC unroll 8
+      for (int g = 0; g < Queries; ++g) sums[g][t] += left * right[g];
+    }
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < Queries; ++g) {
+    if constexpr (Keys == 4) {
+      store_sums(out + g * kBlockSize, sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
+    } else {
+#pragma GCC unroll 8
+      for (int t = 0; t < Keys; ++t) out[g * kBlockSize + t] = sum(sums[g][t]);
+    }
+  }
 }
 
 // y += factor * x; `length` a multiple of kLanes.

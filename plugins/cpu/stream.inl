@@ -21,18 +21,18 @@ MC_SIMD Bytes code_bytes(const std::int8_t* stored) {
 template <int Bits, class Store>
 MC_SIMD void unpack(const std::int8_t* stored, int length, Store out) {
   constexpr int kPlanes = 8 / Bits;
-  constexpr std::uint8_t kMask = (1 << Bits) - 1;
+  constexpr std::int32_t kMask = (1 << Bits) - 1;
   const int bytes = length / kPlanes;
   int i = 0;
   for (; i + kLanes <= bytes; i += kLanes) {
-    const Bytes packed = code_bytes(stored + i);
+    const Ints packed = to_integers(code_bytes(stored + i));
 #pragma GCC unroll 8
     for (int plane = 0; plane < kPlanes; ++plane) {
       out(plane * bytes + i, to_floats((packed >> (plane * Bits)) & kMask), kLanes);
     }
   }
   if (i == bytes) return;
-  Bytes packed{};
+  Ints packed{};
   for (int j = 0; j < bytes - i; ++j) packed[j] = stored_to_byte(stored[i + j]);
 #pragma GCC unroll 8
   for (int plane = 0; plane < kPlanes; ++plane) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _ctypes
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import pytest
 import torch
 
 from minicache_trt.backends import cpu_kernels
+from minicache_trt.backends.onnxruntime import open_session
 from minicache_trt.compression.methods import make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import DOMAIN
+from minicache_trt.errors import UserError
 from minicache_trt.model.attributes import attention_attributes
 from minicache_trt.model.torch_attention import Pools, paged_attention
 from minicache_trt.runtime.batch import Batch
@@ -197,5 +201,32 @@ def test_graphs_that_do_not_describe_their_nodes_are_left_alone() -> None:
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(cpu_kernels.SWITCH, "0")
     assert cpu_kernels.cpu_kernels() is None and cpu_kernels.instruction_set() is None
-    monkeypatch.setenv(cpu_kernels.SWITCH, str(tmp_path / "missing.so"))
-    assert cpu_kernels.cpu_kernels() is None
+
+
+def test_a_library_that_is_named_must_be_usable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Engines say so too, and do not silently run something slower."""
+    missing, text = tmp_path / "missing.so", tmp_path / "text.so"
+    text.write_text("not a library")
+    cases = [(missing, f"there is no file {missing}"), (text, "cannot be loaded"), (tmp_path, "there is no file")]
+    for name, cause in cases:
+        monkeypatch.setenv(cpu_kernels.SWITCH, str(name))
+        for ask in (cpu_kernels.cpu_kernels, cpu_kernels.instruction_set):
+            with pytest.raises(UserError) as raised:
+                ask()
+            assert cause in raised.value.cause and "unset MINICACHE_CPU_KERNELS" in raised.value.remedy
+    with pytest.raises(UserError, match="MINICACHE_CPU_KERNELS: there is no file"):
+        open_session(tmp_path / "decoder.onnx", 1)
+
+
+def test_a_library_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu_kernels.SWITCH, _ctypes.__file__)
+    with pytest.raises(UserError, match="does not hold minicache-trt's CPU kernels"):
+        cpu_kernels.cpu_kernels()
+
+
+def test_a_library_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copy = tmp_path / "kernels.so"
+    shutil.copyfile(cpu_kernels.cpu_kernels() or "", copy)
+    before = cpu_kernels.instruction_set()
+    monkeypatch.setenv(cpu_kernels.SWITCH, str(copy))
+    assert cpu_kernels.cpu_kernels() == copy and cpu_kernels.instruction_set() == before

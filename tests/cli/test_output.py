@@ -165,10 +165,13 @@ def test_doctor(invoke: Invoke) -> None:
 
 
 def test_doctor_says_why_there_are_no_kernels(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    for switch, found in (("0", "switched off by MINICACHE_CPU_KERNELS=0"), ("/nowhere.so", "not built")):
+    unusable = "MINICACHE_CPU_KERNELS: there is no file /nowhere.so"
+    for switch, found, code in (("0", "switched off by MINICACHE_CPU_KERNELS=0", 0), ("/nowhere.so", unusable, 1)):
         monkeypatch.setenv("MINICACHE_CPU_KERNELS", switch)
-        checks = {check["name"]: check for check in _json(invoke, "doctor")}
+        result = invoke("doctor", "--json")
+        checks = {check["name"]: check for check in json.loads(result.out)}
         assert not checks["CPU kernels"]["ok"] and checks["CPU kernels"]["found"] == found
+        assert result.code == code, "engines do without kernels, but not with some that are wrong"
 
 
 def test_run_streams_what_json_reports(invoke: Invoke, engine: Path) -> None:

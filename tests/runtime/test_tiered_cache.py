@@ -91,7 +91,7 @@ def step(cache, sequence, place, size):
     peak = cache.peak_blocks(sequence, end)
     cache.reserve(sequence, end)
     assert peak == (len(sequence.full_table), len(sequence.compressed_table))
-    for position, slot in zip(range(start, end), cache.slots(sequence, start, end), strict=True):
+    for position, slot in zip(range(start, end), cache.slots(sequence, start, end).tolist(), strict=True):
         place[position] = ("full", slot // BLOCK_SIZE, slot % BLOCK_SIZE)
     sequence.num_computed = end
     for position, (tier, block, offset) in place.items():
@@ -174,9 +174,9 @@ def test_demote_moves_the_head_of_the_table():
     assert not set(cache.full_pool.allocate(14)) & set(blocks), "sources must not be reused before release"
     cache.release(demotions)
     assert cache.full_pool.num_free == 2
-    assert cache.slots(sequence, 128, 130) == [blocks[2] * 64, blocks[2] * 64 + 1]
-    assert cache.slots(sequence, 191, 193) == [blocks[2] * 64 + 63, blocks[3] * 64]
-    assert cache.slots(sequence, 192, 193) == [blocks[3] * 64], "one position"
+    assert cache.slots(sequence, 128, 130).tolist() == [blocks[2] * 64, blocks[2] * 64 + 1]
+    assert cache.slots(sequence, 191, 193).tolist() == [blocks[2] * 64 + 63, blocks[3] * 64]
+    assert cache.slots(sequence, 192, 193).tolist() == [blocks[3] * 64], "one position"
 
 
 def test_failed_requests_change_nothing():

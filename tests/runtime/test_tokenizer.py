@@ -2,17 +2,19 @@ import pytest
 from bpe import TEXT, bpe_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.tokenizer import Detokenizer, decoder_of, load_tokenizer
+from minicache_trt.runtime.detokenizer import Detokenizer, TokenDecoder
+from minicache_trt.runtime.tokenizer import load_tokenizer
 
 texts = st.text(st.sampled_from("ab st.op é猫🐱👩‍🚀\n"), max_size=25)
 
 
 def stream(token_ids, prompt_ids=(), stop=()):
     """All deltas, and the detokenizer after the last."""
-    detokenizer = Detokenizer(bpe_tokenizer(), list(prompt_ids), tuple(stop))
+    detokenizer = Detokenizer(TokenDecoder(bpe_tokenizer()), list(prompt_ids), tuple(stop))
     deltas = []
     for token in token_ids:
         detokenizer.append(token)
@@ -108,6 +110,30 @@ class Shouting(PreTrainedTokenizerFast):
 @given(st.lists(st.integers(0, 299), max_size=15))
 def test_the_short_way_to_the_library_changes_nothing(token_ids):
     tokenizer = bpe_tokenizer()
-    assert decoder_of(tokenizer)(token_ids) == decode(token_ids)
+    assert TokenDecoder(tokenizer)(token_ids) == decode(token_ids)
     shouting = Shouting(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
-    assert decoder_of(shouting)(token_ids) == decode(token_ids).upper()
+    assert TokenDecoder(shouting)(token_ids) == decode(token_ids).upper()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 299), max_size=8), st.integers(0, 299))
+def test_a_piece_is_what_a_token_adds(before, token):
+    """To any text of whole characters; tokens that end inside one have no piece, nor have special ones."""
+    decoder = TokenDecoder(bpe_tokenizer())
+    piece = decoder.piece(token)
+    if piece is None:
+        assert decode([token]) == "" or decode([token]).endswith("\ufffd")
+    elif not decode(before).endswith("\ufffd"):
+        assert decode([*before, token]) == decode(before) + piece == decode(before) + (decoder.piece(token) or "")
+
+
+def test_pieces_are_for_byte_level_tokenizers_only():
+    """A sentencepiece tokenizer loses the space before the first word of what it decodes."""
+    tokenizer = Tokenizer(models.BPE({"\u2581a": 0, "b": 1}, []))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    decoder = TokenDecoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert decoder([0, 0]) == "a a" and decoder.piece(0) is None
+    detokenizer = Detokenizer(decoder, [], ())
+    for token in (0, 1, 0):
+        detokenizer.append(token)
+    assert detokenizer.text == "ab a"
