@@ -17,7 +17,7 @@ from minicache_trt.checkpoint.resolve import Checkpoint
 from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
 from minicache_trt.compression.matrices import save_matrices
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
+from minicache_trt.config import TENSORRT_BACKENDS, WEIGHT_BITS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, COMPRESSOR, DECODER, MAPS, MATRICES, QUANTIZED
 from minicache_trt.functions.form import COMPUTE_TYPES, GraphForm
 from minicache_trt.model.graph import build_compressor, build_decoder
@@ -27,9 +27,6 @@ from minicache_trt.staging import link_or_copy
 
 Report = Callable[[str, int, int], None]
 """Progress: stage, done, total."""
-
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-"""Bits of a code in the weight-only formats."""
 
 
 def write_engine(

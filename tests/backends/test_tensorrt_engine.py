@@ -44,6 +44,7 @@ def open_fake(
     for graph, name in ((decoder_graph, DECODER_ENGINE), (COMPRESSOR, COMPRESSOR_ENGINE)):
         (directory / name).write_text(json.dumps({"graph": str(directory / graph)}))
     info = read_engine(directory)
+    info = one_at_a_time(info) if issubclass(kind, TracedTensorRtRtxEngine) else info
     model, plan, limits = info.model, info.plan, info.build
 
     def profiles(name: str) -> Any:
@@ -143,7 +144,7 @@ def test_an_engine_without_trace_points_is_not_traced(tmp_path: Path) -> None:
     directory = build(checkpoint, tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float32")
     with pytest.raises(UserError, match="its decoder does not output embed") as refused:
         open_fake(directory, kind=TracedTensorRtRtxEngine)
-    assert refused.value.hint == "build it with --enable-debug-output"
+    assert refused.value.remedy == "build it with --enable-debug-output"
 
 
 @pytest.mark.usefixtures("graphs_only")
@@ -168,7 +169,7 @@ def test_compiled_kernels_are_kept_between_runs(tmp_path: Path) -> None:
 
     def run() -> list[str]:
         engine, trt = open_fake(directory)
-        engine.allocate(8, 1)
+        engine.allocate(48, 1)
         engine.decode(step([(5, 0, 1), (33, 0, 1)]))
         engine.decode(step([(9, 0, 9)]))
         del engine

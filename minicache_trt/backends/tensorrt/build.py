@@ -22,7 +22,7 @@ from minicache_trt.checkpoint.quantize import quantized_views
 from minicache_trt.checkpoint.resolve import Checkpoint
 from minicache_trt.checkpoint.weights import WeightView, read_safetensors_file
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import BuildConfig
+from minicache_trt.config import WEIGHT_BITS, BuildConfig
 from minicache_trt.engine_directory import (
     COMPRESSOR,
     COMPRESSOR_ENGINE,
@@ -32,7 +32,7 @@ from minicache_trt.engine_directory import (
     MAPS,
     QUANTIZED,
 )
-from minicache_trt.engine_writer import WEIGHT_BITS, Report, graph_form, weight_locations
+from minicache_trt.engine_writer import Report, graph_form, weight_locations
 from minicache_trt.model.graph import build_decoder
 from minicache_trt.model.maps import GraphMaps, plan_maps
 from minicache_trt.model.weights import GraphWeights

@@ -16,8 +16,7 @@ from pathlib import Path
 from minicache_trt.checkpoint.binding import linear_weights, weight_shapes
 from minicache_trt.checkpoint.quantize import QUANTIZATION_BLOCK
 from minicache_trt.checkpoint.weights import ITEM_SIZES
-from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
-from minicache_trt.engine_writer import WEIGHT_BITS
+from minicache_trt.config import TENSORRT_BACKENDS, WEIGHT_BITS, BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes
 

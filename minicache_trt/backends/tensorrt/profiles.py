@@ -21,8 +21,8 @@ from minicache_trt.runtime.cache_sizes import CacheSizes
 
 LARGEST_VOLUME = 2**31 - 1
 """Elements of the largest tensor TensorRT takes."""
-COMPRESSED_AT_ONCE = 64
-"""Blocks a compressor takes at most."""
+COMPRESSED_AT_ONCE = 16
+"""Blocks a compressor takes at most: it holds those of several streams in float32."""
 
 Dims = tuple[int, ...]
 
