@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minicache_trt.backends import open_backend
 from minicache_trt.backends.base import Engine
-from minicache_trt.backends.tensorrt.estimate import check_build
+from minicache_trt.backends.tensorrt.estimate import Room, build_needs, check_room
 from minicache_trt.backends.tensorrt.module import load_module
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
@@ -117,22 +117,11 @@ def build_engine(
         plan, build = configure(checkpoint.config)
         if checkpoint.int4 is not None:
             build = _int4_build(build, checkpoint)
-        plan.validate(checkpoint.config)
+        build = check_build(checkpoint.config, plan, build, tensorrt)
         if not checkpoint.dummy:
             plan.check_source(checkpoint.checksum())
-        open_backend(build.backend)
-        build = build.for_model(checkpoint.config)
-        tensorrt.check(build.backend)
-        if build.backend in TENSORRT_BACKENDS:
-            load_module(build.backend)
-            if build.weights != "fp32":
-                raise UserError(
-                    f"backend {build.backend} has no {build.weights} weights yet",
-                    "leave out --weights: the engine's are of its --dtype",
-                )
-            check_build(checkpoint.config, build, output.parent)
-        check_ranks(checkpoint.config, plan, build)
-        _check_limits(checkpoint.config, build)
+        if (needs := build_needs(checkpoint.config, build)) is not None:
+            check_room(needs, Room.here(output.parent), build)
         checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
         report("checkpoint", 1, 1)
         if calibrate is not None:
@@ -170,6 +159,27 @@ def load_engine(path: str | Path, num_threads: int | None = None, backend: str |
     if info.build.tp_size > 1:
         return TensorParallelEngine(Path(path), info, name, num_threads)
     return open_backend(name)(Path(path), info, num_threads)
+
+
+def check_build(
+    config: ModelConfig, plan: CompressionPlan, build: BuildConfig, tensorrt: TensorRtOptions
+) -> BuildConfig:
+    """What can be known of a build before any weight is read; the build with its compute type.
+
+    Raises
+    ------
+    UserError
+        The plan, the limits or the backend do not go with the model, or with one another.
+    """
+    plan.validate(config)
+    open_backend(build.backend)
+    build = build.for_model(config)
+    tensorrt.check(build.backend)
+    if build.backend in TENSORRT_BACKENDS:
+        load_module(build.backend)
+    check_ranks(config, plan, build)
+    _check_limits(config, build)
+    return build
 
 
 def _int4_build(build: BuildConfig, checkpoint: Checkpoint) -> BuildConfig:

@@ -14,6 +14,9 @@ BLOCK_SIZE = 64
 WEIGHT_FORMATS = ("fp32", "int8", "int4")
 """Weight formats the ONNX Runtime backend runs; int8 and int4 are weight-only with blocks of 32 (MatMulNBits)."""
 
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+"""Bits of a code in the weight-only formats."""
+
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 """Types an engine's activations, weights and exact cache can have."""
 BACKEND_DTYPES = {

@@ -10,12 +10,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 from minicache_trt.backends.tensorrt.plugins import find_plugins
+from minicache_trt.backends.tensorrt.weight_only import write_row_codes
+from minicache_trt.checkpoint.binding import linear_weights
 from minicache_trt.checkpoint.quantize import quantized_views, write_quantized
 from minicache_trt.checkpoint.resolve import Checkpoint
 from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
 from minicache_trt.compression.matrices import save_matrices
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
+from minicache_trt.config import TENSORRT_BACKENDS, WEIGHT_BITS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, COMPRESSOR, DECODER, MAPS, MATRICES, QUANTIZED
 from minicache_trt.functions.form import COMPUTE_TYPES, GraphForm
 from minicache_trt.model.graph import build_compressor, build_decoder
@@ -25,9 +27,6 @@ from minicache_trt.staging import link_or_copy
 
 Report = Callable[[str, int, int], None]
 """Progress: stage, done, total."""
-
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-"""Bits of a code in the weight-only formats."""
 
 
 def write_engine(
@@ -58,6 +57,9 @@ def write_engine(
     if checkpoint.int4 is not None:
         linked &= link_or_copy(checkpoint.int4, staging / QUANTIZED)
         quantized = quantized_views(staging / QUANTIZED)
+    elif build.weights == "int8" and build.backend in TENSORRT_BACKENDS:
+        linears = linear_views(checkpoint.config, checkpoint.weights)
+        quantized = write_row_codes(staging / QUANTIZED, linears, partial(report, "quantize"))
     elif bits is not None:
         linears = linear_views(checkpoint.config, checkpoint.weights)
         path = staging / QUANTIZED
@@ -102,15 +104,5 @@ def weight_locations(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:
-    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included.
-
-    Routers are not among them: they are small, and a rounded one sends tokens to other experts.
-    """
-    linears = {
-        name.removesuffix(".weight"): view
-        for name, view in views.items()
-        if len(view.shape) == 2 and name != "embed.weight" and not name.endswith(".router.weight")
-    }
-    if config.tie_word_embeddings:
-        linears["lm_head"] = views["embed.weight"]
-    return linears
+    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included."""
+    return {name: views[weight] for name, weight in linear_weights(config).items()}

@@ -15,6 +15,7 @@ from minicache_trt.backends.torch_weights import load_weights
 from minicache_trt.engine_directory import EngineInfo
 from minicache_trt.errors import UserError
 from minicache_trt.kernels.cache import KernelCache
+from minicache_trt.kernels.device_memory import allocating_cache, free_memory, one_line_errors, pool_array
 from minicache_trt.kernels.graphs import CompressGraphs, CudaRecorder, DecodeGraphs, GraphLimits, Recorder, run_again
 from minicache_trt.kernels.host_logits import HostLogits
 from minicache_trt.kernels.library import KernelError, KernelLibrary
@@ -27,8 +28,6 @@ from minicache_trt.runtime.batch import Batch, Int32
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Sizes of heads the attention kernels are made for."""
-
-_LESS_MEMORY = "lower --kv-cache-memory or --kv-cache-free-gpu-memory-fraction, or build with smaller limits"
 
 
 class KernelEngine:
@@ -81,19 +80,12 @@ class KernelEngine:
         self._new_graphs()
 
     def free_memory(self) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + self.cache.num_bytes  # `allocate` frees what there is before it makes anew
+        return free_memory(self.device, self.cache.tensors.values())
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         self._new_graphs()  # they hold the addresses of the pools there were
-        try:
+        with allocating_cache(self.device):
             return self.cache.allocate(full_blocks, compressed_blocks)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU PyTorch raises nothing more specific
-            where = "the GPU" if self.device.type == "cuda" else "the machine"
-            raise UserError(f"{where} has too little memory for the cache", _LESS_MEMORY) from error
 
     @torch.inference_mode()
     def decode(self, batch: Batch) -> NDArray[np.float32]:
@@ -113,9 +105,7 @@ class KernelEngine:
 
     def pool(self, name: str) -> NDArray[np.generic]:
         """A copy of a pool by its contract name, for inspection; bfloat16 as float32."""
-        tensor = self.cache.tensors[name].cpu()
-        array: NDArray[np.generic] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        return array
+        return pool_array(self.cache.tensors[name])
 
     def _compute(self, step: StepInputs) -> Tensor:
         """Logits ``[rows, vocab]`` of a loaded step, compute type."""
@@ -135,9 +125,8 @@ class KernelEngine:
     @contextmanager
     def _one_line_errors(self, what: str) -> Iterator[None]:
         try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU has too little memory for {what}", _LESS_MEMORY) from error
+            with one_line_errors(what):
+                yield
         except KernelError as error:
             raise UserError(f"the kernels cannot run this model: {error}", "use --backend onnxruntime") from error
 

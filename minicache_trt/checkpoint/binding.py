@@ -52,6 +52,20 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def linear_weights(config: ModelConfig) -> dict[str, str]:
+    """Linear layers that weight-only formats quantize, the output layer included, to the names of their weights.
+
+    Routers are not among them: they are small, and a rounded one sends tokens to other experts.
+    """
+    names = (name for name, shape in weight_shapes(config).items() if len(shape) == 2)
+    linears = {
+        name.removesuffix(".weight"): name
+        for name in names
+        if name != "embed.weight" and not name.endswith(".router.weight")
+    }
+    return linears | ({"lm_head": "embed.weight"} if config.tie_word_embeddings else {})
+
+
 def stored_tensors(config: ModelConfig) -> dict[str, list[str]]:
     """Names of a checkpoint's tensors, to the canonical names of the weights stacked in each, row under row."""
     family = FAMILIES[config.family]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from minicache_trt.checkpoint.streaming import encode_header
+from minicache_trt.checkpoint.streaming import Progress, encode_header
 from minicache_trt.checkpoint.weights import SAFETENSORS_DTYPES, WeightView, numpy_dtype, read_safetensors_file
 
-Progress = Callable[[int, int], None]
+CHUNK = 1 << 18
+"""Numbers cast at a time: they stay in a core's cache."""
 
 
 def cast_weights(path: Path, views: Mapping[str, WeightView], dtype: str, progress: Progress) -> dict[str, WeightView]:
@@ -21,7 +23,7 @@ def cast_weights(path: Path, views: Mapping[str, WeightView], dtype: str, progre
     Parameters
     ----------
     path : Path
-        Written only if a weight has to be cast; memory in use is that of the largest.
+        Written only if a weight has to be cast; memory in use is little.
     views : mapping
         By canonical name.
     dtype : str
@@ -38,9 +40,18 @@ def cast_weights(path: Path, views: Mapping[str, WeightView], dtype: str, progre
         file.write(encode_header({name: (stored, view.shape) for name, view in others.items()}))
         for done, view in enumerate(others.values()):
             progress(done, len(others))
-            weight = view.numpy()
-            if dtype == "float16":
-                weight = np.clip(weight.astype(np.float32), -65504.0, 65504.0)
-            file.write(np.ascontiguousarray(weight.astype(target)).view(np.uint8).data)
+            weight = view.numpy().reshape(-1)
+            for start in range(0, len(weight), CHUNK):
+                file.write(_cast(weight[start : start + CHUNK], target).view(np.uint8).data)
         progress(len(others), len(others))
     return {**views, **read_safetensors_file(path)}
+
+
+def _cast(numbers: NDArray[np.generic], target: np.dtype) -> NDArray[np.generic]:
+    with np.errstate(over="ignore"):
+        result = numbers.astype(target)
+    if target == np.float16:
+        infinite = result.view(np.uint16) & 0x7FFF == 0x7C00
+        if infinite.any():
+            result[infinite] = np.copysign(np.float16(65504.0), result[infinite])
+    return result

@@ -92,12 +92,23 @@ def build(
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of measured kernels, read and written.", rich_help_panel=TENSORRT)
     ] = None,
+    debug_output: Annotated[
+        bool,
+        typer.Option(
+            "--enable-debug-output",
+            help="Every layer's attention and residual stream is an output, for compare --layers.",
+            rich_help_panel=TENSORRT,
+        ),
+    ] = False,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: the model's shape without its weights.")] = "auto",
     revision: options.Revision = None,
     lora_dir: options.LoraDir = None,
     tokenizer: options.TokenizerDir = None,
     tp_size: options.TensorParallel = 1,
     pp_size: options.PipelineParallel = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the build needs and whether it is here; build nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an engine that is already there.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -118,6 +129,8 @@ def build(
 
       minicache-trt build -m ./Llama-3.2-1B --backend tensorrt-rtx --dtype float16 -o engine    (needs no GPU)
 
+      minicache-trt build -m llama2-7b --backend tensorrt-rtx -o engine --dry-run    (memory and disk it would take)
+
       minicache-trt build -m ./checkpoint --method smoothquant --calibration-text text.txt --backend torch -o engine
     """
     from minicache_trt.build import build_engine, default_max_seq_len
@@ -135,9 +148,14 @@ def build(
         return plan_options(config), limits
 
     try:
-        tensorrt = TensorRtOptions(optimization_level, version_compatible, weight_streaming, timing_cache)
+        tensorrt = TensorRtOptions(optimization_level, version_compatible, weight_streaming, timing_cache, debug_output)
     except ValueError as error:
         raise UserError(f"--builder-{str(error).replace('_', '-')}") from error
+    if dry_run:
+        from minicache_trt.cli.dry_run import dry_run as print_needs
+
+        print_needs(model, output, configure, tensorrt, revision, json)
+        return
     start = time.perf_counter()
     with progress_bars(not json) as report:
         result = build_engine(

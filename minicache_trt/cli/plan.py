@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from minicache_trt.backends.tensorrt.estimate import build_needs
 from minicache_trt.checkpoint import resolve_config
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, stderr, stdout, table
@@ -77,6 +78,10 @@ def plan(
     rows.add_row("cache of one sequence", format_bytes(summary["bytes_per_token"] * context))
     if summary["constant_bytes"]:
         rows.add_row("constants, once per model", format_bytes(summary["constant_bytes"]))
+    needs = build_needs(config, BuildConfig(backend="tensorrt-rtx").for_model(config))
+    if needs is not None:
+        memory, disk = format_bytes(needs.memory_bytes), format_bytes(needs.disk_bytes)
+        rows.add_row("building it with TensorRT, about", f"{memory} of memory, {disk} of disk")
     stdout.print(rows)
 
 

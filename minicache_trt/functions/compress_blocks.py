@@ -24,7 +24,7 @@ NEVER = -2 * BEFORE_ALL
 """Score of tokens a threshold rule does not keep."""
 
 
-def compress_blocks(name: str, layout: StreamLayout, maps: tuple[str, ...] = ()) -> ir.Function:
+def compress_blocks(name: str, layout: StreamLayout, maps: tuple[str, ...] = (), count: int = 1) -> ir.Function:
     """Build the function for one stream layout.
 
     Parameters
@@ -33,29 +33,47 @@ def compress_blocks(name: str, layout: StreamLayout, maps: tuple[str, ...] = ())
     layout : StreamLayout
     maps : tuple of str
         Names of the linear maps it takes, as `minicache_trt.model.maps.writer_maps` gives them.
+    count : int
+        Streams of this layout it compresses at once, side by side along the axis of blocks; one if it takes maps.
 
     Returns
     -------
     ir.Function
         Inputs ``source_blocks, target_blocks, block_index [N]`` int32, the full pools of the group's layers, the maps,
-        then the stream's own pools; outputs those pools after the update.
+        then the stream's own pools, each stream's behind the one's before it; outputs those pools after the update.
     """
     g = Emitter("cb")
     stream = layout.stream
+    suffixes = [f".{number}" for number in range(count)] if count > 1 else [""]
     parameters = {key: g.parameter(key) for key in COMPRESSOR_INPUTS}
-    layers = [g.parameter(f"kv{member}") for member in range(len(stream.layers))]
+    layers = [[g.parameter(f"kv{member}{suffix}") for member in range(len(stream.layers))] for suffix in suffixes]
     constants = {key: g.parameter(key) for key in maps}
-    pools = {kind: g.parameter(kind) for kind in layout.pools}
-    source = g.int64(parameters["source_blocks"])
-    raw = [block_slices(g, kv, source, PARTS.index(stream.part)) for kv in layers]
+    pools = [{kind: g.parameter(f"{kind}{suffix}") for kind in layout.pools} for suffix in suffixes]
+    source, index = g.int64(parameters["source_blocks"]), g.int64(parameters["block_index"])
+    place = PARTS.index(stream.part)
+    raw = [g.concat([block_slices(g, kv, source, place) for kv in same], 0) for same in zip(*layers, strict=True)]
     if "heads" in constants:
         rows = [g.op("Gather", constants["heads"], g.constant(i), attrs={"axis": 0}) for i in range(len(raw))]
         raw = [g.op("Gather", x, heads, attrs={"axis": 1}) for x, heads in zip(raw, rows, strict=True)]
-    fields = _fields(g, layout, raw, g.int64(parameters["block_index"]), constants)
+    fields = _fields(g, layout, raw, g.concat([index] * count, 0), constants)
     target = g.unsqueeze(g.int64(parameters["target_blocks"]), 1)
-    outputs = [g.op("ScatterND", pools[kind], target, fields[kind]) for kind in layout.pools]
-    inputs = [*parameters.values(), *layers, *constants.values(), *pools.values()]
+    updates = {kind: _split(g, fields[kind], layout.pools[kind].shape, count) for kind in layout.pools}
+    outputs = [
+        g.op("ScatterND", own[kind], target, updates[kind][number])
+        for number, own in enumerate(pools)
+        for kind in layout.pools
+    ]
+    inputs = [*parameters.values(), *(kv for own in layers for kv in own), *constants.values()]
+    inputs += [pool for own in pools for pool in own.values()]
     return g.function(name, inputs, outputs)
+
+
+def _split(g: Emitter, field: ir.Value, shape: tuple[int, ...], count: int) -> list[ir.Value]:
+    """``[count * N, *shape]`` as ``count`` of ``[N, *shape]``; by Gather, since a Split is many layers in TensorRT."""
+    if count == 1:
+        return [field]
+    parts = g.reshape(field, [count, -1, *shape])
+    return [g.op("Gather", parts, g.constant(number), attrs={"axis": 0}) for number in range(count)]
 
 
 def _fields(

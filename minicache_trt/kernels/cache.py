@@ -11,10 +11,11 @@ from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
-from minicache_trt.contract import StreamLayout, compressed_pools, full_pools, plan_layout
+from minicache_trt.contract import StreamLayout, plan_layout
 from minicache_trt.functions.stream_maps import read_maps, write_maps
 from minicache_trt.kernels.attention import attention_arguments, decode_attention, decode_workspace
 from minicache_trt.kernels.codec import CompressStream, append_kv, restore_blocks
+from minicache_trt.kernels.device_memory import zeroed_pools
 from minicache_trt.kernels.library import KernelLibrary, StreamShape, device_maps, stream_view
 from minicache_trt.kernels.prefill import prefill_attention, prefill_workspace
 from minicache_trt.kernels.steps import StepInputs
@@ -82,13 +83,8 @@ class KernelCache:
             The device has too little memory.
         """
         self.tensors = {}
-        types = {"model": self.dtype, "int8": torch.int8, "float16": torch.float16}
-        full, compressed = full_pools(self.config), compressed_pools(self.plan, self.config)
-        self.tensors = {
-            pool.name: torch.zeros(blocks, *pool.shape, dtype=types[pool.dtype], device=self.device)
-            for pools, blocks in ((full, full_blocks), (compressed, compressed_blocks))
-            for pool in pools
-        }
+        blocks = full_blocks, compressed_blocks
+        self.tensors = zeroed_pools(self.config, self.plan, blocks, self.dtype, self.device)
         return self.num_bytes
 
     def attend(self, step: StepInputs, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

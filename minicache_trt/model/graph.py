@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -35,6 +35,8 @@ from minicache_trt.model.onnx_ops import OnnxOps
 from minicache_trt.model.weights import GraphWeights
 
 IR_VERSION = 10
+STREAMS_AT_ONCE = 8
+"""Fewer and larger operators; what they hold in between is so many times as large, too."""
 _POOL_TYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
 
 
@@ -198,24 +200,38 @@ def build_compressor(
     }
     full = [_pool_value(pool, "Nf", form) for pool in full_pools(config)]
     functions = _Functions(form.shared_step)
-    pools: list[ir.Value] = []
-    outputs: list[ir.Value] = []
-    for layout in plan_layout(plan, config):
-        own = [_pool_value(pool, "Nc", form) for pool in layout.pools.values()]
-        writer = writer_maps(layout, maps.tensors)
-        function = functions.get(
-            "CompressBlocks",
-            (layout.config.rope, _variant(layout)),
-            partial(compress_blocks, "CompressBlocks", layout, tuple(writer)),
-        )
-        own_maps = [maps.value(tensor) for tensor in writer.values()]
-        inputs = [*steps.values(), *(full[layer] for layer in layout.stream.layers), *own_maps, *own]
-        attrs = compression_attributes(layout, writer)
-        values = _call(g, function, inputs, f"streams.{layout.index}.compress", attrs)
-        for value, pool in zip(values, layout.pools.values(), strict=True):
-            outputs.append(_output(value, pool.output_name, _pool_type(pool, form), ["Nc", *pool.shape]))
-        pools += own
-    return _model("compressor", g, [*steps.values(), *full, *pools], outputs, maps.initializers, functions)
+    pools = {pool.name: _pool_value(pool, "Nc", form) for pool in compressed_pools(plan, config)}
+    written: dict[str, ir.Value] = {}
+    for group in _alike(plan_layout(plan, config), maps.tensors, form):
+        first, count = group[0], len(group)
+        writer = writer_maps(first, maps.tensors)
+        build = partial(compress_blocks, "CompressBlocks", first, tuple(writer), count)
+        function = functions.get("CompressBlocks", (first.config.rope, _variant(first), count), build)
+        inputs = [*steps.values(), *(full[layer] for layout in group for layer in layout.stream.layers)]
+        inputs += [maps.value(tensor) for tensor in writer.values()]
+        own = [pool for layout in group for pool in layout.pools.values()]
+        inputs += [pools[pool.name] for pool in own]
+        attrs = compression_attributes(first, writer) if count == 1 else {}
+        values = _call(g, function, inputs, f"streams.{first.index}.compress", attrs)
+        for value, pool in zip(values, own, strict=True):
+            written[pool.name] = _output(value, pool.output_name, _pool_type(pool, form), ["Nc", *pool.shape])
+    outputs = [written[name] for name in pools]
+    return _model("compressor", g, [*steps.values(), *full, *pools.values()], outputs, maps.initializers, functions)
+
+
+def _alike(layouts: Sequence[StreamLayout], tensors: Collection[str], form: GraphForm) -> list[list[StreamLayout]]:
+    """Streams that are compressed by one call: each alone, but where no kernel takes the call, up to
+    `STREAMS_AT_ONCE` that store and compute alike and have no maps of their own."""
+    if not form.shared_step:
+        return [[layout] for layout in layouts]
+    groups: dict[Hashable, list[list[StreamLayout]]] = {}
+    for layout in layouts:
+        key = layout.index if writer_maps(layout, tensors) else (layout.config.rope, _variant(layout))
+        same = groups.setdefault((isinstance(key, int), key), [[]])
+        if len(same[-1]) == STREAMS_AT_ONCE:
+            same.append([])
+        same[-1].append(layout)
+    return [group for same in groups.values() for group in same]
 
 
 def _model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -16,6 +17,8 @@ _TYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "float32": ir.DataType.FLOAT,
     "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
 }
 
 
@@ -40,7 +43,8 @@ class GraphWeights:
         Name of a view's file to its path relative to the engine directory.
     quantized : mapping
         ``<linear>.codes`` (uint8 ``[out, blocks, bytes]``), ``<linear>.scales`` (float32 ``[out, blocks]``) and, where
-        zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for fp32.
+        zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for fp32. Where
+        a row is one block, and where codes are signed (``int8``, ``int4``, ``[out, in]``), they are dequantized.
     bits : int, optional
         Bits of a weight-only code.
     form : GraphForm
@@ -97,7 +101,11 @@ class GraphWeights:
 
     def _quantized_linear(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
         assert self._bits is not None
-        rows, blocks, size = self._quantized[f"{name}.codes"].shape
+        view = self._quantized[f"{name}.codes"]
+        if view.dtype != "uint8" or view.shape[1] == 1:
+            weight = self._dequantized(name, view)
+            return self.emitter.op("Gemm", x, weight, *([bias] if bias is not None else []), attrs={"transB": 1})
+        rows, blocks, size = view.shape
         block = size * 8 // self._bits
         tied = name == "lm_head" and self._config.tie_word_embeddings
         original = self._views.get("embed.weight" if tied else f"{name}.weight")
@@ -108,9 +116,25 @@ class GraphWeights:
             else None
             for kind in ("codes", "scales", "zeros")
         )
+        assert scales is not None
+        scales = scales if self._form.wide else self.emitter.cast(scales, self._form.compute)
         attrs = {"K": columns, "N": rows, "bits": self._bits, "block_size": block, "accuracy_level": 4}
         # Inputs 4 to 6 are zero points (absent: symmetric), group index (absent) and bias.
         inputs = [x, codes, scales, zeros, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return self.emitter.op("MatMulNBits", *inputs, attrs=attrs, domain="com.microsoft")
+
+    def _dequantized(self, name: str, view: WeightView) -> ir.Value:
+        """A weight ``[out, in]`` in compute type, from codes with one scale for each row, or for each of its blocks."""
+        g, rows, columns = self.emitter, view.shape[0], view.shape[-1]
+        codes = self._external(f"{name}.codes", replace(view, shape=(rows, columns)))
+        stored = self._quantized[f"{name}.scales"]
+        blocks = stored.shape[1]
+        shape = (rows,) if blocks == 1 else stored.shape
+        scales = self._external(f"{name}.scales", replace(stored, shape=shape))
+        if _TYPES[stored.dtype] != self._form.compute:
+            scales = g.cast(scales, self._form.compute)
+        zeros = [g.constant([128] * rows, "uint8")] if view.dtype == "uint8" else []
+        attrs = {"axis": 0} if blocks == 1 else {"axis": 1, "block_size": columns // blocks}
+        return g.op("DequantizeLinear", codes, scales, *zeros, attrs=attrs)

@@ -11,8 +11,8 @@ from minicache_trt.errors import UserError
 from minicache_trt.tracing.points import attention_point, norm_inputs, output_point, trace_points
 
 
-def traced_decoder(path: Path, config: ModelConfig) -> tuple[bytes, dict[str, str]]:
-    """Read a decoder, without its weights, and make every trace point an output.
+def traced_decoder(path: Path, config: ModelConfig) -> bytes:
+    """Read a decoder, without its weights, and make every trace point an output by its own name.
 
     Values have generated names. What finds them is what the builder promises: the names of the `PagedAttention` nodes
     and of the norms' weights.
@@ -20,9 +20,8 @@ def traced_decoder(path: Path, config: ModelConfig) -> tuple[bytes, dict[str, st
     Returns
     -------
     bytes
-        The serialized model; its external weights are relative to the directory of ``path``.
-    dict
-        Trace point to the name of its output, float32 ``[T, width]``.
+        The serialized model, its trace points float32 ``[T, width]`` whatever it computes in; its external weights are
+        relative to the directory of ``path``.
 
     Raises
     ------
@@ -33,16 +32,14 @@ def traced_decoder(path: Path, config: ModelConfig) -> tuple[bytes, dict[str, st
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's parse errors share no public base class
         raise UserError(f"{path} is not an ONNX graph", "build the engine again") from error
-    found = _find(model.graph, config)
-    outputs = {}
+    found, wide = _find(model.graph, config), onnx.TensorProto.FLOAT
     for point, width in trace_points(config).items():
         if point not in found:
             raise UserError(f"{path} has no value for {point}, so it cannot be traced", "build the engine again")
-        outputs[point] = found[point]
-        model.graph.output.append(
-            onnx.helper.make_tensor_value_info(found[point], onnx.TensorProto.FLOAT, ["T", width])
-        )
-    return model.SerializeToString(), outputs
+        model.graph.node.append(onnx.helper.make_node("Cast", [found[point]], [point], name=f"{point}.trace", to=wide))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(point, wide, ["T", width]))
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 def _find(graph: onnx.GraphProto, config: ModelConfig) -> dict[str, str]:

@@ -16,7 +16,7 @@ from minicache_trt.backends import open_backend
 from minicache_trt.backends.base import Engine
 from minicache_trt.backends.onnxruntime import OnnxRuntimeEngine, bind_buffer, open_session
 from minicache_trt.backends.torch_reference import TorchEngine
-from minicache_trt.config import ModelConfig
+from minicache_trt.config import TENSORRT_BACKENDS, ModelConfig
 from minicache_trt.engine_directory import DECODER, EngineInfo
 from minicache_trt.errors import UserError
 from minicache_trt.model.torch_ops import Attention, TorchOps
@@ -37,6 +37,9 @@ class TracedEngine(Engine, Protocol):
     captured: Trace
 
 
+_Open = Callable[[Path, EngineInfo, int | None], TracedEngine]
+
+
 class TracedOnnxRuntimeEngine(OnnxRuntimeEngine):
     """ONNX Runtime with the trace points as additional outputs.
 
@@ -51,13 +54,12 @@ class TracedOnnxRuntimeEngine(OnnxRuntimeEngine):
             point: np.empty((batch.num_tokens, width), np.float32) for point, width in trace_points(self.model).items()
         }
         for point, array in self.captured.items():
-            bind_buffer(self._decoder_binding.bind_output, self._outputs[point], array)
+            bind_buffer(self._decoder_binding.bind_output, point, array)
         return super().decode(batch)
 
     def _open_decoder(self, num_threads: int | None) -> ort.InferenceSession:
         path = self.directory / DECODER
-        graph, self._outputs = traced_decoder(path, self.model)
-        return open_session(path, num_threads, graph)
+        return open_session(path, num_threads, traced_decoder(path, self.model))
 
 
 class TracedTorchEngine(TorchEngine):
@@ -94,11 +96,21 @@ class _TracedOps(TorchOps):
         return super().take(x, rows)
 
 
-TRACED: dict[str, Callable[[Path, EngineInfo, int | None], TracedEngine]] = {
+def _tensorrt(backend: str) -> _Open:
+    def open_engine(directory: Path, info: EngineInfo, num_threads: int | None) -> TracedEngine:
+        from minicache_trt.tracing.tensorrt_engine import TRACED_TENSORRT
+
+        return TRACED_TENSORRT[backend](directory, info, num_threads)
+
+    return open_engine
+
+
+TRACED: dict[str, _Open] = {
     "onnxruntime": TracedOnnxRuntimeEngine,
     "torch": TracedTorchEngine,
+    **{backend: _tensorrt(backend) for backend in TENSORRT_BACKENDS},
 }
-"""Backend name to the class that traces it."""
+"""Backend name to what opens an engine that can be traced."""
 
 
 def open_traced(directory: Path, info: EngineInfo, num_threads: int | None, backend: str) -> TracedEngine:
@@ -112,11 +124,6 @@ def open_traced(directory: Path, info: EngineInfo, num_threads: int | None, back
     if backend not in TRACED:
         open_backend(backend)
         raise UserError(f"backend {backend!r} cannot be traced layer by layer", f"traced: {', '.join(TRACED)}")
-    if backend == "onnxruntime" and info.build.graph_dtype != "float32":
-        raise UserError(
-            f"{directory}: its graphs compute in {info.build.graph_dtype}; layers are traced in float32 only",
-            "use --backend torch, or an engine built with --dtype float32",
-        )
     return TRACED[backend](directory, one_at_a_time(info), num_threads)
 
 

@@ -20,6 +20,8 @@ from minicache_trt.tracing.recording import RecordingEngine, activations
 TORCH, UNCOMPRESSED = "torch", "uncompressed"
 TOLERANCES = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1}
 """Default tolerance by weight format. Weight-only kernels round activations to 8 bits, PyTorch here does not."""
+DTYPE_TOLERANCES = {"float32": 0.0, "float16": 2e-2, "bfloat16": 0.1}
+"""The least default tolerance by compute type: two roundings apart, over some layers."""
 COARSE_CODES, COARSE_TOLERANCE = 2, 1e-2
 """Where codes have so few bits, a number on the boundary between two of them, which two correct implementations may
 round differently, moves an attention output by more than 1e-3."""
@@ -85,7 +87,8 @@ def default_tolerance(a: Side, b: Side) -> float:
     bits = {segment.bits for side in (a, b) for stream in side.info.plan.streams for segment in stream.segments}
     coarse = any(0 < number <= COARSE_CODES for number in bits)
     weights = max(TOLERANCES[side.info.build.weights] for side in (a, b))
-    return max(weights, COARSE_TOLERANCE) if coarse else weights
+    dtype = max(DTYPE_TOLERANCES[side.info.build.graph_dtype] for side in (a, b))
+    return max(weights, dtype, COARSE_TOLERANCE if coarse else 0.0)
 
 
 def compare_layers(

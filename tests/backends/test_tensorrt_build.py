@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from minicache_trt.backends.tensorrt import estimate
 from minicache_trt.backends.tensorrt.network import parse_network
 from minicache_trt.backends.tensorrt.profiles import Profile, Range, decoder_profiles, tensor_shapes
 from minicache_trt.checkpoint.presets import PRESETS
+from minicache_trt.cli.app import app
 from minicache_trt.compression.methods import METHODS, make_plan
 from minicache_trt.config import BuildConfig
 from minicache_trt.contract import LOGITS, compressed_pools, full_pools
@@ -45,7 +48,9 @@ def assert_builds(tmp_path: Path, method: str, dtype: str) -> None:
     directory = build(DEMO, tmp_path / "engine", method, **limits)
     info = read_engine(directory)
     engines = json.loads((directory / ENGINES).read_text())["engines"]
-    weights = estimate.build_needs(info.model, info.build).weight_bytes
+    needs = estimate.build_needs(info.model, info.build)
+    assert needs is not None
+    weights = needs.weight_bytes
     assert weights <= (directory / "decoder.engine").stat().st_size <= 1.1 * weights + (16 << 20)
     assert not list(directory.glob("cast.*"))
     full, compressed = full_pools(info.model), compressed_pools(info.plan, info.model)
@@ -64,7 +69,7 @@ def assert_builds(tmp_path: Path, method: str, dtype: str) -> None:
     outputs = {tensor["name"]: [tensor["dtype"], tensor["shape"]] for tensor in decoder["outputs"]}
     assert outputs.pop(LOGITS) == ["float32", [-1, info.model.vocab_size]]
     assert outputs == {pool.output_name: [dtype, [-1, *pool.shape]] for pool in full}
-    assert decoder["profiles"] == ["decode", "prefill"] and decoder["plugins"] == 0
+    assert decoder["profiles"] == ["step"] and decoder["plugins"] == 0
     assert ("compressor.engine" in engines) == info.plan.compresses == (directory / "compressor.engine").exists()
     if info.plan.compresses:
         written = {tensor["name"]: tensor["dtype"] for tensor in engines["compressor.engine"]["outputs"]}
@@ -102,13 +107,19 @@ def test_a_graph_tensorrt_cannot_import_is_named(tmp_path: Path) -> None:
 
 def test_profiles_hold_what_a_step_can_be() -> None:
     config = PRESETS["llama2-7b"].config
-    plan, limits = make_plan(config, "kivi4"), BuildConfig(max_batch_size=6, max_seq_len=1000, max_num_tokens=300)
+    plan = make_plan(config, "kivi4")
+    limits = BuildConfig(max_batch_size=6, max_seq_len=1000, max_num_tokens=300, backend="tensorrt")
     shapes = tensor_shapes(plan, config, True)
     decode, prefill = decoder_profiles(limits, plan, config, plugins=False)
     assert [dims[0] for dims in decode.shapes(shapes["query_start"])] == [2, 4, 7]
     assert [dims for dims in decode.shapes(shapes["full_table"])][2] == (6, 16)
     assert prefill.shapes(shapes["input_ids"])[2] == (300,) and prefill.shapes(shapes["context_len"])[2] == (1,)
     assert decode.shapes(shapes["kv.0"])[2] == ((2**31 - 1) // (2 * 32 * 64 * 128), 2, 32, 64, 128)
+    (both,) = decoder_profiles(dataclasses.replace(limits, backend="tensorrt-rtx"), plan, config, plugins=False)
+    for tensor in shapes.values():
+        ranges = [list(zip(*profile.shapes(tensor), strict=True)) for profile in (decode, prefill, both)]
+        for a, b, whole in zip(*ranges, strict=True):
+            assert whole == (min(a[0], b[0]), b[1], max(a[2], b[2]))
     mixed_decode, mixed = decoder_profiles(limits, plan, config, plugins=True)
     assert mixed.shapes(shapes["prefill_rows"]) == ((1, 1), (1, 300), (6, 300))
     assert mixed.shapes(shapes["decode_rows"])[2] == (5,) and mixed_decode.shapes(shapes["prefill_rows"])[2] == (0, 0)
@@ -120,13 +131,29 @@ def test_a_build_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.
     config = PRESETS["llama2-7b"].config
     build_config = BuildConfig(backend="tensorrt-rtx", dtype="float16")
     needs = estimate.build_needs(config, build_config)
-    assert needs.weight_bytes == 2 * 6_738_415_616
-    monkeypatch.setattr(estimate, "available_memory", lambda: needs.memory_bytes - 1)
+    assert needs is not None and needs.weight_bytes == 2 * 6_738_415_616
+    room = estimate.Room(needs.memory_bytes, needs.disk_bytes, tmp_path)
+    estimate.check_room(needs, room, build_config)
     with pytest.raises(UserError, match=r"needs about .* GiB of memory \(12\.6 GiB of weights\), this machine has"):
-        estimate.check_build(config, build_config, tmp_path / "a" / "b")
-    monkeypatch.setattr(estimate, "available_memory", lambda: needs.memory_bytes)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, needs.disk_bytes - 1))
+        estimate.check_room(needs, dataclasses.replace(room, memory_bytes=needs.memory_bytes - 1), build_config)
     with pytest.raises(UserError, match=r"needs about .* of disk"):
-        estimate.check_build(config, build_config, tmp_path / "a" / "b")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, needs.disk_bytes))
-    estimate.check_build(config, build_config, tmp_path / "a" / "b")
+        estimate.check_room(needs, dataclasses.replace(room, disk_bytes=needs.disk_bytes - 1), build_config)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 123)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 456))
+    assert estimate.Room.here(tmp_path / "a" / "b") == estimate.Room(123, 456, tmp_path)
+
+
+def test_a_dry_run_says_what_a_build_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a preset, whose weights nobody has; nothing is written, and what does not fit ends as the build would."""
+    arguments = ["build", "-m", "llama2-7b", "--backend", "tensorrt-rtx", "-o", str(tmp_path / "engine"), "--dry-run"]
+    needs = estimate.build_needs(PRESETS["llama2-7b"].config, BuildConfig(backend="tensorrt-rtx", dtype="float16"))
+    assert needs is not None
+    for missing in (0, 1):
+        room = estimate.Room(needs.memory_bytes - missing, needs.disk_bytes, tmp_path)
+        monkeypatch.setattr(estimate.Room, "here", classmethod(lambda cls, directory, room=room: room))
+        result = CliRunner().invoke(app, [*arguments, "--json"])
+        printed = json.loads(result.stdout)
+        assert isinstance(result.exception, UserError) == bool(missing) and (missing or result.exit_code == 0)
+        assert printed["needs"]["memory_bytes"] == needs.memory_bytes
+        assert printed["here"]["memory_bytes"] == needs.memory_bytes - missing
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,17 @@ from minicache_trt.errors import UserError
 from minicache_trt.hf_reference import reference_for
 from minicache_trt.kernels.graphs import run_again
 from minicache_trt.runtime.llm import LLM
+from minicache_trt.tracing import layers
+from minicache_trt.tracing.decoder_graph import traced_decoder
+from minicache_trt.tracing.engines import one_at_a_time
+from minicache_trt.tracing.points import trace_points
+from minicache_trt.tracing.recording import activations
+from minicache_trt.tracing.tensorrt_engine import TracedTensorRtRtxEngine
 from tests.support.checkpoints import LAYERED, make_checkpoint
 from tests.support.engines import build
 from tests.support.fake_tensorrt import FakeTensorRt
 from tests.support.steps import step
+from tests.tracing.record import record
 
 
 @pytest.fixture
@@ -30,19 +38,22 @@ def graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minicache_trt.backends.tensorrt.build.build_engines", lambda *arguments: None)
 
 
-def open_fake(directory: Path) -> tuple[TensorRtEngine, FakeTensorRt]:
-    for graph, name in ((DECODER, DECODER_ENGINE), (COMPRESSOR, COMPRESSOR_ENGINE)):
+def open_fake(
+    directory: Path, decoder_graph: str = DECODER, kind: type[TensorRtEngine] = TensorRtEngine
+) -> tuple[TensorRtEngine, FakeTensorRt]:
+    for graph, name in ((decoder_graph, DECODER_ENGINE), (COMPRESSOR, COMPRESSOR_ENGINE)):
         (directory / name).write_text(json.dumps({"graph": str(directory / graph)}))
     info = read_engine(directory)
+    info = one_at_a_time(info) if issubclass(kind, TracedTensorRtRtxEngine) else info
     model, plan, limits = info.model, info.plan, info.build
 
-    def profiles(kind: str) -> Any:
-        decoder = kind == "decoder"
+    def profiles(name: str) -> Any:
+        decoder = name != "compressor"
         own = decoder_profiles(limits, plan, model, False) if decoder else compressor_profiles(limits, plan, model)
         return own, tensor_shapes(plan, model, decoder)
 
     trt = FakeTensorRt(profiles)
-    engine = TensorRtEngine.__new__(TensorRtEngine)
+    engine = kind.__new__(kind)
     engine._start(trt, directory, info, torch.device("cpu"), run_again)
     return engine, trt
 
@@ -112,6 +123,73 @@ def test_pools_beyond_a_profile_are_refused(tmp_path: Path) -> None:
     engine, _ = open_fake(directory)
     with pytest.raises(UserError, match=r"kv\.0: expected a shape from \[2, 2, 2, 64, 32\] to"):
         engine.allocate(1 << 20, 1)
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("method", ["full", "kivi4"])
+def test_traces_are_those_of_the_torch_backend(tmp_path: Path, method: str) -> None:
+    """Every trace point of a debugging build, by position, over prefill chunks and decodes; then the comparison."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
+    limits = {"backend": "tensorrt-rtx", "dtype": "float32", "max_num_tokens": 48, "max_batch_size": 2}
+    directory = build(checkpoint, tmp_path / "engine", method, **limits)
+    info = one_at_a_time(read_engine(directory))
+    (directory / "debug.onnx").write_bytes(traced_decoder(directory / DECODER, info.model))
+    engine, trt = open_fake(directory, "debug.onnx", TracedTensorRtRtxEngine)
+    assert isinstance(engine, TracedTensorRtRtxEngine)
+    tokens = np.random.default_rng(0).integers(0, 101, 150).tolist()
+    trace, logits = (recording := activations(engine)).record(LLM.from_engine(recording), tokens, 110)
+    expected, expected_logits = record(directory, tokens, 110, "torch")
+    assert list(trace) == list(expected) == list(trace_points(info.model))
+    for point, array in expected.items():
+        assert np.linalg.norm(trace[point] - array) <= 1e-4 * np.linalg.norm(array), point
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-3)
+    runs = trt.engines["debug"].runs
+    assert {1, 48} <= {shapes["input_ids"][0] for shapes in runs}
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_an_engine_without_trace_points_is_not_traced(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    directory = build(checkpoint, tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float32")
+    with pytest.raises(UserError, match="its decoder does not output embed") as refused:
+        open_fake(directory, kind=TracedTensorRtRtxEngine)
+    assert refused.value.remedy == "build it with --enable-debug-output"
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_float16_graphs_are_traced_too(tmp_path: Path) -> None:
+    """ONNX Runtime on a TensorRT engine's float16 graph, against PyTorch in float32."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
+    limits = {"backend": "tensorrt-rtx", "dtype": "float16", "max_num_tokens": 48, "max_batch_size": 2}
+    directory = build(checkpoint, tmp_path / "engine", "kivi4", **limits)
+    tokens = np.random.default_rng(0).integers(0, 101, 150).tolist()
+    mine, expected = (record(directory, tokens, 110, backend)[0] for backend in ("onnxruntime", "torch"))
+    for point, array in expected.items():
+        error = np.linalg.norm(mine[point] - array) / np.linalg.norm(array)
+        assert 0 < error <= layers.DTYPE_TOLERANCES["float16"], point
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_compiled_kernels_are_kept_between_runs(tmp_path: Path) -> None:
+    """Kernels of earlier runs are not compiled again; a file that does not fit is replaced, and none is needed."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    directory = build(checkpoint, tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float32")
+    kernels = directory / "decoder.cpu.kernels"
+
+    def run() -> list[str]:
+        engine, trt = open_fake(directory)
+        engine.allocate(48, 1)
+        engine.decode(step([(5, 0, 1), (33, 0, 1)]))
+        engine.decode(step([(9, 0, 9)]))
+        del engine
+        gc.collect()
+        return trt.engines["decoder"].compiled
+
+    assert run() == ["(2,)", "(9,)"] and run() == []
+    kernels.write_bytes(b"{")
+    assert run() == ["(2,)", "(9,)"] and run() == []
+    assert [path.name for path in directory.glob("*kernels*")] == [kernels.name]
+    read_engine(directory)
 
 
 def test_parts_of_a_step_are_the_step() -> None:

@@ -41,11 +41,45 @@ class ExecutionContextAllocationStrategy:
     USER_MANAGED = "user"
 
 
+class RuntimeCache:
+    """Kernels by name; takes only what this fake wrote."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return json.dumps({"kernels": sorted(self.kernels)}).encode() if self.kernels else b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            self.kernels |= set(json.loads(blob)["kernels"])
+        except (ValueError, KeyError):
+            return False
+        return True
+
+
+class RuntimeConfig:
+    """Of TensorRT-RTX's contexts."""
+
+    def __init__(self) -> None:
+        self.cache, self.strategy = RuntimeCache(), ""
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+
 class Context:
     """One execution context."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.profile = engine, -1
+    def __init__(self, engine: Engine, cache: RuntimeCache) -> None:
+        self.engine, self.profile, self.cache = engine, -1, cache
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.memory = 0
@@ -75,6 +109,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.memory
+        self.engine.compile(self.shapes, self.cache)
         inputs = {
             name: _array(self.addresses[name], self.shapes[name], dtype).copy()
             for name, dtype in self.engine.inputs.items()
@@ -89,7 +124,7 @@ class Context:
 
 
 class Engine:
-    """A deserialized engine; ``runs`` are the input shapes of every execution."""
+    """A deserialized engine; ``runs``: input shapes of every execution, ``compiled``: kernels that were in no cache."""
 
     def __init__(self, graph: Path, profiles: tuple[Profile, ...], shapes: dict[str, Any]) -> None:
         model = onnx.load(graph, load_external_data=False)
@@ -98,10 +133,15 @@ class Engine:
         self.outputs = {value.name: TYPES[value.type.tensor_type.elem_type] for value in model.graph.output}
         self.profiles, self.shapes = profiles, shapes
         self.runs: list[dict[str, tuple[int, ...]]] = []
+        self.compiled: list[str] = []
 
     @property
     def num_io_tensors(self) -> int:
         return len(self.inputs) + len(self.outputs)
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self.profiles)
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.inputs, *self.outputs][index]
@@ -112,9 +152,19 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
         return self.profiles[profile].shapes(self.shapes[name])
 
-    def create_execution_context(self, strategy: str) -> Context:
-        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
-        return Context(self)
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: RuntimeConfig) -> Context:
+        assert config.strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+        return Context(self, config.cache)
+
+    def compile(self, shapes: dict[str, tuple[int, ...]], cache: RuntimeCache) -> None:
+        """One kernel for each number of tokens or blocks."""
+        kernel = str(next(iter(shapes.values())))
+        if kernel not in cache.kernels:
+            cache.kernels.add(kernel)
+            self.compiled.append(kernel)
 
 
 class FakeTensorRt:

@@ -15,18 +15,36 @@ from minicache_trt.backends.tensorrt.network import parse_network
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.backends.tensorrt.plugins import find_plugins, load_plugins
 from minicache_trt.backends.tensorrt.profiles import compressor_profiles, decoder_profiles, tensor_shapes
+from minicache_trt.backends.tensorrt.weight_only import write_signed
+from minicache_trt.checkpoint.binding import linear_weights, weight_shapes
 from minicache_trt.checkpoint.cast import cast_weights
+from minicache_trt.checkpoint.quantize import quantized_views
 from minicache_trt.checkpoint.resolve import Checkpoint
-from minicache_trt.checkpoint.weights import read_safetensors_file
+from minicache_trt.checkpoint.weights import WeightView, read_safetensors_file
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import BuildConfig
-from minicache_trt.engine_directory import COMPRESSOR, COMPRESSOR_ENGINE, DECODER, DECODER_ENGINE, ENGINES, MAPS
+from minicache_trt.config import WEIGHT_BITS, BuildConfig
+from minicache_trt.engine_directory import (
+    COMPRESSOR,
+    COMPRESSOR_ENGINE,
+    DECODER,
+    DECODER_ENGINE,
+    ENGINES,
+    MAPS,
+    QUANTIZED,
+)
 from minicache_trt.engine_writer import Report, graph_form, weight_locations
 from minicache_trt.model.graph import build_decoder
 from minicache_trt.model.maps import GraphMaps, plan_maps
 from minicache_trt.model.weights import GraphWeights
+from minicache_trt.tracing.decoder_graph import traced_decoder
 
-CAST_GRAPH, CAST_WEIGHTS = "cast.onnx", "cast.safetensors"
+CAST_GRAPH, DEBUG_GRAPH, CAST_WEIGHTS, SIGNED_CODES = TEMPORARY = (
+    "cast.onnx",
+    "debug.onnx",
+    "cast.safetensors",
+    "codes.safetensors",
+)
+"""Files that are gone when the engines are built."""
 
 
 def build_engines(
@@ -54,6 +72,10 @@ def build_engines(
     if plugins is not None:
         load_plugins(trt, plugins)
     graphs = {DECODER_ENGINE: _decoder(staging, checkpoint, plan, build, report)}
+    if options.debug_output:
+        traced = traced_decoder(graphs[DECODER_ENGINE], config)
+        graphs[DECODER_ENGINE] = staging / DEBUG_GRAPH
+        graphs[DECODER_ENGINE].write_bytes(traced)
     if plan.compresses:
         graphs[COMPRESSOR_ENGINE] = staging / COMPRESSOR
     engines = {}
@@ -67,7 +89,7 @@ def build_engines(
         network = parse_network(trt, graph)
         build_engine_file(network, staging / name, profiles, shapes, options, plugins, report)
         engines[name] = {**describe_network(network, profiles, shapes), "bytes": (staging / name).stat().st_size}
-    for temporary in (CAST_GRAPH, CAST_WEIGHTS):
+    for temporary in TEMPORARY:
         (staging / temporary).unlink(missing_ok=True)
     write_description(staging / ENGINES, {"backend": build.backend, "version": trt.__version__, "engines": engines})
 
@@ -82,13 +104,25 @@ def _return_freed_memory() -> None:
 
 
 def _decoder(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build: BuildConfig, report: Report) -> Path:
-    """The decoder's graph, with weights in the type it computes in."""
+    """The decoder's graph, with weights in the type it computes in, or codes with such scales."""
     config, form = checkpoint.config, graph_form(build)
-    views = cast_weights(staging / CAST_WEIGHTS, checkpoint.weights, build.dtype, partial(report, "cast"))
-    if views == checkpoint.weights:
+    stored = quantized_views(staging / QUANTIZED) if (staging / QUANTIZED).exists() else {}
+    linears = {key.removesuffix(".codes") for key in stored if key.endswith(".codes")}
+    changed = {key: view for key, view in stored.items() if key.endswith((".weight", ".bias"))}
+    floats = {
+        key: view for key, view in (checkpoint.weights | changed).items() if key.removesuffix(".weight") not in linears
+    }
+    views = cast_weights(staging / CAST_WEIGHTS, floats, build.dtype, partial(report, "cast"))
+    if not linears and views == checkpoint.weights:
         return staging / DECODER
-    locations = weight_locations(checkpoint) | {CAST_WEIGHTS: CAST_WEIGHTS}
-    weights = GraphWeights(config, views, locations, form=form)
+    signed: dict[str, WeightView] = {}
+    if linears:
+        names, every = linear_weights(config), weight_shapes(config)
+        shapes = {name: every[names[name]] for name in linears}
+        target, source = staging / SIGNED_CODES, staging / QUANTIZED
+        signed = write_signed(target, source, shapes, build.dtype, partial(report, "codes"))
+    locations = weight_locations(checkpoint) | {name: name for name in (CAST_WEIGHTS, SIGNED_CODES, QUANTIZED)}
+    weights = GraphWeights(config, views, locations, signed, WEIGHT_BITS.get(build.weights), form)
     matrices = read_safetensors_file(staging / MAPS) if (staging / MAPS).exists() else {}
     maps = GraphMaps(plan_maps(plan, config), matrices)
     ir.save(build_decoder(config, plan, weights, maps, form), staging / CAST_GRAPH)

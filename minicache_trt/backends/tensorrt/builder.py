@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +52,7 @@ def build_engine_file(
     if plugins is not None:
         config.plugins_to_serialize = [str(plugins)]
     # The builder calls it as long as it builds.
-    monitor = make_progress_monitor(network.trt, report, path.stem)
+    monitor = make_progress_monitor(network.trt, report, path.stem, network.weights.release)
     config.progress_monitor = monitor
     cache = _load_timing_cache(config, options.timing_cache)
     try:
@@ -74,15 +74,18 @@ def _write(network: Network, config: Any, path: Path) -> bool:
             if plan is not None:
                 file.write(plan)
             return plan is not None
-        writer = _make_writer(trt, file)
+        writer = _make_writer(trt, file, network.weights.release)
         done = builder.build_serialized_network_to_stream(network.definition, config, writer)
         if writer.failure is not None:
             raise writer.failure
         return bool(done)
 
 
-def _make_writer(trt: Any, file: BinaryIO) -> Any:
-    """A stream of the module that writes to a file; its ``failure`` is what the file refused."""
+def _make_writer(trt: Any, file: BinaryIO, written: Callable[[], None]) -> Any:
+    """A stream of the module that writes to a file; its ``failure`` is what the file refused.
+
+    ``written``: called after each piece.
+    """
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -95,6 +98,7 @@ def _make_writer(trt: Any, file: BinaryIO) -> Any:
             except OSError as error:  # must not cross the library's frames
                 self.failure = error
                 return 0
+            written()
             return len(data)
 
     return Writer()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,21 @@ from minicache_trt.backends.tensorrt.steps import count_shapes, split_step
 from minicache_trt.contract import COMPRESSOR_INPUTS, LOGITS, compressed_pools, decoder_inputs, full_pools
 from minicache_trt.engine_directory import COMPRESSOR_ENGINE, DECODER_ENGINE, EngineInfo
 from minicache_trt.errors import UserError
+from minicache_trt.kernels.device_memory import (
+    allocating_cache,
+    free_memory,
+    one_line_errors,
+    pool_array,
+    zeroed_pools,
+)
 from minicache_trt.kernels.graphs import CompressGraphs, CudaRecorder, DecodeGraphs, GraphLimits, Recorder
 from minicache_trt.kernels.host_logits import HostLogits
 from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.runtime.batch import Batch, Int32
+from minicache_trt.tracing.points import trace_points
 
-DECODE, PREFILL = 0, 1
-"""Optimization profiles of the decoder, in the order they are built in."""
-
-_LESS_MEMORY = "lower --kv-cache-memory or --kv-cache-free-gpu-memory-fraction, or build with smaller limits"
+DECODE = 0
+"""The decoder's optimization profile of decodes; the last one, which may be the same, is that of prefill chunks."""
 
 
 class TensorRtEngine:
@@ -77,61 +82,51 @@ class TensorRtEngine:
         self.device, self.dtype = device, getattr(torch, info.build.dtype)
         self.element_bytes = self.dtype.itemsize
         self._record = record
-        with self._one_line_errors("loading the engine"):
+        with one_line_errors("loading the engine"):
             self._decoder = EngineSession(trt, directory / DECODER_ENGINE, device)
             self._compressor = None
             if self.plan.compresses:
                 self._compressor = EngineSession(trt, directory / COMPRESSOR_ENGINE, device)
         # A profile that takes no chunk at all in a step of decodes is one for plugins.
         self._plugins = self._decoder.profile_shapes("prefill_rows", DECODE)[2][0] == 0
+        self._debug_outputs = {
+            name: width for name, width in trace_points(self.model).items() if name in self._decoder.outputs
+        }
         self._host_logits = HostLogits(self.model.vocab_size, device)
         self._pools: dict[str, Tensor] = {}
         self._prefill: Execution | None = None
         self._new_graphs()
 
     def free_memory(self) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + sum(pool.nbytes for pool in self._pools.values())
+        return free_memory(self.device, self._pools.values())
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         self._new_graphs()  # they hold the addresses of the pools there were
         self._pools = {}
         full, compressed = full_pools(self.model), compressed_pools(self.plan, self.model)
-        types = {"model": self.dtype, "int8": torch.int8, "float16": torch.float16}
-        for pools, blocks in ((full, full_blocks), (compressed, compressed_blocks)):
+        for pools, count in ((full, full_blocks), (compressed, compressed_blocks)):
             for pool in pools:
-                largest = self._decoder.profile_shapes(pool.name, DECODE)[2]
-                if blocks > largest[0]:
-                    raise self._decoder.unfit(pool.name, (blocks, *pool.shape), DECODE)
-        try:
-            self._pools = {
-                pool.name: torch.zeros(blocks, *pool.shape, dtype=types[pool.dtype], device=self.device)
-                for pools, blocks in ((full, full_blocks), (compressed, compressed_blocks))
-                for pool in pools
-            }
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise UserError("the GPU has too little memory for the cache", _LESS_MEMORY) from error
+                if count > self._decoder.profile_shapes(pool.name, DECODE)[2][0]:
+                    raise self._decoder.unfit(pool.name, (count, *pool.shape), DECODE)
+        with allocating_cache(self.device):
+            blocks = full_blocks, compressed_blocks
+            self._pools = zeroed_pools(self.model, self.plan, blocks, self.dtype, self.device)
         return sum(pool.nbytes for pool in self._pools.values())
 
     @torch.inference_mode()
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        with self._one_line_errors("a step"):
+        with one_line_errors("a step"):
             parts = [batch] if self._plugins else split_step(batch)
             return self._host_logits.gather([self._logits(part) for part in parts])
 
     @torch.inference_mode()
     def compress(self, source_blocks: Int32, target_blocks: Int32, block_index: Int32) -> None:
-        with self._one_line_errors("compressing blocks"):
+        with one_line_errors("compressing blocks"):
             self._compress_graphs(source_blocks, target_blocks, block_index)
 
     def pool(self, name: str) -> NDArray[np.generic]:
         """A copy of a pool by its contract name, for inspection; bfloat16 as float32."""
-        tensor = self._pools[name].cpu()
-        array: NDArray[np.generic] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        return array
+        return pool_array(self._pools[name])
 
     def _logits(self, batch: Batch) -> Tensor:
         """Wanted rows of one call's logits."""
@@ -142,7 +137,7 @@ class TensorRtEngine:
         step = StepInputs(shape, self.device)
         step.load(batch)
         if self._prefill is None:
-            self._prefill = Execution(self._decoder, PREFILL)
+            self._prefill = Execution(self._decoder, self._decoder.profiles - 1)
         return self._run_decoder(self._prefill, step)[: shape.rows]
 
     def _compute(self, step: StepInputs) -> Tensor:
@@ -161,8 +156,18 @@ class TensorRtEngine:
         rows = len(tensors["logit_index"])
         logits = torch.empty(rows, self.model.vocab_size, device=self.device)
         full = {pool.output_name: self._pools[pool.name] for pool in full_pools(self.model)}
-        execution.run({**tensors, **self._pools, **full, LOGITS: logits})
+        debug = self._debug_tensors(len(tensors["input_ids"]))
+        execution.run({**tensors, **self._pools, **full, **debug, LOGITS: logits})
+        self._observe(debug)
         return logits
+
+    def _debug_tensors(self, tokens: int) -> dict[str, Tensor]:
+        """Where a debugging build writes its trace points."""
+        widths = self._debug_outputs
+        return {name: torch.empty(tokens, width, device=self.device) for name, width in widths.items()}
+
+    def _observe(self, outputs: Mapping[str, Tensor]) -> None:
+        """What an engine that is traced does with the trace points of a call."""
 
     def _compute_blocks(self, source: Tensor, target: Tensor, block_index: Tensor) -> None:
         assert self._compressor is not None
@@ -189,13 +194,6 @@ class TensorRtEngine:
         self._compress_graphs = CompressGraphs(
             self._compute_blocks, self._record, self.device, limit=COMPRESSED_AT_ONCE
         )
-
-    @contextmanager
-    def _one_line_errors(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU has too little memory for {what}", _LESS_MEMORY) from error
 
 
 class TensorRtRtxEngine(TensorRtEngine):

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minicache_trt.backends.tensorrt.mapped_weights import MappedWeights
 from minicache_trt.backends.tensorrt.module import Messages, make_logger
 from minicache_trt.errors import UserError
 
 
 @dataclass(frozen=True)
 class Network:
-    """A parsed network and what has to live as long as it: builder, parser (which holds the weights), log."""
+    """A parsed network and what has to live as long as it: builder, parser, weights, log."""
 
     trt: Any
     builder: Any
     definition: Any
     parser: Any
+    weights: MappedWeights
     messages: Messages
 
     def inputs(self) -> list[Any]:
@@ -38,7 +40,7 @@ class Network:
 
 
 def parse_network(trt: Any, path: Path) -> Network:
-    """Import a graph, strongly typed; its weights stay in their files until the engine is built.
+    """Import a graph, strongly typed; its weights stay in their files.
 
     Raises
     ------
@@ -51,9 +53,10 @@ def parse_network(trt: Any, path: Path) -> Network:
     # TensorRT 11 has strongly typed networks only, and may drop the flag.
     definition = builder.create_network(0 if strongly is None else 1 << int(strongly))
     parser = trt.OnnxParser(definition, builder.logger)
-    if not parser.parse_from_file(str(path)):
+    weights = MappedWeights(path)
+    if not weights.load(parser) or not parser.parse_model_proto():
         raise _cannot_import(parser, path, messages)
-    return Network(trt, builder, definition, parser, messages)
+    return Network(trt, builder, definition, parser, weights, messages)
 
 
 def _cannot_import(parser: Any, path: Path, messages: Messages) -> UserError:

@@ -22,12 +22,15 @@ class TensorRtOptions:
         Weights may stay in the machine's memory and be sent to the GPU as they are needed.
     timing_cache : Path, optional
         File of measured kernels, read if it exists and written after the build (``tensorrt`` only).
+    debug_output : bool
+        Attention outputs and residual streams are outputs of the decoder, for ``compare --layers``.
     """
 
     optimization_level: int | None = None
     version_compatible: bool = False
     weight_streaming: bool = False
     timing_cache: Path | None = None
+    debug_output: bool = False
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
@@ -40,6 +43,7 @@ class TensorRtOptions:
         only = {"--version-compatible": self.version_compatible, "--timing-cache": self.timing_cache is not None}
         if backend != "tensorrt-rtx":
             only["--weight-streaming"] = self.weight_streaming
+            only["--enable-debug-output"] = self.debug_output
             only["--builder-optimization-level"] = self.optimization_level is not None
         given = [flag for flag, value in only.items() if value]
         if given:

@@ -21,8 +21,8 @@ from minicache_trt.runtime.cache_sizes import CacheSizes
 
 LARGEST_VOLUME = 2**31 - 1
 """Elements of the largest tensor TensorRT takes."""
-COMPRESSED_AT_ONCE = 64
-"""Blocks a compressor takes at most."""
+COMPRESSED_AT_ONCE = 16
+"""Blocks a compressor takes at most: it holds those of several streams in float32."""
 
 Dims = tuple[int, ...]
 
@@ -42,7 +42,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Profile:
-    """``name``: ``decode``, ``prefill`` or ``compress``. ``symbols``: the contract's, to their ranges."""
+    """``name``: ``decode``, ``prefill``, ``step`` or ``compress``. ``symbols``: the contract's, to their ranges."""
 
     name: str
     symbols: Mapping[str, Range]
@@ -77,11 +77,28 @@ def tensor_shapes(plan: CompressionPlan, config: ModelConfig, decoder: bool) -> 
 def decoder_profiles(
     build: BuildConfig, plan: CompressionPlan, config: ModelConfig, plugins: bool
 ) -> tuple[Profile, ...]:
-    """``decode`` and ``prefill``.
+    """``decode`` and ``prefill``; for TensorRT-RTX one, ``step``, that holds what both do.
 
     Without plugins, decodes and each prefill chunk run apart, and inputs only a plugin reads have one entry. With them
-    a step that holds any chunk is one call, whatever else it holds.
+    a step that holds any chunk is one call, whatever else it holds. TensorRT chooses its kernels for a profile's usual
+    shapes; TensorRT-RTX compiles them for the shapes it meets, and each profile takes it as long to build as the first.
     """
+    profiles = _decode_and_prefill(build, plan, config, plugins)
+    return (_union("step", *profiles),) if build.backend == "tensorrt-rtx" else profiles
+
+
+def _union(name: str, first: Profile, second: Profile) -> Profile:
+    """The smallest profile that holds two; its usual extents are those of the second."""
+
+    def hull(a: Range, b: Range) -> Range:
+        return Range(min(a.minimum, b.minimum), b.optimum, max(a.maximum, b.maximum))
+
+    return Profile(name, {symbol: hull(own, second.symbols[symbol]) for symbol, own in first.symbols.items()})
+
+
+def _decode_and_prefill(
+    build: BuildConfig, plan: CompressionPlan, config: ModelConfig, plugins: bool
+) -> tuple[Profile, Profile]:
     longest = -(-build.max_seq_len // BLOCK_SIZE)
     batch, tokens = build.max_batch_size, build.max_num_tokens
     chunk = min(tokens, build.max_seq_len)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from minicache_trt.engine_writer import Report
 
 
-def make_progress_monitor(trt: Any, report: Report, engine: str) -> Any:
-    """A monitor of the module that reports the outermost phases of a build as stages ``<engine>: <phase>``."""
+def make_progress_monitor(trt: Any, report: Report, engine: str, stepped: Callable[[], None]) -> Any:
+    """A monitor of the module that reports the outermost phases of a build as stages ``<engine>: <phase>``.
+
+    ``stepped``: called after each step of every phase.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -21,6 +25,7 @@ def make_progress_monitor(trt: Any, report: Report, engine: str) -> Any:
                 report(self._stage(phase_name), 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
+            stepped()
             if phase_name in self._steps:
                 report(self._stage(phase_name), min(step + 1, self._steps[phase_name]), self._steps[phase_name])
             return True

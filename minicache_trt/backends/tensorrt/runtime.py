@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minicache_trt.backends.tensorrt.module import Messages, make_logger
+from minicache_trt.backends.tensorrt.runtime_cache import RuntimeCache, cache_path
 from minicache_trt.errors import UserError
 
 _REBUILD = "build the engine again on this machine, with this version of TensorRT"
@@ -28,9 +29,7 @@ class Execution:
     def __init__(self, session: EngineSession, profile: int) -> None:
         self._session = session
         self._profile = profile
-        trt = session.trt
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._context = session.engine.create_execution_context(strategy)
+        self._context = session.new_context()
         if self._context is None:
             raise UserError(f"TensorRT cannot run {session.path.name}: {session.messages.first('out of memory')}")
         if not self._context.set_optimization_profile_async(profile, session.stream):
@@ -107,6 +106,20 @@ class EngineSession:
         self.inputs = [name for name in names if is_input[name]]
         self.outputs = [name for name in names if not is_input[name]]
         self._scratch: Tensor | None = None
+        self.cache = RuntimeCache(self.engine, cache_path(path, device))
+
+    def new_context(self) -> Any:
+        """An execution context that is given its memory; None if there cannot be another."""
+        strategy, config = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED, self.cache.config
+        if config is None:
+            return self.engine.create_execution_context(strategy)
+        config.set_execution_context_allocation_strategy(strategy)
+        return self.engine.create_execution_context(config)
+
+    @property
+    def profiles(self) -> int:
+        """Optimization profiles there are."""
+        return int(self.engine.num_optimization_profiles)
 
     @property
     def stream(self) -> int:
