@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +45,17 @@ class Engine(Protocol):
     def pool(self, name: str) -> NDArray[np.generic]:
         """A pool by its contract name, for inspection; it may change with the next call."""
         ...
+
+
+@runtime_checkable
+class Perishable(Protocol):
+    """What an engine has beside `Engine` when it can end by itself, as one of several processes does."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it computes nothing any more; None while it does. Any thread may ask."""
+        ...
+
+
+class EngineLost(RuntimeError):
+    """Raised by an engine that has ended by itself, for every call from then on."""

@@ -100,6 +100,11 @@ class TensorParallelEngine:
         """The ranks' processes, in their order."""
         return self._ranks.processes
 
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has ended by itself; see `minicache_trt.backends.base.Perishable`."""
+        return self._ranks.failure
+
     def close(self) -> None:
         """End the ranks; also when the engine is forgotten, or its process ends."""
         self._ranks.close()

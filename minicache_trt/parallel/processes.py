@@ -8,18 +8,23 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
+from minicache_trt.backends.base import EngineLost
 from minicache_trt.errors import UserError
 from minicache_trt.parallel.messages import Call, Reply, Start
 
 _ACCEPT_SECONDS = 60.0
 _GRACE_SECONDS = 10.0
 """How long the other ranks have to answer once one has failed; they may be waiting for it forever."""
+
+_END_SECONDS = 10.0
+"""How long idle ranks have to end."""
 
 _GONE = "its process ended"
 
@@ -74,18 +79,26 @@ class RankProcesses:
         ------
         UserError
             What a rank raised for its user; it lives on.
-        RuntimeError
+        EngineLost
             A rank failed otherwise or is gone. All have ended then, and every later call says so.
         """
         with self._lock:
             if self._ended is not None:
-                raise RuntimeError(self._ended)
+                raise EngineLost(self._ended)
             try:
                 for connection in self._connections:
                     connection.send(Call(method, arguments))
             except OSError:
                 pass  # `_collect` finds out which rank is gone
             return self._collect()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the ranks have ended without `close`, or are about to: a process that died is noticed without a call."""
+        if self._ended is None and self._finalizer.alive:
+            gone = [rank for rank, process in enumerate(self._processes) if process.poll() is not None]
+            return _ended("; ".join(f"rank {rank}: {_GONE}" for rank in gone)) if gone else None
+        return self._ended
 
     def close(self) -> None:
         """End all ranks."""
@@ -132,12 +145,18 @@ class RankProcesses:
         failures = [f"rank {rank}: {replies[rank].failure}" for rank in failed]
         if failures or silent:
             refused = [reply for reply in replies.values() if reply.user_error]
-            self._ended = f"the engine's ranks have ended ({'; '.join(failures) or 'one refused its part'})"
+            self._ended = _ended("; ".join(failures) or "one refused its part")
+            for process in self._processes:
+                process.kill()  # some may wait for another forever
             self.close()
             if refused and not failures:
                 refused[0].result(0)
-            raise RuntimeError(self._ended)
+            raise EngineLost(self._ended)
         return [replies[rank].result(rank) for rank in sorted(replies)]
+
+
+def _ended(reason: str) -> str:
+    return f"the engine's ranks have ended ({reason})"
 
 
 def _interpreter() -> str:
@@ -170,12 +189,13 @@ def _end(
     connections: list[Connection],
     folder: tempfile.TemporaryDirectory[str],
 ) -> None:
-    """Ranks that are idle end when their connection does; those that wait for a rank that is gone are killed."""
+    """Ranks that are idle end when their connection does; those that wait for one that is gone are killed."""
     for connection in connections:
         connection.close()
+    deadline = time.monotonic() + _END_SECONDS
     for process in processes:
         try:
-            process.wait(2.0)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -145,6 +145,10 @@ class Runner:
         failed = self.scheduler.running or self.scheduler.waiting
         return [self._end(self._jobs[sequence], "error", message) for sequence in tuple(failed)]
 
+    def fail(self, job: Job, message: str) -> Update:
+        """End a job with an error."""
+        return self._end(job, "error", message)
+
     def cancel(self, job: Job) -> Update | None:
         """End a job at its caller's wish; None when it has ended before."""
         return self._end(job, "abort") if job.sequence in self._jobs else None

@@ -89,8 +89,10 @@ def test_a_lost_rank_ends_the_engine_with_a_line(tmp_path: Path) -> None:
     engine = open_ranks(make(tmp_path, 2, "full", {}))
     llm = LLM.from_engine(engine)
     victim = engine.processes[1]
+    assert llm.failure is None
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
+    assert llm.failure == "the engine's ranks have ended (rank 1: its process ended)"  # before anybody has asked
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"the engine's ranks have ended \(rank 1: its process ended\)"):
             llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
@@ -103,6 +105,7 @@ def test_ranks_end_with_the_engine(tmp_path: Path) -> None:
     processes = engine.processes
     engine.close()
     assert [process.poll() for process in processes] == [0, 0]
+    assert engine.failure is None
 
 
 def test_a_rank_that_cannot_load_its_share_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
