@@ -1,5 +1,4 @@
-"""python examples/triton/client.py PROMPT [--model minicache] [--url 127.0.0.1:8001] [--max-tokens 64]"""
-
+# python examples/triton/client.py PROMPT [--model minicache] [--url 127.0.0.1:8001] [--max-tokens 64]
 import argparse
 import queue
 import signal
@@ -8,7 +7,7 @@ import sys
 import numpy as np
 import tritonclient.grpc as grpc
 
-sys.excepthook = lambda kind, error, _: print(f"error: {error}", file=sys.stderr)
+sys.excepthook = lambda kind, error, _: print(f"error: {error}", file=sys.stderr) or globals().pop("client", None)
 parser = argparse.ArgumentParser(description="Streams a completion over gRPC, with TensorRT-LLM's llmapi tensors.")
 for name, default in (("prompt", ""), ("--model", "minicache"), ("--url", "127.0.0.1:8001"), ("--max-tokens", 64)):
     parser.add_argument(name, default=default, type=type(default))
@@ -28,3 +27,4 @@ with grpc.InferenceServerClient(args.url) as client:
         final, text = reply.get_response().parameters["triton_final_response"].bool_param, reply.as_numpy("text_output")
         print("" if text is None else text[0].decode()[len(shown) :], end="\n" if final else "", flush=True)
         shown = shown if text is None else text[0].decode()  # a response holds all of the text so far
+globals().pop("client")  # before the library it needs at its end is taken apart

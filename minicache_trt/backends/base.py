@@ -48,13 +48,23 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Perishable(Protocol):
-    """What an engine has beside `Engine` when it can end by itself, as one of several processes does."""
+class DistributedEngine(Protocol):
+    """What an engine of several processes has beside `Engine`."""
 
     @property
     def failure(self) -> str | None:
-        """Why it computes nothing any more; None while it does. Any thread may ask."""
+        """Why it has ended by itself and computes nothing any more, or None; any thread may ask."""
         ...
+
+    @property
+    def cached_model(self) -> ModelConfig:
+        """The model with as many KV heads as all processes together keep in their caches, copies included."""
+        ...
+
+
+def cached_model(engine: Engine) -> ModelConfig:
+    """The model whose KV heads an engine's cache holds: what bytes of blocks are counted by."""
+    return engine.cached_model if isinstance(engine, DistributedEngine) else engine.model
 
 
 class EngineLost(RuntimeError):

@@ -18,6 +18,7 @@ from typing import Any
 from minicache_trt.backends.base import EngineLost
 from minicache_trt.errors import UserError
 from minicache_trt.parallel.messages import Call, Reply, Start
+from minicache_trt.parallel.shared_array import SharedArray, Written
 
 _ACCEPT_SECONDS = 60.0
 _GRACE_SECONDS = 10.0
@@ -53,11 +54,12 @@ class RankProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self._ended: str | None = None
-        self._finalizer = weakref.finalize(self, _end, self._processes, self._connections, self._folder)
+        self._shared = SharedArray.create()
+        self._finalizer = weakref.finalize(self, _end, self._processes, self._connections, self._folder, self._shared)
         folder, key = Path(self._folder.name), secrets.token_bytes(32)
         with Listener(str(folder / "engine"), authkey=key) as listener:
             for rank in range(size):
-                self._processes.append(_start(folder / "engine", key, rank))
+                self._processes.append(_start(folder / "engine", key, rank, self._shared if rank == 0 else None))
             self._accept(listener, size)
         for rank, connection in enumerate(self._connections):
             connection.send(Start(directory.absolute(), backend, num_threads, rank, size, folder / "rendezvous"))
@@ -152,7 +154,10 @@ class RankProcesses:
             if refused and not failures:
                 refused[0].result(0)
             raise EngineLost(self._ended)
-        return [replies[rank].result(rank) for rank in sorted(replies)]
+        return [self._value(replies[rank].result(rank)) for rank in sorted(replies)]
+
+    def _value(self, result: Any) -> Any:
+        return self._shared.read(result) if self._shared is not None and isinstance(result, Written) else result
 
 
 def _ended(reason: str) -> str:
@@ -166,10 +171,12 @@ def _interpreter() -> str:
     return str(Path(sys.exec_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
 
 
-def _start(address: Path, key: bytes, rank: int) -> subprocess.Popen[bytes]:
+def _start(address: Path, key: bytes, rank: int, shared: SharedArray | None) -> subprocess.Popen[bytes]:
     command = [_interpreter(), "-m", "minicache_trt.parallel.worker", str(address), str(rank)]
+    inherited = () if shared is None else (shared.fd,)
+    command += map(str, inherited)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=inherited)
     assert process.stdin is not None
     process.stdin.write(key.hex().encode() + b"\n")
     process.stdin.close()
@@ -188,6 +195,7 @@ def _end(
     processes: list[subprocess.Popen[bytes]],
     connections: list[Connection],
     folder: tempfile.TemporaryDirectory[str],
+    shared: SharedArray | None,
 ) -> None:
     """Ranks that are idle end when their connection does; those that wait for one that is gone are killed."""
     for connection in connections:
@@ -199,4 +207,6 @@ def _end(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    if shared is not None:
+        os.close(shared.fd)
     folder.cleanup()

@@ -23,6 +23,8 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import assert_equals_reference, build
 
 FOUR_HEADS = {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 104}
+MORE_RANKS = {"num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": True, "vocab_size": 104}
+ONE_KV_HEAD = MORE_RANKS | {"num_key_value_heads": 1}
 MIXTRAL = FOUR_HEADS | {"family": "mixtral", "num_local_experts": 4}
 PHI3 = {"family": "phi3", "head_dim": None, "num_key_value_heads": 4}
 BIASES = {"attention_bias": True, "mlp_bias": True, "head_dim": 64}
@@ -46,6 +48,9 @@ def open_ranks(directory: Path) -> TensorParallelEngine:
         (2, "keys before RoPE", BIASES),
         (4, "minicache4", FOUR_HEADS),
         (2, "full", MIXTRAL),
+        (4, "kivi4", MORE_RANKS),
+        pytest.param(4, "minicache4", MORE_RANKS, marks=pytest.mark.long),
+        pytest.param(2, "kivi2", ONE_KV_HEAD, marks=pytest.mark.long),
         pytest.param(2, "full", TIED, marks=pytest.mark.long),
         pytest.param(4, "g3", FOUR_HEADS, marks=pytest.mark.long),
         pytest.param(4, "full", MIXTRAL, marks=pytest.mark.long),
@@ -83,6 +88,16 @@ def test_generation_and_bytes(tmp_path: Path) -> None:
         llm.check_integrity()
         made.append((tokens, llm.cache_sizes.num_bytes))
     assert made[0] == made[1]
+
+
+def test_copies_of_kv_heads_are_counted(tmp_path: Path) -> None:
+    """Four ranks of a model with two KV heads hold each head twice."""
+    directory = make(tmp_path, 4, "kivi4", MORE_RANKS)
+    sizes = [
+        LLM.from_engine(engine).cache_sizes
+        for engine in (open_ranks(directory), TorchEngine(directory, read_engine(directory), 1))
+    ]
+    assert sizes[0].full_blocks == sizes[1].full_blocks and sizes[0].num_bytes == 2 * sizes[1].num_bytes
 
 
 def test_a_lost_rank_ends_the_engine_with_a_line(tmp_path: Path) -> None:
