@@ -1,45 +1,30 @@
-"""Streams a completion from Triton over gRPC, with the tensors of TensorRT-LLM's llmapi model.
-
-python examples/triton/client.py "def main(argv):" [--model minicache] [--url 127.0.0.1:8001] [--max-tokens 64]
-"""
-
+# python examples/triton/client.py PROMPT [--model minicache] [--url 127.0.0.1:8001] [--max-tokens 64]
 import argparse
 import queue
+import signal
+import sys
 
 import numpy as np
 import tritonclient.grpc as grpc
 
-parser = argparse.ArgumentParser()
-parser.add_argument("prompt")
-parser.add_argument("--model", default="minicache")
-parser.add_argument("--url", default="127.0.0.1:8001")
-parser.add_argument("--max-tokens", type=int, default=64)
-options = parser.parse_args()
-
-
-def tensor(name, values, dtype, triton_type):
-    made = grpc.InferInput(name, [len(values)], triton_type)
-    made.set_data_from_numpy(np.array(values, dtype))
-    return made
-
-
-results = queue.Queue()
-with grpc.InferenceServerClient(options.url) as client:
-    client.start_stream(callback=lambda result, error: results.put((result, error)))
-    inputs = [
-        tensor("text_input", [options.prompt.encode()], np.object_, "BYTES"),
-        tensor("sampling_param_max_tokens", [options.max_tokens], np.int32, "INT32"),
-        tensor("streaming", [True], bool, "BOOL"),
-    ]
-    client.async_stream_infer(options.model, inputs, enable_empty_final_response=True)
-    shown, final = "", False
+sys.excepthook = lambda kind, error, _: print(f"error: {error}", file=sys.stderr) or globals().pop("client", None)
+parser = argparse.ArgumentParser(description="Streams a completion over gRPC, with TensorRT-LLM's llmapi tensors.")
+for name, default in (("prompt", ""), ("--model", "minicache"), ("--url", "127.0.0.1:8001"), ("--max-tokens", 64)):
+    parser.add_argument(name, default=default, type=type(default))
+args, replies, shown, final = parser.parse_args(), queue.SimpleQueue(), "", False
+values = {"text_input": np.array([args.prompt.encode()]), "sampling_param_max_tokens": np.int32([args.max_tokens])}
+values |= {"streaming": np.array([True]), "sampling_param_exclude_input_from_output": np.array([True])}
+inputs = [grpc.InferInput(k, [1], grpc.np_to_triton_dtype(x.dtype)).set_data_from_numpy(x) for k, x in values.items()]
+with grpc.InferenceServerClient(args.url) as client:
+    client.get_model_metadata(args.model)  # says at once when the server or the model is not there
+    client.start_stream(callback=lambda result, error: replies.put((result, error)))
+    client.async_stream_infer(args.model, inputs, enable_empty_final_response=True)
+    signal.signal(signal.SIGINT, lambda *_: client.stop_stream(cancel_requests=True))
     while not final:
-        result, error = results.get()
+        reply, error = replies.get()
         if error is not None:
-            raise SystemExit(f"error: {error}")
-        final = result.get_response().parameters["triton_final_response"].bool_param
-        if (texts := result.as_numpy("text_output")) is not None:
-            text = texts[0].decode()  # everything so far
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-print()
+            raise error
+        final, text = reply.get_response().parameters["triton_final_response"].bool_param, reply.as_numpy("text_output")
+        print("" if text is None else text[0].decode()[len(shown) :], end="\n" if final else "", flush=True)
+        shown = shown if text is None else text[0].decode()  # a response holds all of the text so far
+globals().pop("client")  # before the library it needs at its end is taken apart

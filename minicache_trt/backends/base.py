@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +45,27 @@ class Engine(Protocol):
     def pool(self, name: str) -> NDArray[np.generic]:
         """A pool by its contract name, for inspection; it may change with the next call."""
         ...
+
+
+@runtime_checkable
+class DistributedEngine(Protocol):
+    """What an engine of several processes has beside `Engine`."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it has ended by itself and computes nothing any more, or None; any thread may ask."""
+        ...
+
+    @property
+    def cached_model(self) -> ModelConfig:
+        """The model with as many KV heads as all processes together keep in their caches, copies included."""
+        ...
+
+
+def cached_model(engine: Engine) -> ModelConfig:
+    """The model whose KV heads an engine's cache holds: what bytes of blocks are counted by."""
+    return engine.cached_model if isinstance(engine, DistributedEngine) else engine.model
+
+
+class EngineLost(RuntimeError):
+    """Raised by an engine that has ended by itself, for every call from then on."""

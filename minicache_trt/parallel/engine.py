@@ -47,8 +47,8 @@ class TensorParallelEngine:
     """Implements `minicache_trt.backends.base.Engine` over processes of one rank each, a process group per engine.
 
     Block tables, slots and demotions are the same for all ranks; every rank keeps its heads' share of each block, so
-    the cache's bytes are those of one rank's engine, spread out. Each step, the packed inputs go to all ranks and the
-    logits come back from the first.
+    the cache's bytes are those of one rank's engine, spread out; where ranks outnumber KV heads, times the ranks that
+    hold copies of one. Each step, the packed inputs go to all ranks and the logits come back from the first.
 
     Parameters
     ----------
@@ -71,13 +71,13 @@ class TensorParallelEngine:
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
         self.element_bytes = TENSOR_PARALLEL_BACKENDS[backend]
-        self._size = size
+        self._shard = Shard.of(self.model, 0, size)
         self._ranks = RankProcesses(directory, backend, num_threads or _threads_per_rank(size), size)
 
     def free_memory(self) -> int | None:
         free: list[int | None] = self._ranks.call("free_memory")
         known = [number for number in free if number is not None]
-        return min(known) * self._size if known else None
+        return min(known) * self._shard.size if known else None
 
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         return sum(self._ranks.call("allocate", full_blocks, compressed_blocks))
@@ -91,8 +91,8 @@ class TensorParallelEngine:
 
     def pool(self, name: str) -> NDArray[np.generic]:
         """All heads of a pool, put together from the ranks'; a copy."""
-        axis = self._head_axis(name)
-        array: NDArray[np.generic] = np.concatenate(self._ranks.call("pool", name), axis)
+        parts = self._ranks.call("pool", name)[:: self._shard.kv_copies]
+        array: NDArray[np.generic] = np.concatenate(parts, self._head_axis(name)) if len(parts) > 1 else parts[0]
         return array
 
     @property
@@ -100,15 +100,25 @@ class TensorParallelEngine:
         """The ranks' processes, in their order."""
         return self._ranks.processes
 
+    @property
+    def failure(self) -> str | None:
+        """See `minicache_trt.backends.base.DistributedEngine`."""
+        return self._ranks.failure
+
+    @property
+    def cached_model(self) -> ModelConfig:
+        """Likewise."""
+        return replace(self.model, num_kv_heads=self.model.num_kv_heads * self._shard.kv_copies)
+
     def close(self) -> None:
         """End the ranks; also when the engine is forgotten, or its process ends."""
         self._ranks.close()
 
     def _head_axis(self, name: str) -> int:
         """The axis along which one rank's pool differs from the whole one."""
-        shard = Shard(0, self._size)
         whole = self._specs(self.model, self.plan)[name].shape
-        own = self._specs(shard_model(self.model, shard), shard_plan(self.plan, self.model, shard))[name].shape
+        plan = shard_plan(self.plan, self.model, self._shard)
+        own = self._specs(shard_model(self.model, self._shard), plan)[name].shape
         return 1 + next(axis for axis, (a, b) in enumerate(zip(whole, own, strict=True)) if a != b)
 
     @staticmethod

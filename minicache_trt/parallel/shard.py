@@ -2,7 +2,9 @@
 
 Attention is cut by heads, the MLP by columns (Megatron-LM, arXiv 1909.08053): projections into them hold some rows of
 their weights, projections out of them some columns, so that a layer needs two sums. Streams store every KV head on its
-own, so a rank's compressed tier is the part of the whole one that holds its heads, code by code.
+own, so a rank's compressed tier is the part of the whole one that holds its heads, code by code. Where there are more
+ranks than KV heads, neighbouring ranks hold a copy each of the head that their queries attend with, as in vLLM and
+TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -21,25 +23,42 @@ from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
 
 _INTO = re.compile(r".*\.(attention\.[qkv]|mlp\.(gate|up)|experts\.\d+\.(gate|up))\.(weight|bias)")
+_KV = re.compile(r".*\.attention\.[kv]\.(weight|bias)")
 _OUT_OF = re.compile(r".*\.(attention\.o|mlp\.down|experts\.\d+\.down)\.weight")
 _HEAD_AXES = {"head_map": 1, "align": 1, "encode": 0, "decode": 0, "mean": 0, "sigma": 0}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank ``rank`` of ``size``."""
+    """Rank ``rank`` of ``size``; ``kv_copies`` neighbouring ranks hold the same KV heads."""
 
     rank: int = 0
     size: int = 1
+    kv_copies: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank: expected 0 to {self.size - 1}, got {self.rank}")
+        if self.kv_copies < 1 or self.size % self.kv_copies:
+            raise ValueError(f"kv_copies: expected a divisor of {self.size}, got {self.kv_copies}")
+
+    @classmethod
+    def of(cls, model: ModelConfig, rank: int, size: int) -> Shard:
+        """A rank of a whole model, which `check_shardable` accepts."""
+        return cls(rank, size, max(1, size // model.num_kv_heads))
 
     def part(self, extent: int) -> slice:
         """This rank's share of ``extent`` things, which the number of ranks divides."""
-        count = extent // self.size
-        return slice(self.rank * count, (self.rank + 1) * count)
+        return self._share(extent, 1)
+
+    def kv_part(self, extent: int) -> slice:
+        """The same of KV heads, or of rows that belong to them, of which ranks may hold copies."""
+        return self._share(extent, self.kv_copies)
+
+    def _share(self, extent: int, copies: int) -> slice:
+        count = extent * copies // self.size
+        start = self.rank // copies * count
+        return slice(start, start + count)
 
 
 WHOLE = Shard()
@@ -55,14 +74,13 @@ def check_shardable(model: ModelConfig, plan: CompressionPlan, size: int) -> Non
     """
     if size < 1:
         raise UserError(f"tp_size: expected a positive number, got {size}")
-    for name in ("num_kv_heads", "num_heads", "intermediate_size"):
-        value = getattr(model, name)
-        if value % size:
-            possible = [n for n in range(1, model.num_kv_heads + 1) if _divides(model, n)]
-            raise UserError(
-                f"tp_size: expected a divisor of the model's {name} ({value}), got {size}",
-                f"possible for this model: {', '.join(map(str, possible))}",
-            )
+    if not _divides(model, size):
+        of = ", ".join(f"{name} {getattr(model, name)}" for name in ("num_kv_heads", "num_heads", "intermediate_size"))
+        possible = [n for n in range(1, model.num_heads + 1) if _divides(model, n)]
+        raise UserError(
+            f"tp_size: {size} ranks cannot share the model's heads and columns evenly ({of})",
+            f"possible for this model: {', '.join(map(str, possible))}",
+        )
     for index, stream in enumerate(plan.streams if size > 1 else ()):
         if stream.norm == "token" and (stream.merge == "slerp" or stream.retained):
             raise UserError(
@@ -71,7 +89,7 @@ def check_shardable(model: ModelConfig, plan: CompressionPlan, size: int) -> Non
             )
         if stream.match_heads:
             heads = stream_matrices(plan.matrices, index)["head_map"]
-            each = model.num_kv_heads // size
+            each = max(1, model.num_kv_heads // size)
             if (heads // each != np.arange(model.num_kv_heads) // each).any():
                 raise UserError(
                     f"plan: tensor streams.{index}.head_map matches heads of different ranks",
@@ -80,7 +98,8 @@ def check_shardable(model: ModelConfig, plan: CompressionPlan, size: int) -> Non
 
 
 def _divides(model: ModelConfig, size: int) -> bool:
-    return not (model.num_kv_heads % size or model.num_heads % size or model.intermediate_size % size)
+    few, many = sorted((model.num_kv_heads, size))
+    return not (many % few or model.num_heads % size or model.intermediate_size % size)
 
 
 def shard_model(model: ModelConfig, shard: Shard) -> ModelConfig:
@@ -88,7 +107,7 @@ def shard_model(model: ModelConfig, shard: Shard) -> ModelConfig:
     return replace(
         model,
         num_heads=model.num_heads // shard.size,
-        num_kv_heads=model.num_kv_heads // shard.size,
+        num_kv_heads=model.num_kv_heads * shard.kv_copies // shard.size,
         intermediate_size=model.intermediate_size // shard.size,
     )
 
@@ -97,7 +116,7 @@ def shard_plan(plan: CompressionPlan, model: ModelConfig, shard: Shard) -> Compr
     """The plan with the constants of one rank's heads; ``model`` is the whole one."""
     if shard.size == 1:
         return plan
-    own = shard.part(model.num_kv_heads)
+    own = shard.kv_part(model.num_kv_heads)
     matrices: dict[str, NDArray[np.generic]] = {}
     for name, value in plan.matrices.items():
         kind = name.rsplit(".", 1)[1]
@@ -109,7 +128,7 @@ def shard_plan(plan: CompressionPlan, model: ModelConfig, shard: Shard) -> Compr
 def shard_view(name: str, view: WeightView, shard: Shard) -> Tensor:
     """One rank's share of a mapped weight; rows stay in the file, columns are cut out when they are moved."""
     if shard.size > 1 and _is_rows(name, view.shape[0], shard):
-        own = shard.part(view.shape[0])
+        own = _rows(name, view.shape[0], shard)
         return view.rows(own.start, own.stop - own.start).torch()
     return shard_tensor(name, view.torch(), shard)
 
@@ -119,7 +138,7 @@ def shard_tensor(name: str, weight: Tensor, shard: Shard) -> Tensor:
     if shard.size == 1:
         return weight
     if _is_rows(name, len(weight), shard):
-        return weight[shard.part(len(weight))]
+        return weight[_rows(name, len(weight), shard)]
     if _OUT_OF.fullmatch(name):
         return weight[:, shard.part(weight.shape[1])]
     return weight
@@ -140,6 +159,10 @@ def splits_vocabulary(vocab_size: int, shard: Shard) -> bool:
 def sums_over_ranks(name: str) -> bool:
     """Whether a linear layer (without ``.weight``) takes what lies on several ranks. Experts are summed up first."""
     return name.endswith((".attention.o", ".mlp.down"))
+
+
+def _rows(name: str, rows: int, shard: Shard) -> slice:
+    return shard.kv_part(rows) if _KV.fullmatch(name) else shard.part(rows)
 
 
 def _is_rows(name: str, rows: int, shard: Shard) -> bool:

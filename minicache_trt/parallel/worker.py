@@ -1,4 +1,7 @@
-"""The process of one rank: ``python -m minicache_trt.parallel.worker ADDRESS RANK``, its key on standard input."""
+"""The process of one rank: ``python -m minicache_trt.parallel.worker ADDRESS RANK [FD]``, its key on standard input.
+
+Logits go back by the shared memory whose descriptor is ``FD``; without one, by the connection.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from minicache_trt.parallel.collectives import ProcessGroup
 from minicache_trt.parallel.messages import Call, Reply, Start
 from minicache_trt.parallel.rank import Rank
 from minicache_trt.parallel.shard import Shard
+from minicache_trt.parallel.shared_array import SharedArray
 
 
 def open_rank(start: Start) -> Engine:
@@ -45,9 +49,10 @@ def open_rank(start: Start) -> Engine:
         rank=start.rank,
         world_size=start.size,
     )
-    rank = Rank(Shard(start.rank, start.size), ProcessGroup(start.size))
+    info = read_engine(start.directory)
+    rank = Rank(Shard.of(info.model, start.rank, start.size), ProcessGroup(start.size))
     opener: Callable[..., Engine] = open_backend(start.backend)
-    return opener(start.directory, read_engine(start.directory), start.num_threads, rank)
+    return opener(start.directory, info, start.num_threads, rank)
 
 
 def answer(run: Callable[[], Any]) -> Reply:
@@ -60,7 +65,7 @@ def answer(run: Callable[[], Any]) -> Reply:
         return Reply(failure=f"{type(error).__name__}: {error}")
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, shared: SharedArray | None) -> None:
     """Answer calls until the engine's process closes the connection or is gone."""
     start: Start = connection.recv()
     engines: list[Engine] = []
@@ -68,13 +73,17 @@ def serve(connection: Connection) -> None:
     connection.send(reply)
     while engines:
         call: Call = connection.recv()
-        connection.send(answer(partial(_call, engines[0], call, start.rank)))
+        connection.send(answer(partial(_call, engines[0], call, start.rank, shared)))
 
 
-def _call(engine: Engine, call: Call, rank: int) -> Any:
+def _call(engine: Engine, call: Call, rank: int, shared: SharedArray | None) -> Any:
     result = getattr(engine, call.method)(*call.arguments)
+    if call.method != "decode":
+        return result
     # Every rank holds all logits; they travel once.
-    return None if call.method == "decode" and rank else result
+    if rank:
+        return None
+    return result if shared is None else shared.write(result)
 
 
 def main() -> None:
@@ -83,7 +92,7 @@ def main() -> None:
     try:
         with Client(sys.argv[1], authkey=key) as connection:
             connection.send(int(sys.argv[2]))
-            serve(connection)
+            serve(connection, SharedArray(int(sys.argv[3])) if len(sys.argv) > 3 else None)
     except (EOFError, ConnectionError):
         pass
     finally:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from queue import SimpleQueue
 
+from minicache_trt.backends.base import EngineLost
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.job import Job, Update
 from minicache_trt.runtime.runner import Runner
@@ -15,7 +16,7 @@ Listener = Callable[[Update], None]
 
 
 class EngineClosed(UserError):
-    """The engine thread takes no more jobs."""
+    """The engine thread takes no more jobs: after `EngineLoop.shutdown`, or because the engine has ended by itself."""
 
 
 class EngineLoop:
@@ -23,7 +24,7 @@ class EngineLoop:
 
     What other threads want is put down as commands, which the engine thread carries out between two steps. The thread
     ends when nothing is left to do and starts again with the next job. A step that raises ends the jobs of its batch
-    with an error each; those that wait, and later ones, run on.
+    with an error each; those that wait, and later ones, run on, unless the engine itself is lost.
 
     Parameters
     ----------
@@ -37,6 +38,11 @@ class EngineLoop:
     ------
     UserError
         When somebody else has claimed the runner.
+
+    Attributes
+    ----------
+    failure : str, optional
+        Why the engine thread ended by itself and never starts again.
     """
 
     def __init__(self, runner: Runner, flush: Callable[[], None] = lambda: None) -> None:
@@ -48,6 +54,7 @@ class EngineLoop:
         self._commands: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.failure: str | None = None
 
     def submit(self, job: Job, listener: Listener) -> None:
         """Run a job.
@@ -55,11 +62,11 @@ class EngineLoop:
         Raises
         ------
         EngineClosed
-            After `shutdown`.
+            After `shutdown`, or when the engine has ended by itself.
         """
         with self._changed:
             if self._closed:
-                raise EngineClosed("the engine is shutting down and takes no more requests")
+                raise EngineClosed(self.failure or "the engine is shutting down and takes no more requests")
             self._commands.append(lambda: self._add(job, listener))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="minicache-trt-engine", daemon=True)
@@ -109,6 +116,8 @@ class EngineLoop:
                     self._tell(self._step())
                 if not self._runner.has_work:
                     self._flush()
+        except EngineLost as error:
+            self._lose(str(error))
         except BaseException as error:
             self._die(f"the engine thread ended: {type(error).__name__}: {error}")
             raise
@@ -127,17 +136,32 @@ class EngineLoop:
 
     def _die(self, message: str) -> None:
         """After a defect of this package: nobody may wait for a thread that is gone, or trust its cache."""
-        with self._changed:
-            self._closed, self._thread = True, None
-            self._changed.notify_all()
+        self._close(message)
         for job in self._listeners:
             job.end("error", message)
         self._tell([Update.of(job) for job in self._listeners])
         self._flush()
 
+    def _lose(self, message: str) -> None:
+        """The engine is gone: no job can go on."""
+        self._close(message)
+        self._tell([self._runner.fail(job, message) for job in self._listeners])
+        self._flush()
+
+    def _close(self, message: str) -> None:
+        """Refuse new jobs for good; those that were on their way are known then."""
+        with self._changed:
+            self._closed, self._thread, self.failure = True, None, message
+            commands, self._commands = self._commands, []
+            self._changed.notify_all()
+        for command in commands:
+            command()
+
     def _step(self) -> list[Update]:
         try:
             return self._runner.step()
+        except EngineLost:
+            raise
         except Exception as error:  # whatever it was, it belongs to these requests and to nobody else
             return self._runner.fail_running(f"{type(error).__name__}: {error}")
 

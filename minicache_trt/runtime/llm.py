@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache_trt.backends.base import Engine
+from minicache_trt.backends.base import DistributedEngine, Engine
 from minicache_trt.compression.methods import DEFAULT_METHOD
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, KvCacheConfig
@@ -132,6 +132,12 @@ class LLM:
     def cache_sizes(self) -> CacheSizes:
         """Blocks and bytes of both tiers."""
         return self._runner.sizes
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has ended by itself and takes nothing any more, or None; any thread may ask."""
+        ended = None if self._loop is None else self._loop.failure
+        return ended or (self.engine.failure if isinstance(self.engine, DistributedEngine) else None)
 
     def generate(
         self,

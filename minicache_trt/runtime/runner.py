@@ -8,7 +8,7 @@ from time import monotonic, perf_counter
 
 import numpy as np
 
-from minicache_trt.backends.base import Engine
+from minicache_trt.backends.base import Engine, cached_model
 from minicache_trt.config import KvCacheConfig
 from minicache_trt.contract import compressed_block_bytes, full_block_bytes
 from minicache_trt.errors import UserError
@@ -45,14 +45,14 @@ class Runner:
     """
 
     def __init__(self, engine: Engine, cache_config: KvCacheConfig, clock: Callable[[], float] = monotonic) -> None:
-        build, plan = engine.build, engine.plan
+        build, plan, cached = engine.build, engine.plan, cached_model(engine)
         self.engine = engine
         self.sizes = CacheSizes.plan(
             build,
             cache_config,
             plan.compresses,
-            full_block_bytes(engine.model, engine.element_bytes),
-            compressed_block_bytes(plan, engine.model, engine.element_bytes),
+            full_block_bytes(cached, engine.element_bytes),
+            compressed_block_bytes(plan, cached, engine.element_bytes),
             engine.free_memory(),
             engine.model.cache_window,
         )
@@ -145,6 +145,10 @@ class Runner:
         """After a step raised: end the jobs that were in its batch with an error; those that wait go on waiting."""
         failed = self.scheduler.running or self.scheduler.waiting
         return [self._end(self._jobs[sequence], "error", message) for sequence in tuple(failed)]
+
+    def fail(self, job: Job, message: str) -> Update:
+        """End a job with an error."""
+        return self._end(job, "error", message)
 
     def cancel(self, job: Job) -> Update | None:
         """End a job at its caller's wish; None when it has ended before."""

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minicache_trt.serving.metrics import compression_ratios
+from minicache_trt.serving.engine_metrics import compression_ratios
 from minicache_trt.serving.service import Service
 
 SAMPLES = 300

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from minicache_trt.compression.size import baseline_bytes_per_token
-from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.runtime.llm import LLM
+from minicache_trt.serving.engine_metrics import (
+    COUNTERS,
+    GAUGES,
+    OUTCOMES,
+    PREFIX,
+    REQUESTS_FINISHED,
+    REQUESTS_FINISHED_TEXT,
+    engine_values,
+)
 
-PREFIX = "minicache"
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
 KL = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10)
-OUTCOMES = ("stop", "length", "abort", "timeout", "error")
 
 
 class Metrics:
@@ -36,7 +42,7 @@ class Metrics:
         labels, registry = ["model_name"], self.registry
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"{PREFIX}_{name}", text, labels, registry=registry, buckets=buckets)
+            made = Histogram(f"{PREFIX}{name}", text, labels, registry=registry, buckets=buckets)
             return made.labels(model_name)
 
         self.time_to_first_token = histogram(
@@ -54,33 +60,28 @@ class Metrics:
         self.prompt_length = histogram("request_prompt_tokens", "Prompt tokens of finished requests.", TOKENS)
         self.output_length = histogram("request_generation_tokens", "Generated tokens of finished requests.", TOKENS)
         self.kl_divergence = histogram("audit_kl_divergence_nats", "KL(uncompressed || served) of audited tokens.", KL)
-        finished = Counter(
-            f"{PREFIX}_requests_finished",
-            "Requests by the reason of their end.",
-            [*labels, "reason"],
-            registry=registry,
-        )
+        finished = Counter(PREFIX + REQUESTS_FINISHED, REQUESTS_FINISHED_TEXT, [*labels, "reason"], registry=registry)
         self._finished = finished
         self.finished = {reason: finished.labels(model_name, reason) for reason in OUTCOMES}
         rejected = Counter(
-            f"{PREFIX}_requests_rejected", "Requests refused, by HTTP status.", [*labels, "status"], registry=registry
+            f"{PREFIX}requests_rejected", "Requests refused, by HTTP status.", [*labels, "status"], registry=registry
         )
         self._rejected, self._model_name = rejected, model_name
         audits = Counter(
-            f"{PREFIX}_audit_requests",
+            f"{PREFIX}audit_requests",
             "Requests chosen for audit, by what became of them.",
             [*labels, "outcome"],
             registry=registry,
         )
         self.audits = {outcome: audits.labels(model_name, outcome) for outcome in ("replayed", "dropped", "failed")}
         self.audit_agreements = Counter(
-            f"{PREFIX}_audit_top1_agreements",
+            f"{PREFIX}audit_top1_agreements",
             "Audited tokens whose most likely token is the same.",
             labels,
             registry=registry,
         ).labels(model_name)
         self.audit_backlog = Gauge(
-            f"{PREFIX}_audit_backlog", "Requests that wait for their audit.", labels, registry=registry
+            f"{PREFIX}audit_backlog", "Requests that wait for their audit.", labels, registry=registry
         ).labels(model_name)
         registry.register(EngineCollector(llm, model_name))
 
@@ -107,59 +108,14 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """One family per number, with all its labels."""
-        statistics, load, name = self._llm.statistics, self._llm.load, [self._model_name]
-        for key, text, value in (
-            ("requests_running", "Requests in the engine's batch.", load.running),
-            ("requests_waiting", "Requests that wait for a place in it.", load.waiting),
-        ):
-            yield _gauge(key, text, [], [(name, value)])
-        for key, text, value in (
-            ("prompt_tokens", "Prompt tokens of submitted requests.", statistics.prompt_tokens),
-            ("generation_tokens", "Tokens generated.", statistics.generated_tokens),
-            ("preemptions", "Times a request gave up its blocks.", statistics.preemptions),
-            ("demoted_blocks", "Blocks moved to the compressed tier.", statistics.demotions),
-            ("prefix_cache_queries", "Tokens looked up in the prefix cache.", statistics.lookup_tokens),
-            ("prefix_cache_hits", "Tokens found there.", statistics.hit_tokens),
-            ("prefix_cache_evictions", "Reusable blocks whose space was needed.", statistics.evictions),
-        ):
-            family = CounterMetricFamily(f"{PREFIX}_{key}", text, labels=["model_name"])
-            family.add_metric(name, value)
+        for name, values in groupby(engine_values(self._llm), lambda value: value.name):
+            group = list(values)
+            labels = ["model_name", *(label for label, _ in group[0].labels)]
+            family: GaugeMetricFamily | CounterMetricFamily
+            if name in COUNTERS:
+                family = CounterMetricFamily(PREFIX + name, COUNTERS[name], labels=labels)
+            else:
+                family = GaugeMetricFamily(PREFIX + name, GAUGES[name], labels=labels)
+            for value in group:
+                family.add_metric([self._model_name, *(label for _, label in value.labels)], value.value)
             yield family
-        tiers = (("full", load.full), ("compressed", load.compressed))
-        states = [
-            ([*name, tier, state], count)
-            for tier, usage in tiers
-            for state, count in (
-                ("used", usage.used),
-                ("reusable", usage.reusable),
-                ("free", usage.total - usage.used - usage.reusable),
-            )
-        ]
-        yield _gauge("kv_cache_blocks", f"Blocks of {BLOCK_SIZE} tokens.", ["tier", "state"], states)
-        shares = [([*name, tier], usage.used / usage.total if usage.total else 0.0) for tier, usage in tiers]
-        yield _gauge("kv_cache_usage_ratio", "Share of a tier's blocks that requests use.", ["tier"], shares)
-        sizes = self._llm.cache_sizes
-        allocated = [([*name, "full"], sizes.full_bytes), ([*name, "compressed"], sizes.compressed_bytes)]
-        yield _gauge("kv_cache_bytes", "Bytes allocated.", ["tier"], allocated)
-        ratios = [([*name, scope], value) for scope, value in compression_ratios(self._llm).items()]
-        yield _gauge("kv_cache_compression_ratio", "Bytes of the same tokens in 16 bits over bytes.", ["of"], ratios)
-
-
-def compression_ratios(llm: LLM) -> dict[str, float]:
-    """16-bit bytes of the tokens that fit, over the bytes allocated for them: ``allocated``, and ``compressed_tier``.
-
-    Both tiers together can be larger than 16 bits where the backend computes in 32 and the compressed tier is small.
-    """
-    sizes, load = llm.cache_sizes, llm.load
-    block = BLOCK_SIZE * baseline_bytes_per_token(llm.engine.model)
-    ratios = {"allocated": (load.full.total + load.compressed.total) * block / sizes.num_bytes}
-    if sizes.compressed_block_bytes:
-        ratios["compressed_tier"] = block / sizes.compressed_block_bytes
-    return ratios
-
-
-def _gauge(key: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"{PREFIX}_{key}", text, labels=["model_name", *labels])
-    for names, value in values:
-        family.add_metric(names, value)
-    return family

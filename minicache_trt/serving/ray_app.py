@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
@@ -25,66 +23,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from minicache_trt.config import KvCacheConfig
-from minicache_trt.errors import UserError
+from minicache_trt.parallel.engine import TensorParallelEngine
 from minicache_trt.serving.asgi_call import HttpHead, HttpRequest, call
 from minicache_trt.serving.prefix_key import prefix_key
+from minicache_trt.serving.ray_config import RayConfig, read_config
 from minicache_trt.serving.ray_router import PrefixRouter
 
 REPLICA_HEADER = "x-minicache-replica"
 ATTEMPTS = 6
 """Replicas a request is given to before its client hears of it."""
+HEALTH_SECONDS = 2.0
+"""How often Ray asks a replica for its health: how long the loss of an idle one's rank goes unnoticed."""
 
 logger = logging.getLogger("ray.serve")
 
 
-@dataclass(frozen=True)
-class RayConfig:
-    """Arguments of `app`.
-
-    Parameters
-    ----------
-    engine : Path
-        Engine directory, where every node finds it.
-    replicas : int
-    model_name : str, optional
-        Default: the directory's.
-    max_queue_size : int
-        Requests that may wait in a replica beside its batch.
-    kv_cache_memory : int, optional
-        Bytes for each replica's cache.
-    backend : str, optional
-        Another one than the engine was built for.
-    num_threads : int, optional
-        Of each replica.
-    num_cpus, num_gpus : float
-        What Ray reserves for a replica.
-    imbalance : int
-        Requests a replica may have beyond the least loaded one before equal beginnings go elsewhere.
-    """
-
-    engine: Path
-    replicas: int = 1
-    model_name: str | None = None
-    max_queue_size: int = 64
-    kv_cache_memory: int | None = None
-    backend: str | None = None
-    num_threads: int | None = None
-    num_cpus: float = 1
-    num_gpus: float = 0
-    imbalance: int = 8
-
-    def __post_init__(self) -> None:
-        for name, least in (("replicas", 1), ("max_queue_size", 0), ("imbalance", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected a number of at least {least}, got {getattr(self, name)}")
-
-    @property
-    def name(self) -> str:
-        return self.model_name or self.engine.resolve().name
-
-
 class EngineReplica:
-    """One engine and the application around it."""
+    """One engine and the application around it; the engine's ranks are processes of this replica's own."""
 
     def __init__(self, config: RayConfig) -> None:
         from minicache_trt.build import load_engine
@@ -97,6 +52,7 @@ class EngineReplica:
         engine = load_engine(config.engine, config.num_threads, config.backend)
         cache = KvCacheConfig(max_bytes=config.kv_cache_memory)
         llm = LLM.from_engine(engine, tokenizer=config.engine / CHECKPOINT, kv_cache_config=cache)
+        self._llm = llm
         self._service = Service(llm, (config.name,), config.max_queue_size)
         self._app = create_app(self._service, HttpConfig(), History(self._service))
         self._headers = {REPLICA_HEADER: serve.get_replica_context().replica_id.unique_id}
@@ -105,12 +61,18 @@ class EngineReplica:
         """Answer a request; ``key`` has brought it here."""
         async with aclosing(call(self._app, request, self._headers)) as pieces:
             async for piece in pieces:
+                self.check_health()  # rather than an error of its own, requests get another replica
                 yield piece
 
     def check_health(self) -> None:
-        """Raises when the engine has ended by itself; Ray Serve replaces the replica then."""
-        if self._service.failed:
-            raise RuntimeError("the engine has ended")
+        """End the process when the engine has ended by itself: Ray notices that at once and starts another replica."""
+        failure = self._llm.failure
+        if failure is None:
+            return
+        logger.error("%s: this replica ends, Ray Serve starts another", failure)
+        if isinstance(self._llm.engine, TensorParallelEngine):
+            self._llm.engine.close()  # ranks that wait for the lost one
+        os._exit(1)
 
 
 class Ingress:
@@ -178,18 +140,11 @@ def app(args: dict[str, Any]) -> Any:
     UserError
         Naming the argument that cannot be used.
     """
-    names = [field.name for field in fields(RayConfig)]
-    unknown = sorted(args.keys() - set(names))
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}", f"there are: {', '.join(names)}")
-    try:
-        config = TypeAdapter(RayConfig).validate_python(args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(": ".join([*map(str, first["loc"]), first["msg"]])) from error
+    config = read_config(args)
     from minicache_trt.engine_directory import read_engine
 
-    batch = read_engine(config.engine).build.max_batch_size
+    build = read_engine(config.engine).build
+    batch = build.max_batch_size
     router = RequestRouterConfig(
         request_router_class=PrefixRouter, request_router_kwargs={"imbalance": config.imbalance}
     )
@@ -199,7 +154,8 @@ def app(args: dict[str, Any]) -> Any:
         num_replicas=config.replicas,
         max_ongoing_requests=batch + config.max_queue_size,
         request_router_config=router,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options=config.resources(build),
+        health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_timeout_s=120,
     )
     ingress = serve.deployment(

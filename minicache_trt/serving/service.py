@@ -52,11 +52,6 @@ class Service:
         Share of requests that are compared with an uncompressed engine, in [0, 1].
     uncompressed : Runner, optional
         Of that engine; needed when ``audit_rate`` is not 0.
-
-    Attributes
-    ----------
-    failed : bool
-        Whether the engine has ended by itself and takes nothing any more.
     """
 
     def __init__(
@@ -72,10 +67,14 @@ class Service:
         self.metrics = Metrics(llm, model_names[0])
         self.admission = Admission(llm.engine.build.max_batch_size, max_queue_size)
         self.recent = Recent()
-        self.failed = False
         self.auditor = None
         if uncompressed is not None:
             self.auditor = Auditor(uncompressed, audit_rate, self.admission, self.metrics, self.recent)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has ended by itself and takes nothing any more."""
+        return self.llm.failure is not None
 
     def admit(self, num_sequences: int) -> None:
         """Take places for all sequences of a call; `submit` gives them up as they end.
@@ -118,7 +117,6 @@ class Service:
             for request in requests:
                 request.abort()
             if isinstance(error, EngineClosed):
-                self.failed = not self.admission.draining
                 raise ApiError(503, str(error), "service_unavailable", "engine_closed") from error
             if isinstance(error, UserError):
                 raise ApiError.of(error) from error

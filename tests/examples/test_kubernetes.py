@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minicache_trt.cli.serve import serve
-from minicache_trt.serving.triton.metrics import GAUGES, PREFIX
+from minicache_trt.serving.engine_metrics import GAUGES, PREFIX
 
 FOLDER = Path(__file__).parents[2] / "examples" / "kubernetes"
 FILES = ["autoscaling", "deployment", "model", "triton"]

@@ -23,6 +23,8 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import assert_equals_reference, build
 
 FOUR_HEADS = {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 104}
+MORE_RANKS = {"num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": True, "vocab_size": 104}
+ONE_KV_HEAD = MORE_RANKS | {"num_key_value_heads": 1}
 MIXTRAL = FOUR_HEADS | {"family": "mixtral", "num_local_experts": 4}
 PHI3 = {"family": "phi3", "head_dim": None, "num_key_value_heads": 4}
 BIASES = {"attention_bias": True, "mlp_bias": True, "head_dim": 64}
@@ -46,6 +48,9 @@ def open_ranks(directory: Path) -> TensorParallelEngine:
         (2, "keys before RoPE", BIASES),
         (4, "minicache4", FOUR_HEADS),
         (2, "full", MIXTRAL),
+        (4, "kivi4", MORE_RANKS),
+        pytest.param(4, "minicache4", MORE_RANKS, marks=pytest.mark.long),
+        pytest.param(2, "kivi2", ONE_KV_HEAD, marks=pytest.mark.long),
         pytest.param(2, "full", TIED, marks=pytest.mark.long),
         pytest.param(4, "g3", FOUR_HEADS, marks=pytest.mark.long),
         pytest.param(4, "full", MIXTRAL, marks=pytest.mark.long),
@@ -85,12 +90,24 @@ def test_generation_and_bytes(tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
+def test_copies_of_kv_heads_are_counted(tmp_path: Path) -> None:
+    """Four ranks of a model with two KV heads hold each head twice."""
+    directory = make(tmp_path, 4, "kivi4", MORE_RANKS)
+    sizes = [
+        LLM.from_engine(engine).cache_sizes
+        for engine in (open_ranks(directory), TorchEngine(directory, read_engine(directory), 1))
+    ]
+    assert sizes[0].full_blocks == sizes[1].full_blocks and sizes[0].num_bytes == 2 * sizes[1].num_bytes
+
+
 def test_a_lost_rank_ends_the_engine_with_a_line(tmp_path: Path) -> None:
     engine = open_ranks(make(tmp_path, 2, "full", {}))
     llm = LLM.from_engine(engine)
     victim = engine.processes[1]
+    assert llm.failure is None
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
+    assert llm.failure == "the engine's ranks have ended (rank 1: its process ended)"  # before anybody has asked
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"the engine's ranks have ended \(rank 1: its process ended\)"):
             llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
@@ -103,6 +120,7 @@ def test_ranks_end_with_the_engine(tmp_path: Path) -> None:
     processes = engine.processes
     engine.close()
     assert [process.poll() for process in processes] == [0, 0]
+    assert engine.failure is None
 
 
 def test_a_rank_that_cannot_load_its_share_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,20 @@ def test_weights_every_rank_holds(name: str) -> None:
     assert torch.equal(shard_tensor(name, weight, Shard(1, 4)), weight)
 
 
+@pytest.mark.parametrize(
+    ("size", "heads"), [(2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (8, [[0], [0], [1], [1]])]
+)
+def test_each_rank_holds_the_kv_heads_its_queries_attend_with(size: int, heads: list[list[int]]) -> None:
+    weight = torch.arange(4.0).repeat_interleave(64)[:, None].expand(-1, 96)
+    queries = torch.arange(8.0).repeat_interleave(64)[:, None].expand(-1, 96)
+    for rank, expected in enumerate(heads):
+        shard = Shard.of(MODEL, rank, size)
+        own = shard_tensor("layers.0.attention.v.weight", weight, shard)[::64, 0].int().tolist()
+        assert own == expected and shard_model(MODEL, shard).num_kv_heads == len(expected)
+        attending = shard_tensor("layers.0.attention.q.weight", queries, shard)[::64, 0].int() // 2
+        assert sorted(set(attending.tolist())) == expected
+
+
 def test_rows_of_a_vocabulary_that_does_not_divide_stay_whole() -> None:
     weight = torch.zeros(101, 4)
     assert shard_tensor("lm_head.weight", weight, Shard(1, 2)).shape == (101, 4)
@@ -110,8 +124,8 @@ def test_rows_of_a_vocabulary_that_does_not_divide_stay_whole() -> None:
 @pytest.mark.parametrize(
     ("size", "plan", "message"),
     [
-        (3, make_plan(MODEL, "full"), "tp_size: expected a divisor of the model's num_kv_heads (4), got 3"),
-        (8, make_plan(MODEL, "full"), "possible for this model: 1, 2, 4"),
+        (3, make_plan(MODEL, "full"), "tp_size: 3 ranks cannot share the model's heads and columns evenly"),
+        (16, make_plan(MODEL, "full"), "possible for this model: 1, 2, 4, 8"),
         (2, make_plan(MODEL, "minicache", MethodOptions(norm="token")), "norm: 'token' spans all heads, which lie on"),
         (2, completed(MODEL, Stream("key", (0,), (Segment(64),), match_heads=True)), "matches heads of different"),
     ],

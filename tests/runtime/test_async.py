@@ -11,6 +11,7 @@ from bpe import bpe_tokenizer
 from fake_engine import VOCAB, WAIT, FakeEngine, Gate, small_build
 from test_llm import FakeTokenizer, check_idle, greedy_tokens
 
+from minicache_trt.backends.base import EngineLost
 from minicache_trt.config import KvCacheConfig
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.llm import LLM
@@ -175,6 +176,24 @@ def test_an_exception_in_a_step_fails_its_batch_and_the_loop_lives_on(make_llm):
         assert completion.token_ids == greedy_tokens(llm, tokens(seed, 10), 60)[: len(completion.token_ids)]
     assert outcome(requests[2]) == ("length", greedy_tokens(llm, tokens(2, 10), 60))
     assert outcome(llm.generate_async(tokens(0, 10), GREEDY)) == ("length", greedy_tokens(llm, tokens(0, 10), 60))
+
+
+def test_an_engine_that_is_lost_ends_every_request_and_takes_no_more(make_llm):
+    llm = make_llm(max_batch_size=2)
+    start, gate = Gate(llm.engine, 0), Gate(llm.engine, 3, EngineLost("rank 1 is gone"))
+    requests = [llm.generate_async(tokens(seed, 10), GREEDY) for seed in range(3)]
+    assert start.reached.wait(WAIT)
+    start.opened.set()
+    assert gate.reached.wait(WAIT)
+    requests.append(llm.generate_async(tokens(3, 10), GREEDY))  # on its way to the engine thread
+    assert llm.failure is None
+    gate.opened.set()
+    for request in requests:
+        completion = request.result(WAIT).outputs[0]
+        assert (completion.finish_reason, completion.stop_reason) == ("error", "rank 1 is gone")
+    assert llm.failure == "rank 1 is gone"
+    with pytest.raises(UserError, match="rank 1 is gone"):
+        llm.generate_async(tokens(0, 10), GREEDY)
 
 
 def test_blocks_that_could_not_be_compressed_are_not_found_later(make_llm):

@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import pytest
 
+from minicache_trt.backends.base import EngineLost
 from minicache_trt.build import load_engine
 from minicache_trt.config import KvCacheConfig
 from minicache_trt.engine_directory import CHECKPOINT
@@ -105,6 +106,20 @@ def test_steps_that_fail_take_their_batch_and_nobody_else(serve, demo_llm, expec
     again = asyncio.run(send(live, wanted[:2]))
     for record, request in zip(again, wanted, strict=False):
         check_complete(record, request, expected)
+
+
+def test_a_lost_engine_is_told_to_whoever_watches(serve, demo_llm):
+    live = serve(demo_llm("kivi2"))
+
+    def lose(*_):
+        raise EngineLost("the engine's ranks have ended (rank 1: its process ended)")
+
+    assert live.http.get("/health").status_code == 200
+    live.llm.engine.decode = lose
+    records = asyncio.run(send(live, requests(4, 4)))
+    assert all("rank 1" in record.message for record in records), records
+    assert live.http.get("/health").status_code == 503
+    assert live.http.get("/status.json").json()["state"] == "failed"
 
 
 def test_a_cache_for_one_serves_many(serve, demo_engines, expected):

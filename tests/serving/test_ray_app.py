@@ -19,13 +19,13 @@ from minicache_trt.errors import UserError
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.sampling_params import SamplingParams
 from tests.conftest import ROOT
+from tests.support.ray_cluster import MODEL, REPLICA, complete, replica_processes, serving
 
-ray = pytest.importorskip("ray", reason="ray is not installed")
+pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.long
 
-MODEL, TOKENS = "demo", 60
+TOKENS = 60
 PROMPTS = [f"def function_number_{i}(first, second):\n    " for i in range(16)]
-REPLICA = "x-minicache-replica"
 
 
 @pytest.fixture(scope="module")
@@ -44,60 +44,17 @@ def expected(engine: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def url(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(engine: Path) -> Iterator[str]:
     """Two replicas behind one address."""
-    from ray import serve
-
-    from minicache_trt.serving.ray_app import app
-    from tests.support.tritonserver import free_ports
-
-    (port,) = free_ports(1)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        num_cpus=3,
-        include_dashboard=False,
-        object_store_memory=128 << 20,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(tmp_path_factory.mktemp("ray", numbered=False)),
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(app({"engine": str(engine), "replicas": "2", "model_name": MODEL, "num_threads": "1"}))
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-def complete(url: str, prompt: str) -> httpx.Response:
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    return httpx.post(f"{url}/completions", json=body, timeout=120)
-
-
-def replica_processes() -> list[int]:
-    """Processes of engine replicas, by the name Ray gives them; children of this test's Ray only."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                status = (path / "stat").read_text().rsplit(")", 1)[1].split()
-                names[int(path.name)] = (path / "cmdline").read_bytes().decode(errors="replace")
-                parents[int(path.name)] = int(status[1])
-            except OSError:
-                continue
-
-    def mine(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and pid > 1 and mine(parents[pid]))
-
-    return [pid for pid, name in names.items() if "ServeReplica" in name and "engine" in name and mine(pid)]
+    with serving(engine, 3, replicas="2") as address:
+        yield address
 
 
 def test_equal_beginnings_meet_on_one_replica_and_answers_are_right(url: str, expected: list[str]) -> None:
     seen: dict[int, set[str]] = {}
     for _ in range(2):
         for index, prompt in enumerate(PROMPTS):
-            response = complete(url, prompt)
+            response = complete(url, prompt, TOKENS)
             assert response.json()["choices"][0]["text"] == expected[index]
             seen.setdefault(index, set()).add(response.headers[REPLICA])
     assert all(len(replicas) == 1 for replicas in seen.values())
@@ -118,7 +75,7 @@ def test_no_request_that_has_not_begun_is_lost_with_its_replica(url: str, expect
         index = number
         while not stop.is_set():
             index = (index + 1) % len(PROMPTS)
-            response = complete(url, PROMPTS[index])
+            response = complete(url, PROMPTS[index], TOKENS)
             text = response.json()["choices"][0]["text"] if response.status_code == 200 else response.text
             results.append((index, response.status_code, text))
 

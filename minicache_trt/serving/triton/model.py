@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import threading
@@ -78,9 +79,11 @@ class TritonModel:
         self._watch.result()
         self._llm.shutdown()
         self._metrics.update()
+        self._metrics.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        gc.collect()  # requests and senders in reference cycles: they too need the stub's memory to be destroyed
 
     def _begin(self, request: Any) -> None:
         call = Call(self._pb_utils, request)
