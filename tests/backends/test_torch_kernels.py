@@ -21,7 +21,7 @@ from minicache_trt.kernels.locate import LIBRARY_VARIABLE
 from minicache_trt.reference.ties import TOLERANCE
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
-from tests.support.checkpoints import SHAPES, make_checkpoint
+from tests.support.checkpoints import LAYERED, SHAPES, make_checkpoint
 from tests.support.engines import assert_equals_reference, build
 from tests.support.plans import full_codec_plans
 
@@ -80,11 +80,31 @@ def test_shapes(tmp_path: Path, shape: str, method: str) -> None:
     assert_equals_reference(directory, [300, 3], 70, backend="host-kernels")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("plan", ["full", "minicache4"])
-def test_half_precision(tmp_path: Path, host_library: KernelLibrary, dtype: torch.dtype, plan: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "method"), [("gemma2, head_dim 256, windows in layers 1 and 2", "kivi4"), ("gemma3", "minicache4")]
+)
+def test_layers_that_differ(tmp_path: Path, shape: str, method: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **with_heads(LAYERED[shape]))
+    directory = build(checkpoint, tmp_path / "engine", method, quantum=128)
+    assert_equals_reference(directory, [300, 3], 70, backend="host-kernels")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plan", "shape"),
+    [
+        (torch.float16, "full", {"head_dim": 64}),
+        (torch.float16, "minicache4", {"head_dim": 64}),
+        (torch.bfloat16, "full", {"head_dim": 64}),
+        (torch.bfloat16, "minicache4", {"head_dim": 64}),
+        (torch.float16, "full", LAYERED["gemma2"] | {"head_dim": 64}),
+        (torch.bfloat16, "full", LAYERED["gemma3, windows in layers 1 and 2"]),
+    ],
+)
+def test_half_precision(
+    tmp_path: Path, host_library: KernelLibrary, dtype: torch.dtype, plan: str, shape: dict[str, Any]
+) -> None:
     """As close as the type's rounding lets it be, measured by what is left of the logits' size."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", head_dim=64)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **shape)
     directory = build(checkpoint, tmp_path / "engine", plan, quantum=128)
     info = read_engine(directory)
     engine = KernelEngine(directory, info, host_library, torch.device("cpu"), dtype, run_again)

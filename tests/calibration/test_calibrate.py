@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ from minicache_trt.evaluation.examples import Example
 from minicache_trt.evaluation.tasks import Cell
 from minicache_trt.runtime.tokenizer import load_tokenizer
 from tests.calibration.conftest import SMALL
+from tests.support.checkpoints import LAYERED, make_checkpoint
 
 CONTEXT = 1024
 
@@ -213,3 +215,17 @@ def test_ratios_out_of_reach(demo: Path, code_text: Path, tmp_path: Path, asked:
     with pytest.raises(UserError, match=f"{asked:g}x cannot be reached") as caught:
         run(demo, code_text, tmp_path / "plan.json", asked)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (LAYERED["gemma3"], "layers differ in their windows or RoPE"),
+        (LAYERED["gemma2"] | {"layer_types": ["full_attention"] * 4}, "logits are soft-capped"),
+    ],
+    ids=["layers", "caps"],
+)
+def test_a_model_it_does_not_know_yet(code_text: Path, tmp_path: Path, shape: dict[str, Any], said: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **shape)
+    with pytest.raises(UserError, match=f"whose {said} is not supported yet"):
+        run(checkpoint, code_text, tmp_path / "plan.json")

@@ -127,6 +127,17 @@ def test_sequence_bytes_count_whole_blocks(context: int, window: int, method: st
     assert bytes_per_token(plan, TINY, context, window) * context == pytest.approx(size)
 
 
+@pytest.mark.parametrize("method", ["full", "kivi4"])
+def test_layers_without_a_window_keep_every_block(method: str) -> None:
+    """A 16-bit cache would still free what the others no longer see: that is what ratios are against."""
+    mixed = replace(TINY, sliding_window=300, full_layers=(1, 4))
+    plan, layer = make_plan(TINY, method), full_block_bytes(TINY, 2) / BLOCK_SIZE / 5
+    assert sequence_bytes(plan, mixed, 1000, 64) == sequence_bytes(plan, TINY, 1000, 64)
+    assert context_that_fits(plan, mixed, 1 << 24, 64) == context_that_fits(plan, TINY, 1 << 24, 64)
+    baseline = layer * (2 * 1000 + 3 * 300)
+    assert ratio(plan, mixed, 1000, 64) == pytest.approx(baseline / sequence_bytes(plan, TINY, 1000, 64))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_layer_shares_add_up(method: str) -> None:
     plan = make_plan(TINY, method)

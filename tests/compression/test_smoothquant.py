@@ -76,8 +76,17 @@ def observed_maxima(checkpoint: Path, sequences: list[list[int]]) -> tuple[np.nd
     return keys, queries
 
 
-def test_scales_are_those_of_the_definition(tmp_path: Path, letters: None) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", num_key_value_heads=2, num_attention_heads=4)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_key_value_heads": 2, "num_attention_heads": 4},
+        # Windows longer than the text: a sequence is as long as a window, at most.
+        {"family": "gemma2", "attn_logit_softcapping": 2.0, "sliding_window": 800, "pad_token_id": 0},
+    ],
+    ids=["llama", "gemma2"],
+)
+def test_scales_are_those_of_the_definition(tmp_path: Path, letters: None, shape: dict[str, Any]) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **shape)
     config = resolve_config(str(checkpoint))
     documents = [random_text(700, 1), random_text(90, 2)]
     text = tmp_path / "text.txt"

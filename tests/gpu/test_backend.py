@@ -20,14 +20,18 @@ from minicache_trt.kernels.graphs import CudaRecorder, run_again
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.gpu.conftest import Kernels
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 from tests.support.plans import full_codec_plans
 
 PLANS = ["full", "kivi4", "minicache4", "pair KLT", "keys before RoPE"]
 
 
-def build(folder: Path, name: str) -> Path:
-    checkpoint = make_checkpoint(folder / "checkpoint", head_dim=64)
+GEMMA = "gemma2, scale 20, caps 5 and 3, GQA 6:2, bfloat16"
+
+
+def build(folder: Path, name: str, shape: str | None = None) -> Path:
+    """With the plan ``name``; ``shape``: one of ``LAYERED``."""
+    checkpoint = make_checkpoint(folder / "checkpoint", **(LAYERED[shape] if shape else {}) | {"head_dim": 64})
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
         plans = full_codec_plans(config)
@@ -47,9 +51,11 @@ def random_sequences(lengths: list[int], decoded: int) -> list[list[int]]:
     return [rng.integers(0, 101, length + decoded).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_logits_are_the_references(kernels: Kernels, tmp_path: Path, plan: str) -> None:
-    directory = build(tmp_path, plan)
+@pytest.mark.parametrize(
+    ("plan", "shape"), [*((plan, None) for plan in PLANS), ("full", GEMMA), ("minicache4", "gemma3")]
+)
+def test_logits_are_the_references(kernels: Kernels, tmp_path: Path, plan: str, shape: str | None) -> None:
+    directory = build(tmp_path, plan, shape)
     lengths = [300, 70, 5]
     sequences = random_sequences(lengths, 150)
     llm = LLM.from_engine(engine(kernels, directory, captured=True))

@@ -19,7 +19,7 @@ from minicache_trt.kernels.locate import LIBRARY_VARIABLE
 from minicache_trt.parallel.engine import TensorParallelEngine
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 from tests.support.engines import assert_equals_reference, build
 
 FOUR_HEADS = {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 104}
@@ -51,6 +51,7 @@ def open_ranks(directory: Path) -> TensorParallelEngine:
         (4, "kivi4", MORE_RANKS),
         pytest.param(4, "minicache4", MORE_RANKS, marks=pytest.mark.long),
         pytest.param(2, "kivi2", ONE_KV_HEAD, marks=pytest.mark.long),
+        (2, "minicache4", LAYERED["gemma3, capped, scaled rope, GQA 6:2, float16"]),
         pytest.param(2, "full", TIED, marks=pytest.mark.long),
         pytest.param(4, "g3", FOUR_HEADS, marks=pytest.mark.long),
         pytest.param(4, "full", MIXTRAL, marks=pytest.mark.long),
