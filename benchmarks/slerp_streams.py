@@ -29,6 +29,7 @@ from minicache_trt.calibration.model import CalibrationModel
 from minicache_trt.calibration.moments import Moments
 from minicache_trt.calibration.rotary import average_moment
 from minicache_trt.calibration.samples import sample_sets
+from minicache_trt.calibration.search import LEAST_LOSS
 from minicache_trt.calibration.settings import CalibrationSettings
 from minicache_trt.checkpoint.resolve import resolve_config
 from minicache_trt.cli.console import progress_bars
@@ -38,6 +39,8 @@ from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.tokenizer import load_tokenizer
 
+MOST = 1000
+"""Larger ratios are of losses that are rounding errors."""
 COLUMNS = ("stream", "storage", "bits", "text", "recall", "over joint KLT")
 
 
@@ -100,7 +103,7 @@ def pair(part: str, layers: tuple[int, int], moments: Moments, config: ModelConf
     for label, (stream, constants) in streams.items():
         losses = evaluator.measure([CodedStream.of(stream, constants, config)])
         numbers = 2 * config.num_kv_heads * config.head_dim * BLOCK_SIZE
-        loss = losses.loss(settings.recall_share)
+        loss = max(LEAST_LOSS, losses.loss(settings.recall_share))
         rows.append({
             "part": part, "layers": list(layers), "storage": label, "bits": 8 * block_bytes(stream, config) / numbers,
             "text": losses.divergence[0], "recall": losses.divergence[1], "loss": loss,
@@ -123,7 +126,7 @@ def rotations(family: Family) -> np.ndarray[Any, np.dtype[np.float32]]:
 def cells(row: dict[str, Any]) -> list[str]:
     layers = "+".join(map(str, row["layers"]))
     return [f"{row['part']} {layers}", row["storage"], f"{row['bits']:.2f}", f"{row['text']:.1e}",
-            f"{row['recall']:.1e}", f"{row['over']:.1f}"]  # fmt: skip
+            f"{row['recall']:.1e}", f"{row['over']:.1f}" if row["over"] < MOST else f"> {MOST}"]  # fmt: skip
 
 
 if __name__ == "__main__":
