@@ -91,6 +91,7 @@ class Generation:
         self.event: TokenEvent | None = None
         self.finish_reason: str | None = "length" if max_len == len(token_ids) else None
         self._prompt = prompt
+        self._prompt_token_ids = list(token_ids)
         self._params = params
         self._eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
@@ -166,7 +167,7 @@ class Generation:
         cached = self.sequence.num_cached_tokens or 0
         prompt_logprobs = None if self._params.prompt_logprobs is None else self._prompt_logprobs
         return RequestOutput(
-            self.request_id, self._prompt, tokens[:prompt_len], [completion], finished, cached, prompt_logprobs
+            self.request_id, self._prompt, self._prompt_token_ids, [completion], finished, cached, prompt_logprobs
         )
 
     def _choose(self, logits: StepLogits, row: int) -> int:
