@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ def quantize_weight(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.
 
 
 def dequantize_weight(
-    codes: NDArray[np.generic],
+    codes: NDArray[Any],
     scales: NDArray[np.float32],
     bits: int,
     columns: int,
@@ -129,7 +129,7 @@ def quantized_views(path: Path) -> dict[str, WeightView]:
     }
 
 
-def read_codes(view: WeightView) -> NDArray[np.generic]:
+def read_codes(view: WeightView) -> NDArray[Any]:
     """Codes of a layer, memory-mapped: uint8, or float8 numbers, which safetensors' own reader does not know."""
     import ml_dtypes
 

@@ -24,6 +24,8 @@ from minicache_trt.errors import UserError
 SIGN = {4: 0x88, 8: 0x80}
 """Bits of a byte that tell codes with the zero 2^(bits-1) from two's complement, by bits of a code."""
 LARGEST_CODE = 127
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+"""Smallest scale by compute type."""
 FLOAT8 = "F8_E4M3"
 """Safetensors' name of float8 e4m3."""
 
@@ -119,7 +121,7 @@ def write_signed(
             file.write((array if number else np.bitwise_xor(array, np.uint8(SIGN[bits[name]]))).data)
             scales = source.get_tensor(f"{name}.scales").astype(target)
             if bits[name] == 8:  # positive, however small
-                scales = np.maximum(scales, ml_dtypes.finfo(target).smallest_subnormal)
+                scales = np.maximum(scales, target.type(SMALLEST[dtype]))
             file.write(np.ascontiguousarray(scales).view(np.uint8).data)
         progress(len(names), len(names))
     written = read_safetensors_file(path)
