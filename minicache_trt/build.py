@@ -177,6 +177,10 @@ def check_build(
     tensorrt.check(build.backend)
     if build.backend in TENSORRT_BACKENDS:
         load_module(build.backend)
+    elif build.weights == "fp8":
+        raise UserError(
+            f"backend {build.backend} has no fp8 weights", "use --weights int8 or int4, or --backend tensorrt-rtx"
+        )
     check_ranks(config, plan, build)
     _check_limits(config, build)
     return build

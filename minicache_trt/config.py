@@ -11,11 +11,14 @@ from minicache_trt.errors import UserError
 BLOCK_SIZE = 64
 """Tokens per cache block, in both tiers. Contract constant: kernels and functions rely on it."""
 
-WEIGHT_FORMATS = ("fp32", "int8", "int4")
-"""Weight formats the ONNX Runtime backend runs; int8 and int4 are weight-only with blocks of 32 (MatMulNBits)."""
+WEIGHT_FORMATS = ("fp32", "int8", "int4", "fp8")
+"""Weight formats; int8 and int4 are weight-only with blocks of 32 (MatMulNBits; int8 by rows with TensorRT), fp8 is
+for TensorRT alone."""
 
-WEIGHT_BITS = {"int8": 8, "int4": 4}
+WEIGHT_BITS = {"int8": 8, "int4": 4, "fp8": 8}
 """Bits of a code in the weight-only formats."""
+ROW_FORMATS = ("int8", "fp8")
+"""Of them those that have a scale for each output with TensorRT, and not for each block of its inputs."""
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 """Types an engine's activations, weights and exact cache can have."""

@@ -17,7 +17,7 @@ from minicache_trt.checkpoint.resolve import Checkpoint
 from minicache_trt.checkpoint.weights import INDEX_FILE, WeightView
 from minicache_trt.compression.matrices import save_matrices
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import TENSORRT_BACKENDS, WEIGHT_BITS, BuildConfig, ModelConfig
+from minicache_trt.config import ROW_FORMATS, TENSORRT_BACKENDS, WEIGHT_BITS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, COMPRESSOR, DECODER, MAPS, MATRICES, QUANTIZED
 from minicache_trt.functions.form import COMPUTE_TYPES, GraphForm
 from minicache_trt.model.graph import build_compressor, build_decoder
@@ -57,9 +57,9 @@ def write_engine(
     if checkpoint.int4 is not None:
         linked &= link_or_copy(checkpoint.int4, staging / QUANTIZED)
         quantized = quantized_views(staging / QUANTIZED)
-    elif build.weights == "int8" and build.backend in TENSORRT_BACKENDS:
+    elif build.weights in ROW_FORMATS and build.backend in TENSORRT_BACKENDS:
         linears = linear_views(checkpoint.config, checkpoint.weights)
-        quantized = write_row_codes(staging / QUANTIZED, linears, partial(report, "quantize"))
+        quantized = write_row_codes(staging / QUANTIZED, linears, build.weights, partial(report, "quantize"))
     elif bits is not None:
         linears = linear_views(checkpoint.config, checkpoint.weights)
         path = staging / QUANTIZED

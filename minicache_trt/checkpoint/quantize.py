@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ def quantize_weight(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.
 
 
 def dequantize_weight(
-    codes: NDArray[np.uint8],
+    codes: NDArray[Any],
     scales: NDArray[np.float32],
     bits: int,
     columns: int,
@@ -63,6 +63,8 @@ def dequantize_weight(
 
     ``zeros``: 4-bit zero points ``[out, ceil(blocks / 2)]``, low bits first, of checkpoints that have them.
     """
+    if codes.dtype != np.uint8:  # numbers themselves, of float8
+        return (codes.astype(np.float32) * scales[..., None]).reshape(len(codes), -1)[:, :columns]
     wide = codes if bits == 8 else np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
     zero: NDArray[np.float32] | float = float(1 << (bits - 1))
     if zeros is not None:
@@ -120,11 +122,20 @@ def quantized_views(path: Path) -> dict[str, WeightView]:
             base + entry["data_offsets"][0],
             entry["data_offsets"][1] - entry["data_offsets"][0],
             tuple(entry["shape"]),
-            {"U8": "uint8", "F32": "float32"}[entry["dtype"]],
+            {"U8": "uint8", "F32": "float32"}.get(entry["dtype"], entry["dtype"]),
         )
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def read_codes(view: WeightView) -> NDArray[Any]:
+    """Codes of a layer, memory-mapped: uint8, or float8 numbers, which safetensors' own reader does not know."""
+    import ml_dtypes
+
+    dtype = np.dtype(np.uint8 if view.dtype == "uint8" else ml_dtypes.float8_e4m3fn)
+    stored = np.memmap(view.file, np.uint8, "r", view.offset, (view.nbytes,))
+    return stored.view(dtype).reshape(view.shape)
 
 
 def linears_in(path: Path) -> list[str]:
@@ -144,11 +155,12 @@ def iterate_dequantized(path: Path, weights: Mapping[str, Sized]) -> Iterator[tu
         Anything with a ``shape`` by canonical name: the last blocks of a row may be padded. Layers that are not in it
         fill their blocks.
     """
+    views = quantized_views(path)
     with safe_open(path, framework="numpy") as file:
         keys = set(file.keys())
         given = (file.metadata() or {}).get("bits")
         for name in sorted({key.rpartition(".")[0] for key in keys}):
-            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+            codes, scales = read_codes(views[f"{name}.codes"]), file.get_tensor(f"{name}.scales")
             zeros = file.get_tensor(f"{name}.zeros") if f"{name}.zeros" in keys else None
             bits = int(given) if given else 8 * codes.shape[-1] // QUANTIZATION_BLOCK
             original = weights.get(f"{name}.weight", weights["embed.weight"] if name == "lm_head" else None)

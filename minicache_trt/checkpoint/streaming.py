@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 Progress = Callable[[int, int], None]
 """Called with what is done and how much there is in all."""
 
-_ITEM_SIZES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
+_ITEM_SIZES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 def encode_header(

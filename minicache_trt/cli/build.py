@@ -39,7 +39,7 @@ def build(
     norm: options.Norm = None,
     sink_tokens: options.SinkTokens = None,
     calibration_text: options.CalibrationText = None,
-    weights: Annotated[str, typer.Option(help=f"Weight format: {', '.join(WEIGHT_FORMATS)}.")] = "fp32",
+    weights: Annotated[str, typer.Option(help=f"Weight format: {', '.join(WEIGHT_FORMATS)} (TensorRT).")] = "fp32",
     backend: Annotated[
         str,
         typer.Option(

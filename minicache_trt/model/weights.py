@@ -19,6 +19,7 @@ _TYPES = {
     "uint8": ir.DataType.UINT8,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
 }
 
 
@@ -44,7 +45,7 @@ class GraphWeights:
     quantized : mapping
         ``<linear>.codes`` (uint8 ``[out, blocks, bytes]``), ``<linear>.scales`` (float32 ``[out, blocks]``) and, where
         zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for fp32. Where
-        a row is one block, and where codes are signed (``int8``, ``int4``, ``[out, in]``), they are dequantized.
+        a row is one block, and where codes are numbers (``int8``, ``int4``, ``F8_E4M3``), they are dequantized.
     bits : int, optional
         Bits of a weight-only code.
     form : GraphForm

@@ -28,7 +28,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 BUILD = "minicache_trt.backends.tensorrt.build"
 
 
-@pytest.mark.parametrize("weights, dtype", [("int4", "float16"), ("int8", "bfloat16")])
+@pytest.mark.parametrize("weights, dtype", [("int4", "float16"), ("int8", "bfloat16"), ("fp8", "float16")])
 def test_engines_keep_codes(tmp_path: Path, weights: str, dtype: str) -> None:
     """The builder turns no code into a number: engine files are as large as codes, scales and the other weights."""
     limits: dict[str, Any] = {"backend": "tensorrt-rtx", "dtype": dtype, "max_seq_len": 1024, "max_num_tokens": 512}
@@ -39,7 +39,7 @@ def test_engines_keep_codes(tmp_path: Path, weights: str, dtype: str) -> None:
     size = (directory / "decoder.engine").stat().st_size
     assert needs.weight_bytes <= size <= 1.1 * needs.weight_bytes + (16 << 20)
     plain = estimate.build_needs(info.model, dataclasses.replace(info.build, weights="fp32"))
-    assert plain is not None and needs.weight_bytes < {"int4": 0.5, "int8": 0.7}[weights] * plain.weight_bytes
+    assert plain is not None and needs.weight_bytes < (0.5 if weights == "int4" else 0.7) * plain.weight_bytes
     assert not [path.name for path in directory.iterdir() if path.name.startswith(("cast.", "codes."))]
     layers = json.loads((directory / ENGINES).read_text())["engines"]["decoder.engine"]["layers"]
     assert layers["DEQUANTIZE"] == info.model.num_layers * 7 + 1
@@ -53,7 +53,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("parsed_only")
-@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize("shape", [{}, {"attention_bias": True, "tie_word_embeddings": True}])
 def test_graphs_compute_what_the_codes_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, shape: dict[str, Any]
@@ -73,7 +73,7 @@ def test_graphs_compute_what_the_codes_say(
 
 
 @pytest.mark.usefixtures("parsed_only")
-@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
 def test_float16_graphs_run(tmp_path: Path, weights: str) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", initializer_range=0.05)
     limits = {"backend": "tensorrt-rtx", "dtype": "float16", "max_num_tokens": 64}
@@ -84,13 +84,16 @@ def test_float16_graphs_run(tmp_path: Path, weights: str) -> None:
     assert np.abs(mine - expected).mean() <= 0.02 * np.abs(expected).mean()
 
 
-def test_row_codes_are_the_nearest() -> None:
+@pytest.mark.parametrize("fmt, error_of", [("int8", 0.5001 / 127), ("fp8", 2.0**-4)])
+def test_row_codes_are_the_nearest(fmt: str, error_of: float) -> None:
+    """Rows of any size, a row of zeros among them; float8 has three bits of mantissa, below 2^-6 of its steps fewer."""
     weight = np.random.default_rng(0).standard_normal((6, 40)).astype(np.float32) * 10.0 ** np.arange(-3, 3)[:, None]
     weight = np.vstack([weight, np.zeros((1, 40))]).astype(np.float32)
-    codes, scales = row_codes(weight)
-    assert codes.min() >= 1
+    codes, scales = row_codes(weight, fmt)
+    assert codes.shape == (7, 1, 40) and (scales > 0).all()
     error = np.abs(dequantize_weight(codes, scales, 8, 40) - weight)
-    assert (error <= 0.5001 * scales).all() and not error[-1].any()
+    of = np.abs(weight).max(-1, keepdims=True) if fmt == "int8" else np.abs(weight) + 2.0**-6 * scales
+    assert (error <= error_of * of).all() and not error[-1].any()
 
 
 @pytest.mark.parametrize("case", ["zeros", "padded"])

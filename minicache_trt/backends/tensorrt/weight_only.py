@@ -1,37 +1,52 @@
 """Weight-only linear layers as TensorRT takes them: signed codes, and scales in the engine's compute type.
 
-TensorRT-RTX keeps int4 codes with a scale for each block of inputs, and int8 codes with a scale for each output; int8
-codes with scales for blocks it would turn into numbers of the compute type while it builds.
+TensorRT-RTX keeps int4 codes with a scale for each block of inputs, and int8 and float8 (e4m3) codes with a scale for
+each output; those with scales for blocks it would turn into numbers of the compute type while it builds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from minicache_trt.checkpoint.quantize import quantized_views
+from minicache_trt.checkpoint.quantize import quantized_views, read_codes
 from minicache_trt.checkpoint.streaming import Progress, encode_header
 from minicache_trt.checkpoint.weights import SAFETENSORS_DTYPES, WeightView, numpy_dtype, read_safetensors_file
+from minicache_trt.compression.constants import FLOAT8_MAX
 from minicache_trt.errors import UserError
 
 SIGN = {4: 0x88, 8: 0x80}
 """Bits of a byte that tell codes with the zero 2^(bits-1) from two's complement, by bits of a code."""
 LARGEST_CODE = 127
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+"""Smallest scale by compute type."""
+FLOAT8 = "F8_E4M3"
+"""Safetensors' name of float8 e4m3."""
 
 
-def row_codes(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Codes uint8 ``[out, 1, in]`` with the zero 128, -127 to 127 from it, and scales ``[out, 1]``."""
-    scales = (np.abs(weight).max(-1, keepdims=True) / LARGEST_CODE).astype(np.float32)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = np.clip(np.rint(weight * inverse), -LARGEST_CODE, LARGEST_CODE) + 128
-    return codes.astype(np.uint8)[:, None], scales
+def row_codes(weight: NDArray[np.float32], fmt: str) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
+    """Codes ``[out, 1, in]`` of ``int8`` (uint8 with the zero 128) or ``fp8`` (e4m3 numbers), and scales ``[out, 1]``.
+
+    Scales are positive, as TensorRT wants them: a row of zeros has 1.
+    """
+    largest = np.abs(weight).max(-1, keepdims=True)
+    top = np.float32(LARGEST_CODE if fmt == "int8" else FLOAT8_MAX)
+    scales = np.where(largest > 0, largest / top, 1).astype(np.float32)
+    scales = np.maximum(scales, np.finfo(np.float32).tiny)
+    ratio = np.clip(weight / scales, -top, top)
+    codes = (np.rint(ratio) + 128).astype(np.uint8) if fmt == "int8" else ratio.astype(ml_dtypes.float8_e4m3fn)
+    return codes[:, None], scales
 
 
-def write_row_codes(path: Path, linears: Mapping[str, WeightView], progress: Progress) -> dict[str, WeightView]:
+def write_row_codes(
+    path: Path, linears: Mapping[str, WeightView], fmt: str, progress: Progress
+) -> dict[str, WeightView]:
     """A file of 8-bit codes as `minicache_trt.checkpoint.quantize` reads it, each row one block.
 
     Parameters
@@ -39,18 +54,21 @@ def write_row_codes(path: Path, linears: Mapping[str, WeightView], progress: Pro
     path : Path
     linears : mapping
         Name of a linear layer to its weight ``[out, in]``.
+    fmt : str
+        One of `ROW_FORMATS`.
     progress : callable
     """
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, view in linears.items():
         rows, columns = view.shape
-        tensors |= {f"{name}.codes": ("U8", (rows, 1, columns)), f"{name}.scales": ("F32", (rows, 1))}
+        tensors[f"{name}.codes"] = ("U8" if fmt == "int8" else FLOAT8, (rows, 1, columns))
+        tensors[f"{name}.scales"] = "F32", (rows, 1)
     with path.open("wb") as file:
         file.write(encode_header(tensors, {"bits": "8"}))
         for done, view in enumerate(linears.values()):
             progress(done, len(linears))
-            for part in row_codes(view.numpy().astype(np.float32)):
-                file.write(np.ascontiguousarray(part).data)
+            for part in row_codes(view.numpy().astype(np.float32), fmt):
+                file.write(np.ascontiguousarray(part).view(np.uint8).data)
         progress(len(linears), len(linears))
     return quantized_views(path)
 
@@ -75,7 +93,8 @@ def write_signed(
     Returns
     -------
     dict of WeightView
-        ``<name>.codes``, ``int4`` or ``int8`` ``[out, in]``, and ``<name>.scales`` ``[out, blocks]``, in ``dtype``.
+        ``<name>.codes``, ``int4``, ``int8`` or ``F8_E4M3`` ``[out, in]``, and ``<name>.scales`` ``[out, blocks]``, in
+        ``dtype``.
 
     Raises
     ------
@@ -92,20 +111,24 @@ def write_signed(
         rows, columns = shapes[name]
         tensors[f"{name}.codes"] = "U8", (rows, columns * bits[name] // 8)
         tensors[f"{name}.scales"] = stored, views[f"{name}.scales"].shape
+    target = numpy_dtype(dtype)
     with path.open("wb") as file, safe_open(codes, framework="numpy") as source:
         file.write(encode_header(tensors))
         for done, name in enumerate(names):
             progress(done, len(names))
-            file.write(np.bitwise_xor(source.get_tensor(f"{name}.codes"), np.uint8(SIGN[bits[name]])).data)
-            scales = source.get_tensor(f"{name}.scales").astype(numpy_dtype(dtype))
+            array = read_codes(views[f"{name}.codes"]).view(np.uint8)
+            number = views[f"{name}.codes"].dtype == FLOAT8
+            file.write((array if number else np.bitwise_xor(array, np.uint8(SIGN[bits[name]]))).data)
+            scales = source.get_tensor(f"{name}.scales").astype(target)
+            if bits[name] == 8:  # positive, however small
+                scales = np.maximum(scales, target.type(SMALLEST[dtype]))
             file.write(np.ascontiguousarray(scales).view(np.uint8).data)
         progress(len(names), len(names))
     written = read_safetensors_file(path)
     for name in names:
-        view = written[f"{name}.codes"]
-        written[f"{name}.codes"] = WeightView(
-            view.name, view.file, view.offset, view.nbytes, shapes[name], f"int{bits[name]}"
-        )
+        kept = views[f"{name}.codes"].dtype
+        kind = kept if kept == FLOAT8 else f"int{bits[name]}"
+        written[f"{name}.codes"] = replace(written[f"{name}.codes"], shape=shapes[name], dtype=kind)
     return written
 
 
