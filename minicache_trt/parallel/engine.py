@@ -130,7 +130,7 @@ class TensorParallelEngine:
 def _element_bytes(backend: str, build: BuildConfig) -> int:
     """Of a number of the compute type."""
     if backend in TENSORRT_BACKENDS:
-        return COMPUTE_TYPES[build.graph_dtype].itemsize
+        return int(COMPUTE_TYPES[build.graph_dtype].itemsize)
     return 2 if backend == "cuda" else 4
 
 
