@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,20 @@ import pytest
 import torch
 from onnx import NodeProto, helper
 
-from minicache_trt.backends.tensorrt.collectives import KIND, set_ranks
+from minicache_trt.backends.tensorrt import engine as engine_module
+from minicache_trt.backends.tensorrt.collectives import KIND, connect, set_ranks
+from minicache_trt.backends.tensorrt.engine import TensorRtRtxEngine
 from minicache_trt.backends.tensorrt.network import Network, parse_network
 from minicache_trt.backends.tensorrt.steps import count_shapes, split_step
 from minicache_trt.build import load_engine
 from minicache_trt.contract import LOGITS, decoder_inputs
-from minicache_trt.engine_directory import ENGINES, rank_folder, read_engine
+from minicache_trt.engine_directory import ENGINES, EngineInfo, rank_folder, read_engine
 from minicache_trt.errors import UserError
 from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.model.rank_collectives import OP
+from minicache_trt.parallel.collectives import ALONE
+from minicache_trt.parallel.rank import Rank
+from minicache_trt.parallel.shard import Shard
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import build
 from tests.support.steps import step
@@ -174,8 +181,6 @@ def test_rtx_builds_engines_of_ranks(tmp_path: Path) -> None:
 
 
 def test_the_number_of_ranks_is_set_where_a_node_has_not(tmp_path: Path) -> None:
-    from minicache_trt.model.rank_collectives import OP
-
     node = helper.make_node(OP, ["x"], ["y"], collective_operation="all_reduce", reduce_op="sum", root=-1)
     value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["n", 8]) for name in "xy"]
     graph = helper.make_graph([node], "g", value[:1], value[1:])
@@ -195,3 +200,34 @@ def test_a_tensorrt_without_collectives_is_refused() -> None:
     network = Network(Old, None, None, None, None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"TensorRT 10\.9 has no collectives, which engines of 2 ranks need"):
         set_ranks(network, 2)
+
+
+def test_a_rank_opens_its_own_engines(tmp_path: Path, rank_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder, its shape, and its communicator for the decoder's contexts, on stand-ins for the GPU and NCCL."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **BIASES)
+    directory = build(checkpoint, tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float16", tp_size=2)
+    (rank_folder(directory, 1) / "decoder.engine").touch()
+    info = read_engine(directory)
+    opened: list[Any] = []
+
+    def start(self: TensorRtRtxEngine, trt: Any, folder: Path, own: EngineInfo, *_: Any) -> None:
+        opened.extend([folder, own])
+        self._decoder = SimpleNamespace(communicator=None)  # type: ignore[assignment]
+
+    monkeypatch.setattr(TensorRtRtxEngine, "_start", start)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(engine_module, "CudaRecorder", lambda: None)
+    monkeypatch.setattr(engine_module, "NcclCommunicator", lambda *place: SimpleNamespace(capsule=place))
+    rank = Rank(Shard.of(info.model, 1, 2), ALONE)
+    engine = TensorRtRtxEngine(directory, info, rank=rank)
+    assert engine._decoder.communicator == (1, 2)
+    assert opened[0] == rank_folder(directory, 1)
+    assert (opened[1].model.num_kv_heads, opened[1].model.num_heads) == (1, 2)
+    with pytest.raises(UserError, match="rank0 was built for backend tensorrt-rtx, it has no TensorRT-RTX engine"):
+        TensorRtRtxEngine(directory, info, rank=replace(rank, shard=Shard(0, 2)))
+
+
+def test_a_refused_communicator_is_said() -> None:
+    with pytest.raises(UserError, match="TensorRT refuses the ranks' NCCL communicator"):
+        connect(SimpleNamespace(set_communicator=lambda communicator: False), object())

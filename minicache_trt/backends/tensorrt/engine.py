@@ -66,7 +66,7 @@ class TensorRtEngine:
         if not (folder / DECODER_ENGINE).exists() or info.build.backend != self.backend:
             name = PRODUCTS[self.backend].name
             raise UserError(
-                f"{directory} was built for backend {info.build.backend}, it has no {name} engine",
+                f"{folder} was built for backend {info.build.backend}, it has no {name} engine",
                 f"build it with --backend {self.backend}",
             )
         if not torch.cuda.is_available():
