@@ -127,8 +127,12 @@ def build_engine(
         if calibrate is not None:
             plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)
             check_ranks(checkpoint.config, plan, build)
-        linked = write_engine(staging, checkpoint, plan, build, report)
-        if build.backend in TENSORRT_BACKENDS:
+        linked = write_engine(staging, checkpoint, plan, replace(build, tp_size=1), report)
+        if build.backend in TENSORRT_BACKENDS and build.tp_size > 1:
+            from minicache_trt.backends.tensorrt.rank_engines import build_rank_engines
+
+            build_rank_engines(staging, checkpoint, plan, build, tensorrt, report)
+        elif build.backend in TENSORRT_BACKENDS:
             from minicache_trt.backends.tensorrt.build import build_engines
 
             build_engines(staging, checkpoint, plan, build, tensorrt, report)

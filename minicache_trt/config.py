@@ -32,6 +32,7 @@ BACKEND_DTYPES = {
 }
 """Compute types by backend."""
 TENSORRT_BACKENDS = ("tensorrt", "tensorrt-rtx")
+GPU_BACKENDS = ("cuda", *TENSORRT_BACKENDS)
 GRAPH_BACKENDS = ("onnxruntime", *TENSORRT_BACKENDS)
 """Backends that run an engine's graphs, or what is built from them."""
 AUTO = "auto"

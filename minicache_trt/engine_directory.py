@@ -2,7 +2,8 @@
 
     config.json                      format version, model, plan, build options, contract hash, versions, source, files
     decoder.onnx, compressor.onnx    graphs; weights are external data (absent where only the torch backend can run)
-    decoder.engine, compressor.engine  TensorRT's plans, and in engines.json what they were built from (those backends)
+    decoder.engine, compressor.engine  TensorRT's plans, and in engines.json what they were built from (those backends);
+                                     with several ranks, of each one in rank<k>/
     quantized.safetensors            weight-only codes and scales (int8, int4)
     plan.safetensors                 calibrated constants of the plan, where it has any
     maps.safetensors                 what the graphs take of them: each layer's linear maps into and out of its streams
@@ -38,6 +39,12 @@ CHECKPOINT = "checkpoint"
 QUANTIZED = "quantized.safetensors"
 MATRICES = "plan.safetensors"
 MAPS = "maps.safetensors"
+
+
+def rank_folder(directory: Path, rank: int) -> Path:
+    """Where one rank's TensorRT engines are, in a directory of several."""
+    return directory / f"rank{rank}"
+
 
 _BUILD = "build an engine with minicache-trt build"
 _REBUILD = "build the engine again with minicache-trt build"

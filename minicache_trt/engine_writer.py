@@ -74,7 +74,8 @@ def graph_form(build: BuildConfig) -> GraphForm:
     """The form of an engine's graphs. TensorRT's nodes keep the step's inputs only where it has our plugins."""
     tensorrt = build.backend in TENSORRT_BACKENDS
     plugins = not tensorrt or (build.backend == "tensorrt" and find_plugins() is not None)
-    return GraphForm(COMPUTE_TYPES[build.graph_dtype], loops=not tensorrt, plugins=plugins)
+    ranks = build.tp_size if tensorrt else 1
+    return GraphForm(COMPUTE_TYPES[build.graph_dtype], loops=not tensorrt, plugins=plugins, ranks=ranks)
 
 
 def _write_graphs(

@@ -33,11 +33,14 @@ class GraphForm:
     plugins : bool
         Whether a runtime may have kernels for the nodes of `PagedAttention`: they take the step's inputs then. Else,
         in graphs without loops, what all layers need of a step is computed once (`ChunkStep`), and they take that.
+    ranks : int
+        Graphs of one of so many ranks: a decoder's has nodes of TensorRT's op `DistCollective`.
     """
 
     compute: ir.DataType = ir.DataType.FLOAT
     loops: bool = True
     plugins: bool = True
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.compute not in LARGEST:

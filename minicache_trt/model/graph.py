@@ -32,6 +32,7 @@ from minicache_trt.model.attributes import attention_attributes, compression_att
 from minicache_trt.model.decoder import decoder
 from minicache_trt.model.maps import GraphMaps, names_below, writer_maps
 from minicache_trt.model.onnx_ops import OnnxOps
+from minicache_trt.model.rank_collectives import linear_over_ranks
 from minicache_trt.model.weights import GraphWeights
 
 IR_VERSION = 10
@@ -170,7 +171,8 @@ def build_decoder(
         updated.append(_output(kv, pool.output_name, form.compute, ["Nf", *pool.shape]))
         return out
 
-    ops = OnnxOps(g, config, weights.weight, weights.table, weights.linear, attention, form)
+    linear = linear_over_ranks(g, weights.linear, config, form)
+    ops = OnnxOps(g, config, weights.weight, weights.table, linear, attention, form)
     logits = decoder(config, ops, steps["input_ids"], steps["positions"], steps["logit_index"])
     logits = logits if form.wide else g.float32(logits)
     _output(logits, LOGITS, ir.DataType.FLOAT, ["N", config.vocab_size])

@@ -12,6 +12,7 @@ from minicache_trt.functions.step import softcap
 from minicache_trt.functions.tape import Emitter
 from minicache_trt.model.decoder import gated_mlp
 from minicache_trt.model.onnx_moe import dense_mixture, mixture
+from minicache_trt.model.rank_collectives import all_reduce
 from minicache_trt.model.rope import inverse_frequencies
 
 Linear = Callable[[ir.Value, str], ir.Value]
@@ -117,7 +118,8 @@ class OnnxOps:
 
         router = self.linear(x, f"{name}.router")
         if not self._form.loops:
-            return dense_mixture(self._g, self._config, x, router, expert, self._form)
+            mixed = dense_mixture(self._g, self._config, x, router, expert, self._form)
+            return all_reduce(self._g, mixed, self._form)
         return mixture(self._g, self._config, x, router, expert, name, self._form)
 
     def take(self, x: ir.Value, rows: ir.Value) -> ir.Value:

@@ -11,16 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import BuildConfig, ModelConfig
+from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
 from minicache_trt.contract import PoolSpec, compressed_pools, full_pools
 from minicache_trt.engine_directory import EngineInfo
 from minicache_trt.errors import UserError
+from minicache_trt.functions.form import COMPUTE_TYPES
 from minicache_trt.parallel.processes import RankProcesses
 from minicache_trt.parallel.shard import Shard, check_shardable, shard_model, shard_plan
 from minicache_trt.runtime.batch import Batch, Int32
 
-TENSOR_PARALLEL_BACKENDS = {"cuda": 2, "torch": 4, "host-kernels": 4}
-"""Backends that can be cut into ranks, to the bytes of a number of their compute type."""
+TENSOR_PARALLEL_BACKENDS = ("cuda", "torch", "host-kernels", *TENSORRT_BACKENDS)
+"""Backends that can be cut into ranks."""
 
 
 def check_ranks(model: ModelConfig, plan: CompressionPlan, build: BuildConfig) -> None:
@@ -55,7 +56,7 @@ class TensorParallelEngine:
     directory : Path
     info : EngineInfo
     backend : str
-        A key of ``TENSOR_PARALLEL_BACKENDS``.
+        One of ``TENSOR_PARALLEL_BACKENDS``.
     num_threads : int, optional
         Of each rank. Default: the machine's cores, shared out.
 
@@ -70,7 +71,7 @@ class TensorParallelEngine:
         check_ranks(info.model, info.plan, replace(info.build, backend=backend))
         self.directory = directory
         self.model, self.plan, self.build = info.model, info.plan, info.build
-        self.element_bytes = TENSOR_PARALLEL_BACKENDS[backend]
+        self.element_bytes = _element_bytes(backend, info.build)
         self._shard = Shard.of(self.model, 0, size)
         self._ranks = RankProcesses(directory, backend, num_threads or _threads_per_rank(size), size)
 
@@ -124,6 +125,13 @@ class TensorParallelEngine:
     @staticmethod
     def _specs(model: ModelConfig, plan: CompressionPlan) -> dict[str, PoolSpec]:
         return {pool.name: pool for pool in (*full_pools(model), *compressed_pools(plan, model))}
+
+
+def _element_bytes(backend: str, build: BuildConfig) -> int:
+    """Of a number of the compute type."""
+    if backend in TENSORRT_BACKENDS:
+        return int(COMPUTE_TYPES[build.graph_dtype].itemsize)
+    return 2 if backend == "cuda" else 4
 
 
 def _threads_per_rank(size: int) -> int:

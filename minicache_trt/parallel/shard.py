@@ -127,21 +127,33 @@ def shard_plan(plan: CompressionPlan, model: ModelConfig, shard: Shard) -> Compr
 
 def shard_view(name: str, view: WeightView, shard: Shard) -> Tensor:
     """One rank's share of a mapped weight; rows stay in the file, columns are cut out when they are moved."""
-    if shard.size > 1 and _is_rows(name, view.shape[0], shard):
-        own = _rows(name, view.shape[0], shard)
-        return view.rows(own.start, own.stop - own.start).torch()
+    rows = rows_of(name, view.shape[0], shard)
+    if rows is not None:
+        return view.rows(rows.start, rows.stop - rows.start).torch()
     return shard_tensor(name, view.torch(), shard)
 
 
 def shard_tensor(name: str, weight: Tensor, shard: Shard) -> Tensor:
     """One rank's share of a weight by canonical name, a view of it."""
-    if shard.size == 1:
-        return weight
-    if _is_rows(name, len(weight), shard):
-        return weight[_rows(name, len(weight), shard)]
-    if _OUT_OF.fullmatch(name):
-        return weight[:, shard.part(weight.shape[1])]
-    return weight
+    rows = rows_of(name, len(weight), shard)
+    if rows is not None:
+        return weight[rows]
+    columns = columns_of(name, weight.shape[-1], shard)
+    return weight if columns is None else weight[:, columns]
+
+
+def rows_of(name: str, rows: int, shard: Shard) -> slice | None:
+    """Rows of a weight that a rank holds; None for weights that are not cut along them."""
+    if name in ("lm_head.weight", "lm_head.bias"):
+        return shard.part(rows) if shard.size > 1 and splits_vocabulary(rows, shard) else None
+    if shard.size == 1 or not _INTO.fullmatch(name):
+        return None
+    return shard.kv_part(rows) if _KV.fullmatch(name) else shard.part(rows)
+
+
+def columns_of(name: str, columns: int, shard: Shard) -> slice | None:
+    """Columns of a weight that a rank holds; None for weights that are not cut along them."""
+    return shard.part(columns) if shard.size > 1 and _OUT_OF.fullmatch(name) else None
 
 
 def add_output_rows(weights: dict[str, Tensor], shard: Shard) -> None:
@@ -159,13 +171,3 @@ def splits_vocabulary(vocab_size: int, shard: Shard) -> bool:
 def sums_over_ranks(name: str) -> bool:
     """Whether a linear layer (without ``.weight``) takes what lies on several ranks. Experts are summed up first."""
     return name.endswith((".attention.o", ".mlp.down"))
-
-
-def _rows(name: str, rows: int, shard: Shard) -> slice:
-    return shard.kv_part(rows) if _KV.fullmatch(name) else shard.part(rows)
-
-
-def _is_rows(name: str, rows: int, shard: Shard) -> bool:
-    if name in ("lm_head.weight", "lm_head.bias"):
-        return splits_vocabulary(rows, shard)
-    return _INTO.fullmatch(name) is not None

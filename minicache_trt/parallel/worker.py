@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from minicache_trt.backends import open_backend
 from minicache_trt.backends.base import Engine
+from minicache_trt.config import GPU_BACKENDS
 from minicache_trt.engine_directory import read_engine
 from minicache_trt.errors import UserError
 from minicache_trt.parallel.collectives import ProcessGroup
@@ -34,7 +35,7 @@ def open_rank(start: Start) -> Engine:
     UserError
         Too few GPUs, or the backend cannot run the engine.
     """
-    gpu = start.backend == "cuda"
+    gpu = start.backend in GPU_BACKENDS
     if gpu:
         available = torch.cuda.device_count()
         if available < start.size:

@@ -9,10 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig
+from minicache_trt.config import GPU_BACKENDS, BuildConfig
 from minicache_trt.errors import UserError
-
-GPU_BACKENDS = ("cuda", *TENSORRT_BACKENDS)
 
 
 @dataclass(frozen=True)

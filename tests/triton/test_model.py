@@ -48,7 +48,7 @@ def test_nothing_of_tritons_is_left_when_a_model_has_ended(engine: Path, tmp_pat
         "model_instance_name": "demo_0",
     }
     model = TritonModel(args, SimpleNamespace(MetricFamily=MetricFamily))
-    assert MetricFamily.alive
+    assert MetricFamily.alive and model.is_ready()
     gc.disable()  # the stub does not collect garbage before it unmaps its memory
     try:
         model.finalize()

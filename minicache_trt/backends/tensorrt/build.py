@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from minicache_trt.backends.tensorrt.builder import build_engine_file
+from minicache_trt.backends.tensorrt.collectives import set_ranks
 from minicache_trt.backends.tensorrt.description import describe_network, write_description
 from minicache_trt.backends.tensorrt.module import load_module
 from minicache_trt.backends.tensorrt.network import parse_network
@@ -87,6 +88,7 @@ def build_engines(
         else:
             profiles = compressor_profiles(build, plan, config)
         network = parse_network(trt, graph)
+        set_ranks(network, form.ranks)
         build_engine_file(network, staging / name, profiles, shapes, options, plugins, report)
         engines[name] = {**describe_network(network, profiles, shapes), "bytes": (staging / name).stat().st_size}
     for temporary in TEMPORARY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from minicache_trt.backends.tensorrt.profiles import COMPRESSED_AT_ONCE
 from minicache_trt.backends.tensorrt.runtime import EngineSession, Execution
 from minicache_trt.backends.tensorrt.steps import count_shapes, split_step
 from minicache_trt.contract import COMPRESSOR_INPUTS, LOGITS, compressed_pools, decoder_inputs, full_pools
-from minicache_trt.engine_directory import COMPRESSOR_ENGINE, DECODER_ENGINE, EngineInfo
+from minicache_trt.engine_directory import COMPRESSOR_ENGINE, DECODER_ENGINE, EngineInfo, rank_folder
 from minicache_trt.errors import UserError
 from minicache_trt.kernels.device_memory import (
     allocating_cache,
@@ -29,6 +30,8 @@ from minicache_trt.kernels.device_memory import (
 from minicache_trt.kernels.graphs import CompressGraphs, CudaRecorder, DecodeGraphs, GraphLimits, Recorder
 from minicache_trt.kernels.host_logits import HostLogits
 from minicache_trt.kernels.steps import StepInputs, StepShape
+from minicache_trt.parallel.nccl import NcclCommunicator
+from minicache_trt.parallel.rank import ONE_RANK, Rank
 from minicache_trt.runtime.batch import Batch, Int32
 from minicache_trt.tracing.points import trace_points
 
@@ -48,6 +51,8 @@ class TensorRtEngine:
     info : EngineInfo
     num_threads : int, optional
         Not used: the GPU computes.
+    rank : Rank
+        Which of the engine's ranks this process is.
 
     Raises
     ------
@@ -57,12 +62,16 @@ class TensorRtEngine:
 
     backend = "tensorrt"
 
-    def __init__(self, directory: Path, info: EngineInfo, num_threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, info: EngineInfo, num_threads: int | None = None, rank: Rank = ONE_RANK
+    ) -> None:
         trt = load_module(self.backend)
-        if not (directory / DECODER_ENGINE).exists() or info.build.backend != self.backend:
+        shard = rank.shard
+        folder = directory if shard.size == 1 else rank_folder(directory, shard.rank)
+        if not (folder / DECODER_ENGINE).exists() or info.build.backend != self.backend:
             name = PRODUCTS[self.backend].name
             raise UserError(
-                f"{directory} was built for backend {info.build.backend}, it has no {name} engine",
+                f"{folder} was built for backend {info.build.backend}, it has no {name} engine",
                 f"build it with --backend {self.backend}",
             )
         if not torch.cuda.is_available():
@@ -74,7 +83,11 @@ class TensorRtEngine:
         if library is not None:
             load_plugins(trt, library)
         device = torch.device("cuda", torch.cuda.current_device())
-        self._start(trt, directory, info, device, CudaRecorder())
+        own = replace(info, model=rank.model(info.model), plan=rank.plan(info))
+        self._start(trt, folder, own, device, CudaRecorder())
+        if shard.size > 1:
+            self._communicator = NcclCommunicator(shard.rank, shard.size)
+            self._decoder.communicator = self._communicator.capsule
 
     def _start(self, trt: Any, directory: Path, info: EngineInfo, device: torch.device, record: Recorder) -> None:
         self.directory = directory

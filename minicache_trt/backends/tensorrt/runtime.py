@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minicache_trt.backends.tensorrt.collectives import connect
 from minicache_trt.backends.tensorrt.module import Messages, make_logger
 from minicache_trt.backends.tensorrt.runtime_cache import RuntimeCache, cache_path
 from minicache_trt.errors import UserError
@@ -32,6 +33,8 @@ class Execution:
         self._context = session.new_context()
         if self._context is None:
             raise UserError(f"TensorRT cannot run {session.path.name}: {session.messages.first('out of memory')}")
+        if session.communicator is not None:
+            connect(self._context, session.communicator)
         if not self._context.set_optimization_profile_async(profile, session.stream):
             raise UserError(f"{session.path.name} has no optimization profile {profile}", _REBUILD)
         self._memory: Tensor | None = None
@@ -106,6 +109,7 @@ class EngineSession:
         self.inputs = [name for name in names if is_input[name]]
         self.outputs = [name for name in names if not is_input[name]]
         self._scratch: Tensor | None = None
+        self.communicator: Any = None  # of the ranks that run it together
         self.cache = RuntimeCache(self.engine, cache_path(path, device))
 
     def new_context(self) -> Any:

@@ -6,18 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from minicache_trt.runtime.llm import LLM
-from minicache_trt.serving.engine_metrics import (
-    COUNTERS,
-    GAUGES,
-    OUTCOMES,
-    PREFIX,
-    REQUESTS_FINISHED,
-    REQUESTS_FINISHED_TEXT,
-    Value,
-    engine_values,
-)
+from minicache_trt.serving import engine_metrics as shared
 
-ALL_COUNTERS = {**COUNTERS, REQUESTS_FINISHED: REQUESTS_FINISHED_TEXT}
+ALL_COUNTERS = {**shared.COUNTERS, shared.REQUESTS_FINISHED: shared.REQUESTS_FINISHED_TEXT}
 
 
 class InstanceMetrics:
@@ -38,15 +29,18 @@ class InstanceMetrics:
         self._labels = {"model": model, "version": version, "instance": instance}
         family = pb_utils.MetricFamily
         self._families = {
-            **{name: family(name=PREFIX + name, description=text, kind=family.GAUGE) for name, text in GAUGES.items()},
             **{
-                name: family(name=f"{PREFIX}{name}_total", description=text, kind=family.COUNTER)
+                name: family(name=shared.PREFIX + name, description=text, kind=family.GAUGE)
+                for name, text in shared.GAUGES.items()
+            },
+            **{
+                name: family(name=f"{shared.PREFIX}{name}_total", description=text, kind=family.COUNTER)
                 for name, text in ALL_COUNTERS.items()
             },
         }
         self._metrics: dict[tuple[str, tuple[tuple[str, str], ...]], Any] = {}
         self._shown: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self._finished = dict.fromkeys((*OUTCOMES, "rejected"), 0)
+        self._finished = dict.fromkeys((*shared.OUTCOMES, "rejected"), 0)
         self.update()
 
     def finished(self, reason: str) -> None:
@@ -77,7 +71,7 @@ class InstanceMetrics:
         self._metrics.clear()
         self._families.clear()
 
-    def _values(self) -> Iterator[Value]:
-        yield from engine_values(self._llm)
+    def _values(self) -> Iterator[shared.Value]:
+        yield from shared.engine_values(self._llm)
         for reason, count in self._finished.items():
-            yield Value(REQUESTS_FINISHED, (("reason", reason),), count)
+            yield shared.Value(shared.REQUESTS_FINISHED, (("reason", reason),), count)

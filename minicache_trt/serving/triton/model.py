@@ -73,6 +73,10 @@ class TritonModel:
         for request in requests:
             self._loop.call_soon_threadsafe(self._begin, request)
 
+    def is_ready(self) -> bool:
+        """Whether the engine computes; one that has lost a rank never does again."""
+        return self._llm.failure is None
+
     def finalize(self) -> None:
         """Wait until all requests have ended, then give everything back."""
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()

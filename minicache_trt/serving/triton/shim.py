@@ -31,6 +31,10 @@ class TritonPythonModel:
         """Take requests; they are answered when there is something to say."""
         self._model.execute(requests)
 
+    def is_ready(self) -> bool:
+        """Whether the engine takes requests; asked by servers of 2026 and later when their readiness is."""
+        return self._model.is_ready()
+
     def finalize(self) -> None:
         """Let running requests end."""
         self._model.finalize()
