@@ -187,17 +187,17 @@ class ModelConfig:
         """The 16-bit type to compute in: that of the weights, but bfloat16 where activations exceed float16's range."""
         return "bfloat16" if self.dtype == "bfloat16" or self.family in OVERFLOWING_FAMILIES else "float16"
 
+    def rope_at(self, layer: int) -> RopeConfig:
+        """RoPE of one layer's queries and keys."""
+        return self.rope if self.local_rope is None or layer in self.full_layers else self.local_rope
+
     def at_layer(self, layer: int) -> ModelConfig:
         """The model as one layer's attention knows it: its window and its RoPE in every layer."""
         if not self.full_layers and self.local_rope is None:
             return self
-        whole = layer in self.full_layers
+        window = None if layer in self.full_layers else self.sliding_window
         return dataclasses.replace(
-            self,
-            sliding_window=None if whole else self.sliding_window,
-            full_layers=(),
-            rope=self.rope if whole else self.local_rope or self.rope,
-            local_rope=None,
+            self, sliding_window=window, full_layers=(), rope=self.rope_at(layer), local_rope=None
         )
 
     def for_context(self, max_seq_len: int) -> ModelConfig:

@@ -15,7 +15,7 @@ def decoder(config: ModelConfig, ops: Ops[T], input_ids: T, positions: T, logit_
     x = ops.embed(input_ids)
     if config.embedding_scale != 1.0:
         x = ops.scale(x, config.embedding_scale)
-    ropes = [config.at_layer(layer).rope for layer in range(config.num_layers)]
+    ropes = [config.rope_at(layer) for layer in range(config.num_layers)]
     rotations = {rope: ops.rotation(positions, rope) for rope in dict.fromkeys(ropes)}
     for layer in range(config.num_layers):
         name, rotation = f"layers.{layer}", rotations[ropes[layer]]

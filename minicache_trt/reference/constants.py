@@ -77,7 +77,7 @@ class Constants:
     def from_plan(cls, plan: CompressionPlan, index: int, config: ModelConfig) -> Constants:
         """Of stream ``index`` of a plan."""
         stream = plan.streams[index]
-        rope = config.at_layer(stream.layers[0]).rope
+        rope = config.rope_at(stream.layers[0])
         frequencies = rope_frequencies(rope, config.head_dim) if stream.basis == "pre_rope" else None
         return cls.of(stream, stream_matrices(plan.matrices, index), frequencies)
 
