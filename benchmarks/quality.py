@@ -1,8 +1,7 @@
 """What does each method cost in quality, for how much memory?
 
 `minicache-trt eval`'s perplexity and repeat, as a result file that says which machine and commit it comes from. From
-position 128 on tokens are decoded one by one, so each scored token is predicted from compressed history beyond the
-exact window.
+position 128 on every token reads the history it would have been decoded with, compressed beyond the exact window.
 
 * *perplexity* of text in windows of 512 tokens; tokens 129 to 511 of each are scored;
 * *recall*: 150 random tokens repeated up to 512; everything from the second repeated token on is scored, by accuracy
