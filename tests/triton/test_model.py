@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ class MetricFamily:
         self.alive.add(self)
 
     def Metric(self, labels: dict[str, str]) -> Any:
+        assert labels["process"] == str(os.getpid())  # no two instances share a value, whatever else is equal
         self.alive.add(metric := Metric())
         return metric
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,14 @@ class InstanceMetrics:
     llm : LLM
         What is measured.
     model, version, instance : str
-        Labels of every value.
+        Labels of every value. The fourth, ``process``, keeps the values of an instance apart from those of the one that
+        is loaded in its place before it has ended: Triton counts references to values of equal labels for each alone,
+        and writes of one to what the other has freed would corrupt its memory.
     """
 
     def __init__(self, pb_utils: Any, llm: LLM, model: str, version: str, instance: str) -> None:
         self._llm = llm
-        self._labels = {"model": model, "version": version, "instance": instance}
+        self._labels = {"model": model, "version": version, "instance": instance, "process": str(os.getpid())}
         family = pb_utils.MetricFamily
         self._families = {
             **{
