@@ -3,7 +3,7 @@
     config.json                      format version, model, plan, build options, contract hash, versions, source, files
     decoder.onnx, compressor.onnx    graphs; weights are external data (absent where only the torch backend can run)
     decoder.engine, compressor.engine  TensorRT's plans, and in engines.json what they were built from (those backends)
-    *.sm_<n>.kernels                 what TensorRT-RTX compiled for a GPU in earlier runs; not the build's, may be removed
+    *.sm_<n>.kernels                 kernels TensorRT-RTX compiled for a GPU in earlier runs; may be removed
     quantized.safetensors            weight-only codes and scales (int8, int4, fp8)
     plan.safetensors                 calibrated constants of the plan, where it has any
     maps.safetensors                 what the graphs take of them: each layer's linear maps into and out of its streams
