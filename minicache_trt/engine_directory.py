@@ -4,7 +4,8 @@
     decoder.onnx, compressor.onnx    graphs; weights are external data (absent where only the torch backend can run)
     decoder.engine, compressor.engine  TensorRT's plans, and in engines.json what they were built from (those backends);
                                      with several ranks, of each one in rank<k>/
-    quantized.safetensors            weight-only codes and scales (int8, int4)
+    *.sm_<n>.kernels                 kernels TensorRT-RTX compiled for a GPU in earlier runs; may be removed
+    quantized.safetensors            weight-only codes and scales (int8, int4, fp8)
     plan.safetensors                 calibrated constants of the plan, where it has any
     maps.safetensors                 what the graphs take of them: each layer's linear maps into and out of its streams
     checkpoint/                      the Hugging Face checkpoint: config, tokenizer, safetensors files hard-linked

@@ -222,18 +222,18 @@ def build_compressor(
 
 
 def _alike(layouts: Sequence[StreamLayout], tensors: Collection[str], form: GraphForm) -> list[list[StreamLayout]]:
-    """Streams that are compressed by one call: each alone, but where no kernel takes the call, up to
-    `STREAMS_AT_ONCE` that store and compute alike and have no maps of their own."""
-    if not form.shared_step:
-        return [[layout] for layout in layouts]
-    groups: dict[Hashable, list[list[StreamLayout]]] = {}
+    """Streams that are compressed by one call.
+
+    Each is alone where a kernel may take the call. Else up to `STREAMS_AT_ONCE` are together that store and compute
+    alike and have no constants of their own; the transform is a variant's, not a stream's.
+    """
+    groups: dict[Hashable, list[StreamLayout]] = {}
     for layout in layouts:
-        key = layout.index if writer_maps(layout, tensors) else (layout.config.rope, _variant(layout))
-        same = groups.setdefault((isinstance(key, int), key), [[]])
-        if len(same[-1]) == STREAMS_AT_ONCE:
-            same.append([])
-        same[-1].append(layout)
-    return [group for same in groups.values() for group in same]
+        alone = not form.shared_step or writer_maps(layout, tensors).keys() - {"transform"}
+        key: Hashable = layout.index if alone else (layout.config.rope, _variant(layout))
+        groups.setdefault(key, []).append(layout)
+    size = STREAMS_AT_ONCE
+    return [same[start : start + size] for same in groups.values() for start in range(0, len(same), size)]
 
 
 def _model(

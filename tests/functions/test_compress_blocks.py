@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
-from minicache_trt.contract import plan_layout
+from minicache_trt.contract import compressed_pools, full_pools, plan_layout
 from minicache_trt.functions.compress_blocks import compress_blocks
-from minicache_trt.model.maps import plan_maps, writer_maps
+from minicache_trt.functions.form import GraphForm
+from minicache_trt.model import graph
+from minicache_trt.model.maps import GraphMaps, plan_maps, writer_maps
 from tests.support.agreement import assert_blocks_agree
 from tests.support.onnx_function import run_function
 from tests.support.plans import all_plans
@@ -49,3 +53,24 @@ def test_no_blocks_is_no_change() -> None:
     none = np.zeros(0, np.int32)
     outputs = run_function(compress_blocks("CompressBlocks", layout), [none, none, none, *kv, *pools])
     assert all((output == 1).all() for output in outputs)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_streams_compressed_at_once_are_those_compressed_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compressor for TensorRT without plugins, which groups streams, against the CPU's; both in ONNX Runtime."""
+    monkeypatch.setattr(graph, "STREAMS_AT_ONCE", 3)  # groups of several sizes
+    plan, rng = PLANS[name], np.random.default_rng(0)
+    arrays = plan_maps(plan, CONFIG)
+    feeds = {"source_blocks": SOURCE, "target_blocks": TARGET, "block_index": BLOCK_INDEX}
+    feeds |= {pool.name: rng.standard_normal((7, *pool.shape), np.float32) for pool in full_pools(CONFIG)}
+    feeds |= {pool.name: np.ones((6, *pool.shape), TYPES[pool.dtype]) for pool in compressed_pools(plan, CONFIG)}
+    results = []
+    for form in (GraphForm(), GraphForm(loops=False, plugins=False)):
+        model = ir.to_proto(graph.build_compressor(CONFIG, plan, GraphMaps(arrays, {}), form))
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        used = {value.name for value in session.get_inputs()}
+        results.append((len(model.graph.node), session.run(None, {key: feeds[key] for key in used})))
+    (each, expected), (grouped, found) = results
+    assert grouped <= each
+    for mine, own in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, own)

@@ -22,7 +22,7 @@ from minicache_trt.units import format_bytes
 
 BASE_BYTES = 700 << 20
 """Memory beside the weights: libraries and networks."""
-MEMORY_FACTOR = 3.0
+MEMORY_FACTOR = 2.3
 """Peak memory per byte of weights, in the engine's type."""
 ENGINE_FACTOR = 1.03
 """Size of the engine files per byte of weights."""

@@ -51,7 +51,8 @@ class MappedWeights:
     def release(self) -> None:
         """Give back the pages that were read; they can be read again."""
         for file in self._files.values():
-            file.madvise(mmap.MADV_DONTNEED)
+            if hasattr(file, "madvise"):
+                file.madvise(mmap.MADV_DONTNEED)
 
     def _address(self, location: str) -> int:
         if location not in self._files:
