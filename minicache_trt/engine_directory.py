@@ -27,7 +27,7 @@ from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.contract import contract_hash
 from minicache_trt.errors import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG = "config.json"
 DECODER = "decoder.onnx"
 COMPRESSOR = "compressor.onnx"

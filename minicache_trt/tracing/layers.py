@@ -18,7 +18,7 @@ from minicache_trt.tracing.points import Trace
 from minicache_trt.tracing.recording import RecordingEngine, activations
 
 TORCH, UNCOMPRESSED = "torch", "uncompressed"
-TOLERANCES = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1}
+TOLERANCES = {"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-3, "int8": 0.1, "int4": 0.1, "int4_awq": 0.1}
 """Default tolerance by weight format. Weight-only kernels round activations to 8 bits, PyTorch here does not."""
 COARSE_CODES, COARSE_TOLERANCE = 2, 1e-2
 """Where codes have so few bits, a number on the boundary between two of them, which two correct implementations may
