@@ -56,7 +56,9 @@ def test_cast(tmp_path: Path, weights: str, shape: dict[str, Any]) -> None:
     files = [path for path in directory.rglob("*") if path.suffix == ".safetensors"]
     assert [path.name for path in files] == ["model.safetensors"]
     assert weight_bytes(directory) == sum(view.nbytes for view in load_checkpoint(str(source)).weights.values()) // 2
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(TYPES[weights]).float()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(TYPES[weights]).float()
     with torch.inference_mode():
         expected = model(torch.tensor([TOKENS])).logits[0].numpy()
     for backend in ("onnxruntime", "torch"):
@@ -132,7 +134,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("minicache_trt.compression.calibration_text.load_tokenizer", lambda directory: Words())
     path = tmp_path / "text.txt"
     rng = np.random.default_rng(0)
-    path.write_text(" ".join("abcdefghij"[i : i + 3] * (1 + i) for i in rng.integers(0, 8, 2000)))
+    path.write_text(" ".join("abcdefghij"[i : i + 3] * (1 + i) for i in rng.integers(0, 8, 4000)))
     return path
 
 
