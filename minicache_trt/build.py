@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from minicache_trt.backends.tensorrt.module import load_module
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
+from minicache_trt.config import CALIBRATED_WEIGHTS, TENSORRT_BACKENDS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import (
     CHECKPOINT,
     EngineInfo,
@@ -25,6 +26,8 @@ from minicache_trt.engine_directory import (
 from minicache_trt.engine_writer import Report, write_engine
 from minicache_trt.errors import UserError
 from minicache_trt.parallel.engine import TensorParallelEngine, check_ranks
+from minicache_trt.quantization.partial import kept_if_killed
+from minicache_trt.quantization.store import WeightOptions
 from minicache_trt.staging import staged
 
 
@@ -69,6 +72,7 @@ def build_engine(
     lora_dir: str | Path | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
+    weights: WeightOptions = WeightOptions(),  # noqa: B008 (frozen)
     tensorrt: TensorRtOptions = TensorRtOptions(),  # noqa: B008 (frozen)
     report: Report = silent,
 ) -> BuildResult:
@@ -89,6 +93,8 @@ def build_engine(
         Branch, tag or commit of a hub id.
     lora_dir, tokenizer : str or Path, optional
         As for `load_checkpoint`.
+    weights : WeightOptions
+        How weights of another format are computed. A killed build's finished ones are used by the next.
     overwrite : bool
         Replace an engine that is already there.
     tensorrt : TensorRtOptions
@@ -103,7 +109,10 @@ def build_engine(
     output = Path(output)
     if is_engine_directory(model):
         raise UserError(f"{model} is an engine, expected a checkpoint", f"its checkpoint is {Path(model) / CHECKPOINT}")
-    with staged(output, overwrite) as staging:
+    with (
+        staged(output, overwrite) as staging,
+        kept_if_killed(Path(os.path.realpath(output)), staging.with_name("partial")) as partial_weights,
+    ):
         report("checkpoint", 0, 1)
         checkpoint = load_checkpoint(
             model,
@@ -122,12 +131,15 @@ def build_engine(
             plan.check_source(checkpoint.checksum())
         if (needs := build_needs(checkpoint.config, build)) is not None:
             check_room(needs, Room.here(output.parent), build)
+        _check_calibration(checkpoint, build, weights)
         checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
         report("checkpoint", 1, 1)
         if calibrate is not None:
             plan = calibrate(plan, checkpoint, report).validate(checkpoint.config)
             check_ranks(checkpoint.config, plan, build)
-        linked = write_engine(staging, checkpoint, plan, replace(build, tp_size=1), report)
+        source, one_rank = _source(checkpoint), replace(build, tp_size=1)
+        written = write_engine(staging, checkpoint, plan, one_rank, weights, partial_weights, report)
+        checkpoint = written.checkpoint
         if build.backend in TENSORRT_BACKENDS and build.tp_size > 1:
             from minicache_trt.backends.tensorrt.rank_engines import build_rank_engines
 
@@ -137,9 +149,9 @@ def build_engine(
 
             build_engines(staging, checkpoint, plan, build, tensorrt, report)
         report("fingerprint", 0, 1)
-        write_config(staging, EngineInfo(checkpoint.config, plan, build, _source(checkpoint)))
+        write_config(staging, EngineInfo(checkpoint.config, plan, build, source))
         report("fingerprint", 1, 1)
-    return BuildResult(output, checkpoint.config, plan, build, linked, checkpoint.notes)
+    return BuildResult(output, checkpoint.config, plan, build, written.linked, checkpoint.notes)
 
 
 def load_engine(path: str | Path, num_threads: int | None = None, backend: str | None = None) -> Engine:
@@ -198,6 +210,23 @@ def _int4_build(build: BuildConfig, checkpoint: Checkpoint) -> BuildConfig:
             "leave --weights out, or give the unquantized checkpoint",
         )
     return replace(build, weights="int4")
+
+
+def _check_calibration(checkpoint: Checkpoint, build: BuildConfig, weights: WeightOptions) -> None:
+    if build.weights != CALIBRATED_WEIGHTS or weights.codes is not None:
+        return
+    if checkpoint.dummy:
+        raise UserError(f"weights {CALIBRATED_WEIGHTS}: a dummy has no weights to calibrate", "use --weights int4")
+    if checkpoint.config.unit_offset_norm:
+        raise UserError(
+            f"weights {CALIBRATED_WEIGHTS} of a {checkpoint.config.family} model are not supported yet",
+            "use --weights int4",
+        )
+    if weights.text is None:
+        raise UserError(
+            f"weights {CALIBRATED_WEIGHTS} need text to calibrate on",
+            "give --calibration-text FILE, a text of the kind the model will read, or use --weights int4",
+        )
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, object]:

@@ -11,14 +11,18 @@ from minicache_trt.errors import UserError
 BLOCK_SIZE = 64
 """Tokens per cache block, in both tiers. Contract constant: kernels and functions rely on it."""
 
-WEIGHT_FORMATS = ("fp32", "int8", "int4", "fp8")
-"""Weight formats; int8 and int4 are weight-only with blocks of 32 (MatMulNBits; int8 by rows with TensorRT), fp8 is
-for TensorRT alone."""
-
-WEIGHT_BITS = {"int8": 8, "int4": 4, "fp8": 8}
-"""Bits of a code in the weight-only formats."""
+WEIGHT_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
+"""Weight formats whose files hold floats of this type."""
+WEIGHT_BITS = {"int8": 8, "int4": 4, "int4_awq": 4, "fp8": 8}
+"""Bits of a code in the weight-only formats; fp8 is for TensorRT alone."""
 ROW_FORMATS = ("int8", "fp8")
-"""Of them those that have a scale for each output with TensorRT, and not for each block of its inputs."""
+"""Of them those that have a scale for each output with TensorRT, and not for each group of its inputs."""
+WEIGHT_FORMATS = ("fp32", *WEIGHT_TYPES, *WEIGHT_BITS)
+"""Weight formats; fp32 takes the checkpoint's numbers as they are, in its own files."""
+CALIBRATED_WEIGHTS = "int4_awq"
+"""The weight format that is calibrated on text."""
+GROUP_SIZES = (32, 64, 128)
+"""Inputs that may share a scale in the weight-only formats."""
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 """Types an engine's activations, weights and exact cache can have."""
@@ -243,6 +247,8 @@ class BuildConfig:
         Tokens in one step over all sequences (prefill chunks and decodes).
     weights : str
         One of ``WEIGHT_FORMATS``.
+    group_size : int
+        Inputs that share a scale in the weight-only formats, one of ``GROUP_SIZES``.
     backend : str
         Name in ``minicache_trt.backends.BACKENDS``.
     dtype : str
@@ -264,6 +270,7 @@ class BuildConfig:
     quantum: int = 2048
     tp_size: int = 1
     dtype: str = AUTO
+    group_size: int = 32
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "window", "quantum", "tp_size"):
@@ -278,6 +285,8 @@ class BuildConfig:
             raise ValueError(f"quantum: expected a multiple of {BLOCK_SIZE}, got {self.quantum}")
         if self.weights not in WEIGHT_FORMATS:
             raise ValueError(f"weights: expected one of {', '.join(WEIGHT_FORMATS)}, got {self.weights!r}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size: expected {', '.join(map(str, GROUP_SIZES))}, got {self.group_size}")
         allowed = (AUTO, *BACKEND_DTYPES.get(self.backend, COMPUTE_DTYPES))
         if self.dtype not in allowed:
             raise ValueError(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from minicache_trt.checkpoint.binding import stored_tensors
 from minicache_trt.checkpoint.families import FAMILIES
-from minicache_trt.checkpoint.quantize import dequantized_linears
+from minicache_trt.checkpoint.quantize import changed_weights
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
@@ -21,20 +21,20 @@ from minicache_trt.reference import Reference
 
 def reference_for(directory: Path, info: EngineInfo) -> Reference:
     """Hugging Face's model with an engine's plan and its weights as the engine sees them."""
-    linears: dict[str, NDArray[np.float32]] = {}
+    changed: dict[str, NDArray[np.float32]] = {}
     if (directory / QUANTIZED).exists():
         checkpoint = load_checkpoint(str(directory / CHECKPOINT))
-        linears = dequantized_linears(directory / QUANTIZED, checkpoint.weights)
-    return Reference(load_model(directory, info, linears), info.plan, info.build.window, info.build.quantum)
+        changed = changed_weights(directory / QUANTIZED, checkpoint.weights)
+    return Reference(load_model(directory, info, changed), info.plan, info.build.window, info.build.quantum)
 
 
-def load_model(directory: Path, info: EngineInfo, linears: Mapping[str, NDArray[np.float32]]) -> Any:
+def load_model(directory: Path, info: EngineInfo, changed: Mapping[str, NDArray[np.float32]]) -> Any:
     """Hugging Face's model of an engine's checkpoint, float32, at the engine's greatest length.
 
-    LongRoPE has the divisors the engine was built with at every length. ``linears``: weights by canonical name (without
-    ``.weight``) that take the place of the checkpoint's.
+    LongRoPE has the divisors the engine was built with at every length. ``changed``: weights by canonical name that
+    take the place of the checkpoint's.
     """
-    return _load(directory / CHECKPOINT, info.model, linears)
+    return _load(directory / CHECKPOINT, info.model, changed)
 
 
 def load_checkpoint_model(path: Path, shape: ModelConfig) -> Any:
@@ -42,16 +42,16 @@ def load_checkpoint_model(path: Path, shape: ModelConfig) -> Any:
     return _load(path, shape, {})
 
 
-def _load(path: Path, shape: ModelConfig, linears: Mapping[str, NDArray[np.float32]]) -> Any:
+def _load(path: Path, shape: ModelConfig, changed: Mapping[str, NDArray[np.float32]]) -> Any:
     models, config, alone = _model_class(path, shape)
     checkpoint = load_checkpoint(str(path))
-    if checkpoint.int4 is not None and not linears:  # there are no other weights
-        linears = dequantized_linears(checkpoint.int4, checkpoint.weights)
-    if not linears and alone:
+    if checkpoint.int4 is not None and not changed:  # there are no other weights
+        changed = changed_weights(checkpoint.int4, checkpoint.weights)
+    if not changed and alone:
         return models.from_pretrained(path, config=config, dtype=torch.float32)
     views = checkpoint.weights
     weights = {name: view.torch().float() for name, view in views.items()}
-    weights |= {f"{name}.weight": torch.from_numpy(weight) for name, weight in linears.items()}
+    weights |= {name: torch.from_numpy(weight) for name, weight in changed.items()}
     head = weights.pop("lm_head.weight", None) if shape.tie_word_embeddings else None
     tensors = stored_tensors(shape)
     state = {name: torch.cat([weights[part] for part in parts]) for name, parts in tensors.items()}

@@ -50,7 +50,7 @@ def staged(output: Path, overwrite: bool, product: Product = ENGINE) -> Iterator
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output.parent)
         private = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=output.parent, ignore_cleanup_errors=True)
-        with private as name, _locked(Path(name)):
+        with private as name, locked(Path(name)):
             staging = Path(name) / "engine"
             staging.mkdir()
             yield staging
@@ -96,7 +96,7 @@ def _publish(staging: Path, output: Path) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
+def locked(directory: Path) -> Iterator[bool]:
     """Whether the directory's lock was free and is held now. The kernel frees it when the process ends, however."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -113,7 +113,7 @@ def _locked(directory: Path) -> Iterator[bool]:
 def _remove_abandoned(parent: Path) -> None:
     """Remove what killed builds left behind; what cannot be removed is left alone."""
     for path in parent.glob(f"{_PREFIX}*"):
-        with suppress(OSError), _locked(path) as free:
+        with suppress(OSError), locked(path) as free:
             if free:
                 shutil.rmtree(path)
 

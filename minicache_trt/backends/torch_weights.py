@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minicache_trt.checkpoint.quantize import iterate_dequantized
+from minicache_trt.checkpoint.quantize import changed_floats, iterate_dequantized, quantized_views
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED
 from minicache_trt.parallel.shard import WHOLE, Shard, add_output_rows, shard_tensor, shard_view
@@ -33,6 +33,7 @@ def load_weights(directory: Path, device: torch.device, dtype: torch.dtype, shar
             part = shard_tensor(f"{name}.weight", torch.from_numpy(weight), shard)
             part = part if shard.size == 1 else part.clone()  # a view would keep all of the weight
             result[f"{name}.weight"] = part.to(device).to(dtype)
+        views = views | changed_floats(quantized_views(directory / QUANTIZED))
     for name, view in views.items():
         if name not in dequantized:
             result[name] = shard_view(name, view, shard).to(device).to(dtype).contiguous()

@@ -86,7 +86,7 @@ def sample_sets(path: Path, tokenizer: Tokenizer, config: ModelConfig, settings:
     sizes = (settings.moment_sequences, settings.search_sequences, settings.verify_sequences)
     recalls = [round(settings.recall_share * size) for size in sizes]
     texts = [size - recall for size, recall in zip(sizes, recalls, strict=True)]
-    windows = _text_windows(path, tokenizer, config, settings.length, sum(texts))
+    windows = text_windows(path, tokenizer, config, settings.length, sum(texts))
     order = np.random.default_rng(settings.seed).permutation(len(windows))
     rng = np.random.default_rng(settings.seed + 1)
     sets = []
@@ -138,7 +138,7 @@ def _begin(tokenizer: Tokenizer) -> list[int]:
     return [] if token is None else [token]
 
 
-def _text_windows(path: Path, tokenizer: Tokenizer, config: ModelConfig, length: int, count: int) -> NDArray[np.int64]:
+def text_windows(path: Path, tokenizer: Tokenizer, config: ModelConfig, length: int, count: int) -> NDArray[np.int64]:
     """``count`` windows of ``length`` tokens that do not overlap: a part of the text each, read where it lies."""
     try:
         size = path.stat().st_size

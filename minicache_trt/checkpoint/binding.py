@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from minicache_trt.checkpoint.families import FAMILIES
+from minicache_trt.checkpoint.names import collapsed, listed
 from minicache_trt.checkpoint.weights import ITEM_SIZES, WeightView
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
@@ -96,33 +98,46 @@ def bind_weights(
     shapes = weight_shapes(config)
     absent = {f"{linear}.weight" for linear in elsewhere}
     tensors = {name: parts for name, parts in stored_tensors(config).items() if not absent.issuperset(parts)}
-    require_weights(tensors, views, directory)
+    expected = {name: stored_shape(shapes, parts) for name, parts in tensors.items()}
+    require_weights(expected, views, directory)
+    _check_tensors(expected, views)
     bound: dict[str, WeightView] = {}
-    wrong: list[str] = []
     for name, parts in tensors.items():
-        view, expected = views[name], stored_shape(shapes, parts)
-        if view.shape != expected:
-            wrong.append(
-                f"{view.file}: {view.name}: expected shape {list(expected)} from config.json, got {list(view.shape)}"
-            )
-        elif view.dtype not in ITEM_SIZES:
-            wrong.append(f"{view.file}: {view.name}: expected dtype {', '.join(ITEM_SIZES)}, got {view.dtype}")
         first = 0
-        for part in parts if not wrong else ():
-            bound[part] = view.rows(first, shapes[part][0])
+        for part in parts:
+            bound[part] = views[name].rows(first, shapes[part][0])
             first += shapes[part][0]
-    if wrong:
-        raise UserError(
-            _several(wrong, "; "),
-            "use the checkpoint's unquantized version"
-            if "expected dtype" in wrong[0]
-            else "check that config.json belongs to these weights",
-        )
     return {canonical: bound[canonical] for canonical in shapes if canonical not in absent}
+
+
+def _check_tensors(expected: Mapping[str, tuple[int, ...]], views: Mapping[str, WeightView]) -> None:
+    """Raises `UserError` that names every tensor of another shape, or of a type that cannot be read."""
+    wrong: dict[str, list[str]] = {}
+    remedy = "check that config.json belongs to these weights"
+    for name, shape in expected.items():
+        view = views[name]
+        if view.shape != shape:
+            wrong.setdefault(f"expected shape {list(shape)} from config.json, got {list(view.shape)}", []).append(name)
+        elif view.dtype not in ITEM_SIZES:
+            wrong.setdefault(f"expected dtype {', '.join(ITEM_SIZES)}, got {view.dtype}", []).append(name)
+            remedy = "use the checkpoint's unquantized version"
+    if wrong:
+        files = {views[name].file for names in wrong.values() for name in names}
+        where = files.pop() if len(files) == 1 else next(iter(files)).parent
+        found = "; ".join(f"{listed(names)}: {what}" for what, names in wrong.items())
+        raise UserError(f"{where}: {found}", remedy)
 
 
 def require_weights(needed: Collection[str], found: Collection[str], where: Path) -> None:
     """Refuse a checkpoint that lacks weights, naming them and what it has in their place.
+
+    Parameters
+    ----------
+    needed : collection of str
+        Or a mapping to shapes.
+    found : collection of str
+        Or a mapping to `WeightView`: with both, what seems to have been renamed is told.
+    where : Path
 
     Raises
     ------
@@ -135,14 +150,28 @@ def require_weights(needed: Collection[str], found: Collection[str], where: Path
     layer = re.compile(r"\d+")
     known = {layer.sub("*", name) for name in needed}
     # A tensor of a kind the model does not have is what a missing one may have been renamed to.
-    unknown = list({layer.sub("*", name): name for name in found if layer.sub("*", name) not in known}.values())
+    unknown = [name for name in found if layer.sub("*", name) not in known]
+    renamed: dict[str, str] = {}
+    if isinstance(needed, Mapping) and isinstance(found, Mapping):
+        renamed = _renamed({name: needed[name] for name in missing}, {name: found[name].shape for name in unknown})
+    pairs = [f"{old} to {new}" for old, new in zip(*map(collapsed, (renamed.values(), renamed)), strict=False)]
     raise UserError(
-        f"{where}: {len(missing)} of {len(needed)} weights are missing: {_several(missing, ', ')}"
-        + (f"; unknown ones instead: {_several(unknown, ', ')}" if unknown else ""),
-        "check that config.json belongs to these weights and that the download is complete",
+        f"{where}: {len(missing)} of {len(needed)} weights are missing: {listed(missing)}"
+        + (f"; unknown ones instead: {listed(unknown)}" if unknown else ""),
+        f"if they were renamed, undo it: {', '.join(pairs)}"
+        if pairs
+        else "check that config.json belongs to these weights and that the download is complete",
     )
 
 
-def _several(items: Sequence[str], separator: str) -> str:
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return separator.join(items[:3]) + more
+def _renamed(missing: Mapping[str, tuple[int, ...]], unknown: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Missing names to the unknown ones most like them, of the same shape and with the same numbers."""
+    layer, left, result = re.compile(r"\d+"), dict(unknown), dict[str, str]()
+    for name, shape in missing.items():
+        numbers = layer.findall(name)
+        alike = [other for other, own in left.items() if own == shape and layer.findall(other)[:1] == numbers[:1]]
+        closest = difflib.get_close_matches(name, alike, n=1, cutoff=0.3)
+        if closest:
+            result[name] = closest[0]
+            del left[closest[0]]
+    return result

@@ -25,6 +25,8 @@ _DIFFERENCES = {
     "num_experts": "experts are routed in another way",
     "moe_intermediate_size": "experts have a size of their own",
     "mamba_d_state": "layers are recurrent",
+    "state_size": "layers are recurrent",
+    "attention_hidden_size": "layers are recurrent",
     "ssm_cfg": "layers are recurrent",
     "clip_qkv": "queries, keys and values are clipped",
     "vision_config": "it also takes images",
@@ -32,6 +34,8 @@ _DIFFERENCES = {
     "is_encoder_decoder": "it has an encoder",
 }
 """Keys of config.json that none of the supported families has, to what they mean."""
+_COMMON = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "rms_norm_eps")
+"""Keys that all of them have."""
 
 
 def find_family(raw: Mapping[str, Any], path: str) -> Family:
@@ -53,6 +57,9 @@ def find_family(raw: Mapping[str, Any], path: str) -> Family:
         f"{f.name} ({', '.join(f.architectures)}, model_type {f.model_type})" for f in FAMILIES.values()
     )
     found = differences(raw)
+    absent = [key for key in _COMMON if raw.get(key) is None]
+    if absent:
+        found.append(f"it has no {', '.join(absent)}")
     raise UserError(
         f"{path}: architectures {architectures!r} with model_type {model_type!r} is not supported"
         + (f"; what differs: {'; '.join(found)}" if found else ""),

@@ -1,9 +1,17 @@
-"""Weight-only quantization of linear layers: symmetric round-to-nearest, blocks of 32 inputs, streamed to disk."""
+"""Files of codes: the linear layers of a weight-only engine, and the floats that were changed with them.
+
+    <linear>.codes     uint8 [out, blocks, block * bits / 8], low bits first
+    <linear>.scales    float32 [out, blocks]; weight = scale * (code - zero)
+    <linear>.zeros     uint8 [out, ceil(blocks / 2)] of 4 bits, where zeros are not all 2^(bits-1)
+    <name>.weight, <name>.bias    float32: these take the place of the checkpoint's (norms a scale was folded into)
+
+The metadata say how many ``bits`` a code has.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,45 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from minicache_trt.checkpoint.streaming import encode_header
-from minicache_trt.checkpoint.weights import WeightView
+from minicache_trt.checkpoint.weights import WeightView, read_safetensors_file
 
-QUANTIZATION_BLOCK = 32
-"""Inputs that share one scale."""
-
-Progress = Callable[[int, int], None]
-"""Called with weights done and weights in all."""
+_CODES = (".codes", ".scales", ".zeros")
 
 
 class Sized(Protocol):
     @property
     def shape(self) -> Sequence[int]: ...
-
-
-def block_scales(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Blocks ``[out, blocks, block]`` (the last one padded with zeros) and their scales ``[out, blocks]``.
-
-    The entry of largest magnitude maps to -2^(bits-1), the one code without a counterpart, so the whole range is used.
-    """
-    rows, columns = weight.shape
-    block = QUANTIZATION_BLOCK
-    blocks = -(-columns // block)
-    padded = np.zeros((rows, blocks * block), np.float32)
-    padded[:, :columns] = weight
-    grouped = padded.reshape(rows, blocks, block)
-    largest = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)[..., 0]
-    return grouped, (largest / -(1 << (bits - 1))).astype(np.float32)
-
-
-def quantize_weight(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Codes uint8 ``[out, blocks, block * bits / 8]`` (low bits first, zero 2^(bits-1)), scales ``[out, blocks]``."""
-    grouped, scales = block_scales(weight, bits)
-    zero = 1 << (bits - 1)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = np.clip(np.rint(grouped * inverse[..., None]) + zero, 0, 2 * zero - 1).astype(np.uint8)
-    if bits == 8:
-        return codes, scales
-    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8), scales
 
 
 def dequantize_weight(
@@ -74,59 +51,18 @@ def dequantize_weight(
     return values.reshape(len(codes), -1)[:, :columns]
 
 
-def write_quantized(
-    path: Path, linears: Mapping[str, WeightView], bits: int, progress: Progress
-) -> dict[str, WeightView]:
-    """Quantize linear layers one at a time into a safetensors file.
-
-    Parameters
-    ----------
-    path : Path
-        File to create.
-    linears : mapping
-        Name of a linear layer to its weight ``[out, in]``.
-    bits : int
-        Bits per code, 4 or 8.
-    progress : callable
-
-    Returns
-    -------
-    dict of WeightView
-        ``<name>.codes`` and ``<name>.scales`` in the new file. Memory in use is that of the largest weight.
-    """
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, view in linears.items():
-        rows, blocks = view.shape[0], -(-view.shape[1] // QUANTIZATION_BLOCK)
-        tensors[f"{name}.codes"] = "U8", (rows, blocks, QUANTIZATION_BLOCK * bits // 8)
-        tensors[f"{name}.scales"] = "F32", (rows, blocks)
-    with path.open("wb") as file:
-        file.write(encode_header(tensors))
-        for done, view in enumerate(linears.values()):
-            progress(done, len(linears))
-            for part in quantize_weight(view.numpy().astype(np.float32), bits):
-                file.write(np.ascontiguousarray(part).data)
-        progress(len(linears), len(linears))
-    return quantized_views(path)
-
-
 def quantized_views(path: Path) -> dict[str, WeightView]:
-    """Views of a file `write_quantized` wrote."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    base = 8 + size
+    """Views of a file of codes, its floats among them; codes are of type ``uint8``."""
+    types = {"U8": "uint8"}
     return {
-        name: WeightView(
-            name,
-            path,
-            base + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-            tuple(entry["shape"]),
-            {"U8": "uint8", "F32": "float32"}.get(entry["dtype"], entry["dtype"]),
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
+        name: replace(view, dtype=types.get(view.dtype, view.dtype))
+        for name, view in read_safetensors_file(path).items()
     }
+
+
+def changed_floats(views: Mapping[str, WeightView]) -> dict[str, WeightView]:
+    """Of `quantized_views`, what takes the place of the checkpoint's weights, by canonical name."""
+    return {name: view for name, view in views.items() if not name.endswith(_CODES)}
 
 
 def read_codes(view: WeightView) -> NDArray[Any]:
@@ -140,8 +76,7 @@ def read_codes(view: WeightView) -> NDArray[Any]:
 
 def linears_in(path: Path) -> list[str]:
     """Canonical names of the linear layers in a file of codes."""
-    with safe_open(path, framework="numpy") as file:
-        return sorted({key.rpartition(".")[0] for key in file.keys()})  # noqa: SIM118 (not iterable itself)
+    return sorted(name.removesuffix(".codes") for name in read_safetensors_file(path) if name.endswith(".codes"))
 
 
 def iterate_dequantized(path: Path, weights: Mapping[str, Sized]) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -150,7 +85,7 @@ def iterate_dequantized(path: Path, weights: Mapping[str, Sized]) -> Iterator[tu
     Parameters
     ----------
     path : Path
-        Written by `write_quantized`, or from a checkpoint that was quantized before (whose metadata gives the bits).
+        Of an engine, or of a checkpoint that was quantized before.
     weights : mapping
         Anything with a ``shape`` by canonical name: the last blocks of a row may be padded. Layers that are not in it
         fill their blocks.
@@ -158,14 +93,19 @@ def iterate_dequantized(path: Path, weights: Mapping[str, Sized]) -> Iterator[tu
     views = quantized_views(path)
     with safe_open(path, framework="numpy") as file:
         keys = set(file.keys())
-        given = (file.metadata() or {}).get("bits")
-        for name in sorted({key.rpartition(".")[0] for key in keys}):
+        bits = int(file.metadata()["bits"])
+        for name in sorted(key.removesuffix(".codes") for key in keys if key.endswith(".codes")):
             codes, scales = read_codes(views[f"{name}.codes"]), file.get_tensor(f"{name}.scales")
             zeros = file.get_tensor(f"{name}.zeros") if f"{name}.zeros" in keys else None
-            bits = int(given) if given else 8 * codes.shape[-1] // QUANTIZATION_BLOCK
             original = weights.get(f"{name}.weight", weights["embed.weight"] if name == "lm_head" else None)
             columns = codes.shape[1] * codes.shape[2] * 8 // bits if original is None else original.shape[-1]
             yield name, dequantize_weight(codes, scales, bits, columns, zeros)
+
+
+def changed_weights(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArray[np.float32]]:
+    """Everything a file of codes says in place of the checkpoint, float32, by canonical name."""
+    linears = {f"{name}.weight": weight for name, weight in iterate_dequantized(path, weights)}
+    return linears | {name: view.numpy().copy() for name, view in changed_floats(quantized_views(path)).items()}
 
 
 def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArray[np.float32]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from minicache_trt.checkpoint.hub import (
 )
 from minicache_trt.checkpoint.locate import locate
 from minicache_trt.checkpoint.lora import with_lora
+from minicache_trt.checkpoint.names import listed
 from minicache_trt.checkpoint.presets import Preset
 from minicache_trt.checkpoint.quantize import linears_in
 from minicache_trt.checkpoint.source import INT4_FILE, INT4_MARK, QUANTIZED_FILE, Source, materialize
@@ -160,7 +162,7 @@ def load_checkpoint(
     notes = materialize(source, target, progress or (lambda done, total: None))
     config, raw, _ = read_config(target)
     checkpoint = _bind(config, raw, target, model, commit)
-    return dataclasses.replace(checkpoint, origin=directory, format=source.format, notes=tuple(notes))
+    return dataclasses.replace(checkpoint, origin=directory, format=source.format, notes=(*notes, *checkpoint.notes))
 
 
 def resolve_config(model: str, *, revision: str | None = None, token: str | None = None) -> ModelConfig:
@@ -200,7 +202,18 @@ def _bind(config: ModelConfig, raw: Mapping[str, Any], directory: Path, model: s
     weights = bind_weights(config, read_safetensors_index(directory), directory, elsewhere)
     if raw.get("dtype") is None and raw.get("torch_dtype") is None:
         config = dataclasses.replace(config, dtype=weights["embed.weight"].dtype)
-    return Checkpoint(config, weights, directory, model, commit, bool(raw.get(DUMMY_MARK)), int4=int4)
+    dummy, notes = bool(raw.get(DUMMY_MARK)), _mixed_types(weights)
+    return Checkpoint(config, weights, directory, model, commit, dummy, int4=int4, notes=notes)
+
+
+def _mixed_types(weights: Mapping[str, WeightView]) -> tuple[str, ...]:
+    """A note that names the weights of another type than most."""
+    types = Counter(view.dtype for view in weights.values())
+    if len(types) < 2:
+        return ()
+    usual, others = types.most_common()[0][0], types.most_common()[1:]
+    named = (f"{dtype}: {listed(v.name for v in weights.values() if v.dtype == dtype)}" for dtype, _ in others)
+    return (f"the weights are {usual} but for {'; '.join(named)}; each is taken as it is",)
 
 
 def _int4_file(directory: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minicache_trt.checkpoint.names import listed
 from minicache_trt.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,21 +191,34 @@ def _read_shards(index: Path) -> dict[str, WeightView]:
     if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
         raise UserError(f"{index}: weight_map: expected an object of file names", "restore the file")
     shards: dict[str, dict[str, WeightView]] = {}
+    damaged: list[UserError] = []
     for shard in sorted(set(names.values())):
-        path = index.parent / shard
         if Path(shard).name != shard:
             raise UserError(f"{index}: expected the names of files beside it, got {shard!r}", "restore the file")
-        if not path.is_file():
-            raise UserError(f"{path}: missing, {index.name} names it", "download or copy this file again")
-        shards[shard] = read_safetensors_file(path)
-    absent = [name for name, shard in names.items() if name not in shards[shard]]
+        try:
+            shards[shard] = _read_shard(index, shard)
+        except UserError as error:
+            damaged.append(error)
+    if damaged:
+        raise UserError("; ".join(error.cause for error in damaged), damaged[0].remedy)
+    absent: dict[str, list[str]] = {}
+    for name, shard in names.items():
+        if name not in shards[shard]:
+            absent.setdefault(shard, []).append(name)
     if absent:
-        shard = names[absent[0]]
+        lacks = "; ".join(f"{index.parent / shard}: lacks {listed(lost)}" for shard, lost in absent.items())
         raise UserError(
-            f"{index.parent / shard}: lacks {absent[0]}, which {INDEX_FILE} places there",
+            f"{lacks}, which {INDEX_FILE} places there",
             "the index and the shards are of different checkpoints; download both again",
         )
     return {name: shards[shard][name] for name, shard in names.items()}
+
+
+def _read_shard(index: Path, shard: str) -> dict[str, WeightView]:
+    path = index.parent / shard
+    if not path.is_file():
+        raise UserError(f"{path}: missing, {index.name} names it", "download or copy this file again")
+    return read_safetensors_file(path)
 
 
 def _view(path: Path, name: str, entry: Any, base: int) -> WeightView:
@@ -230,7 +244,8 @@ def _check_layout(path: Path, views: list[WeightView], base: int) -> None:
         end, before = max(end, view.offset + view.nbytes), view.name
     size = path.stat().st_size
     if end > size:
-        raise _damaged(path, f"truncated: expected {end} bytes, got {size}")
+        lost = listed(view.name for view in views if view.offset + view.nbytes > size)
+        raise _damaged(path, f"truncated: expected {end} bytes, got {size}; {lost} cut off")
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -12,11 +12,13 @@ import typer
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.cli import options
 from minicache_trt.cli.console import print_json, progress_bars, quiet_transformers, stderr, stdout, table
+from minicache_trt.compression.methods import CALIBRATED_METHODS
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.size import bytes_per_token, ratio
 from minicache_trt.compression.smoothquant import key_scales, with_scales
-from minicache_trt.config import AUTO, WEIGHT_FORMATS, BuildConfig, ModelConfig
+from minicache_trt.config import AUTO, GROUP_SIZES, WEIGHT_BITS, WEIGHT_FORMATS, BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
+from minicache_trt.quantization.store import WeightOptions
 from minicache_trt.units import format_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +41,24 @@ def build(
     norm: options.Norm = None,
     sink_tokens: options.SinkTokens = None,
     calibration_text: options.CalibrationText = None,
-    weights: Annotated[str, typer.Option(help=f"Weight format: {', '.join(WEIGHT_FORMATS)} (TensorRT).")] = "fp32",
+    weights: Annotated[
+        str,
+        typer.Option(
+            *options.WEIGHT_FLAGS,
+            help=f"Weight format: {', '.join(WEIGHT_FORMATS)}; fp32 keeps the checkpoint's files, fp8 is TensorRT's.",
+            rich_help_panel=options.WEIGHTS_HELP,
+        ),
+    ] = "fp32",
+    group_size: Annotated[
+        int,
+        typer.Option(
+            *options.GROUP_FLAGS,
+            help=f"Inputs that share a scale in int8 and int4: {', '.join(map(str, GROUP_SIZES))}.",
+            rich_help_panel=options.WEIGHTS_HELP,
+        ),
+    ] = BuildConfig.group_size,
+    calibration_samples: options.CalibrationSamples = WeightOptions.samples,
+    threads: options.WeightThreads = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -114,8 +133,8 @@ def build(
 ) -> None:
     """Build an engine directory from a checkpoint.
 
-    Weights are hard-linked, not copied; only weight-only formats write new ones, and checkpoints that are not Hugging
-    Face safetensors are converted.
+    Weights are hard-linked, not copied; other weight formats write new ones (a build that is killed goes on where it
+    was when the same command is given again), and checkpoints that are not Hugging Face safetensors are converted.
 
     [bold]Examples[/]
 
@@ -124,6 +143,8 @@ def build(
       minicache-trt build -m llama2-7b --merge-start 16 -o engine            (the MiniCache paper's plan)
 
       minicache-trt build -m llama2-7b --method minicache4 --weights int4 -o engine
+
+      minicache-trt build -m ./checkpoint --weights int4_awq --calibration-text text.txt -o engine
 
       minicache-trt build --checkpoint_dir ./trtllm_ckpt --tokenizer ./Llama-2-7b-hf --output_dir engine
 
@@ -136,13 +157,17 @@ def build(
     from minicache_trt.build import build_engine, default_max_seq_len
 
     options.check_pipeline(pp_size)
-    options.check_calibration_text(calibration_text, method, plan, load_format)
+    weight_format = options.weight_format(weights)
+    options.check_calibration_text(calibration_text, method, plan, load_format, (weight_format,))
     plan_options = options.PlanOptions(method, merge_start, plan, kv_format, t, gamma, norm, sink_tokens)
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
         length = default_max_seq_len(config) if max_seq_len is None else max_seq_len
         try:
-            limits = BuildConfig(max_batch_size, length, max_num_tokens, weights, backend, tp_size=tp_size, dtype=dtype)
+            limits = BuildConfig(
+                max_batch_size, length, max_num_tokens, weight_format, backend, tp_size=tp_size, dtype=dtype,
+                group_size=group_size,
+            )  # fmt: skip
         except ValueError as error:
             raise UserError(str(error)) from error
         return plan_options(config), limits
@@ -156,18 +181,20 @@ def build(
 
         print_needs(model, output, configure, tensorrt, revision, json)
         return
+    calibrated = plan is None and method in CALIBRATED_METHODS
     start = time.perf_counter()
     with progress_bars(not json) as report:
         result = build_engine(
             model,
             output,
             configure,
-            calibrate=None if calibration_text is None else partial(_calibrate, calibration_text),
+            calibrate=None if calibration_text is None or not calibrated else partial(_calibrate, calibration_text),
             load_format=load_format,
             revision=revision,
             lora_dir=lora_dir,
             tokenizer=tokenizer,
             overwrite=force,
+            weights=WeightOptions(calibration_text, calibration_samples, threads),
             tensorrt=tensorrt,
             report=report,
         )
@@ -217,6 +244,7 @@ def _summary(result: BuildResult, seconds: float) -> dict[str, Any]:
         "layers": model.num_layers,
         "method": plan.method,
         "weights": limits.weights,
+        "group_size": limits.group_size if limits.weights in WEIGHT_BITS else None,
         "backend": limits.backend,
         "tp_size": limits.tp_size,
         "dtype": limits.dtype,

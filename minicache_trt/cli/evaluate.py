@@ -14,9 +14,10 @@ from minicache_trt.cli.console import print_json, progress_bars, quiet_transform
 from minicache_trt.compression.methods import CALIBRATED_METHODS, MERGING_METHODS, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
-from minicache_trt.config import WEIGHT_FORMATS, BuildConfig, ModelConfig
+from minicache_trt.config import CALIBRATED_WEIGHTS, WEIGHT_BITS, WEIGHT_FORMATS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, EngineInfo, read_engine, tool_versions
 from minicache_trt.errors import UserError
+from minicache_trt.quantization.store import WeightOptions, codes_of
 
 if TYPE_CHECKING:
     from minicache_trt.evaluation.contenders import Contender
@@ -49,8 +50,22 @@ def evaluate(
     calibration_text: options.CalibrationText = None,
     weights: Annotated[
         str | None,
-        typer.Option(help=f"Weights of engines built here: {', '.join(WEIGHT_FORMATS)}.", rich_help_panel=WHO),
+        typer.Option(
+            *options.WEIGHT_FLAGS,
+            help=f"Weights of engines built here, comma-separated: {', '.join(WEIGHT_FORMATS)}; the first one without "
+            "compression is what all rows are compared with.",
+            rich_help_panel=WHO,
+        ),
     ] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(
+            *options.GROUP_FLAGS,
+            help="Of int8 and int4, comma-separated; default the engine's, or 32.",
+            rich_help_panel=WHO,
+        ),
+    ] = None,
+    calibration_samples: options.CalibrationSamples = WeightOptions.samples,
     revision: options.Revision = None,
     tasks: Annotated[
         str,
@@ -112,6 +127,9 @@ def evaluate(
 
       minicache-trt eval -m ./checkpoint --plan plan.json --text held_out.txt --length 4096 --results rows.json
 
+      minicache-trt eval -m ./checkpoint --weights fp32,int8,int4,int4_awq --group-size 32,128 --text held_out.txt
+      --calibration-text text.txt
+
       minicache-trt eval -e engine --tasks hellaswag,arc_easy --limit 200 --length 1024
     """
     from minicache_trt.evaluation.contenders import check_names
@@ -130,7 +148,10 @@ def evaluate(
         if not ours:
             raise UserError(f"--plot draws {', '.join(TASKS)}, and none of them is in --tasks")
         check_file(plot)
-    chosen = Chosen(_names(methods), tuple(plan or ()), merge_start, calibration_text, weights, batch_size, backend)
+    formats = None if weights is None else options.weight_formats(weights)
+    groups = None if group_size is None else options.positive_numbers("--group-size", group_size)
+    computed = WeightOptions(calibration_text, calibration_samples, threads)
+    chosen = Chosen(_names(methods), tuple(plan or ()), merge_start, formats, groups, computed, batch_size, backend)
     contenders = _contenders(engine, model, revision, chosen, settings)
     check_names(contenders)
     cells = _cells(contenders, ours, text, settings)
@@ -159,10 +180,15 @@ class Chosen:
     methods: tuple[str, ...]
     plans: tuple[Path, ...]
     merge_start: int | None
-    calibration_text: Path | None
-    weights: str | None
+    formats: tuple[str, ...] | None
+    groups: tuple[int, ...] | None
+    weights: WeightOptions
     batch_size: int
     backend: str | None
+
+    def sizes(self, build: BuildConfig) -> tuple[int, ...]:
+        """Group sizes of a weight format."""
+        return (build.group_size,) if self.groups is None or build.weights not in WEIGHT_BITS else self.groups
 
     def plan(self, method: str, config: ModelConfig, checkpoint: Path) -> CompressionPlan:
         """A named method's plan, calibrated where it must be."""
@@ -170,11 +196,11 @@ class Chosen:
         found = make_plan(config, method, merging)
         if method not in CALIBRATED_METHODS:
             return found
-        if self.calibration_text is None:
+        if self.weights.text is None:
             raise UserError(f"method {method!r} needs text to calibrate on", "give --calibration-text FILE")
         from minicache_trt.compression.smoothquant import key_scales, with_scales
 
-        return with_scales(found, key_scales(checkpoint, config, self.calibration_text, lambda done, total: None))
+        return with_scales(found, key_scales(checkpoint, config, self.weights.text, lambda done, total: None))
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -243,10 +269,11 @@ def _contenders(
     like = info.build if info else BuildConfig()
     like = replace(like, backend=chosen.backend or like.backend)
     try:
-        like = replace(like, weights=chosen.weights or like.weights)
-        build = build_for(settings.longest, chosen.batch_size, like)
+        formats = [replace(like, weights=weights) for weights in chosen.formats or (like.weights,)]
+        formats = [replace(build, group_size=size) for build in formats for size in chosen.sizes(build)]
+        builds = [build_for(settings.longest, chosen.batch_size, build) for build in formats]
     except ValueError as error:
-        raise UserError(f"--{error}") from error
+        raise UserError(f"--{str(error).replace('_', '-')}") from error
     rows: list[Contender] = []
     if engine is not None and info is not None:
         _check_engine(engine, info, settings)
@@ -263,8 +290,31 @@ def _contenders(
     named = [name for name in chosen.methods if name != FULL]
     plans = [(name, chosen.plan(name, config, checkpoint)) for name in (FULL, *named)]
     plans += [(path.stem, load_plan(path).validate(config)) for path in chosen.plans]
-    built = [Contender(name, checkpoint, found, build) for name, found in plans]
+    built = [
+        Contender(_row(name, build, builds), checkpoint, found, build, _weights(engine, info, build, chosen))
+        for build in builds
+        for name, found in plans
+    ]
     return [built[0], *rows, *built[1:]]
+
+
+def _row(name: str, build: BuildConfig, builds: list[BuildConfig]) -> str:
+    """What a row is called: its method, and its weights where they differ."""
+    if len(builds) == 1:
+        return name
+    sizes = {other.group_size for other in builds if other.weights == build.weights}
+    weights = f"{build.weights}-g{build.group_size}" if len(sizes) > 1 else build.weights
+    return weights if name == "full" else f"{name}, {weights}"
+
+
+def _weights(engine: Path | None, info: EngineInfo | None, build: BuildConfig, chosen: Chosen) -> WeightOptions:
+    """The codes of the engine that is there, where it has those of the build."""
+    same = info is not None and (info.build.weights, info.build.group_size) == (build.weights, build.group_size)
+    if engine is not None and same:
+        return codes_of(engine)
+    if build.weights == CALIBRATED_WEIGHTS and chosen.weights.text is None:
+        raise UserError(f"weights {build.weights} need text to calibrate on", "give --calibration-text FILE")
+    return chosen.weights
 
 
 def _check_engine(engine: Path, info: EngineInfo, settings: Settings) -> None:

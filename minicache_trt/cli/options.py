@@ -13,7 +13,7 @@ from minicache_trt.backends import BACKENDS
 from minicache_trt.compression.methods import CALIBRATED_METHODS, DEFAULT_METHOD, METHODS, MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan
-from minicache_trt.config import KvCacheConfig, ModelConfig
+from minicache_trt.config import CALIBRATED_WEIGHTS, WEIGHT_FORMATS, KvCacheConfig, ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.units import format_bytes, parse_bytes
 
@@ -125,10 +125,68 @@ SinkTokens = Annotated[
 CalibrationText = Annotated[
     Path | None,
     typer.Option(
-        help=f"Text to calibrate {', '.join(CALIBRATED_METHODS)} on: UTF-8, documents separated by newline and NUL.",
+        help=f"Text to calibrate {', '.join((*CALIBRATED_METHODS, CALIBRATED_WEIGHTS))} on: UTF-8, documents separated "
+        "by newline and NUL.",
         rich_help_panel=PLAN_HELP,
     ),
 ]
+WEIGHTS_HELP = "Weights"
+WEIGHT_FLAGS = ("--weights", "--weight-format", "--quantization", "--qformat")
+GROUP_FLAGS = ("--group-size", "--awq-block-size")
+WeightThreads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        "--workers",
+        min=1,
+        help="CPU threads that convert weights.",
+        show_default="all cores",
+        rich_help_panel=WEIGHTS_HELP,
+    ),
+]
+CalibrationSamples = Annotated[
+    int,
+    typer.Option(
+        "--calibration-samples",
+        "--calib-size",
+        min=1,
+        help=f"Sequences of the text that {CALIBRATED_WEIGHTS} is calibrated on.",
+        rich_help_panel=WEIGHTS_HELP,
+    ),
+]
+WEIGHT_NAMES = {
+    "auto": "fp32",
+    "none": "fp32",
+    "float32": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "int8_wo": "int8",
+    "int4_wo": "int4",
+    "awq": "int4_awq",
+}
+"""What TensorRT-LLM and vLLM call weight formats."""
+
+
+def weight_format(text: str) -> str:
+    """A weight format under its own or another tool's name.
+
+    Raises
+    ------
+    UserError
+        There is no such format.
+    """
+    name = WEIGHT_NAMES.get(text.strip().lower(), text.strip())
+    if name not in WEIGHT_FORMATS:
+        raise UserError(f"weights: expected one of {', '.join(WEIGHT_FORMATS)}, got {name!r}")
+    return name
+
+
+def weight_formats(text: str) -> tuple[str, ...]:
+    """Weight formats of a comma-separated list, each once, in order; raises as `weight_format`."""
+    return tuple(dict.fromkeys(weight_format(word) for word in text.split(",")))
+
+
 KV_FORMATS = ("model", "int8", "int4", "int2")
 
 
@@ -188,16 +246,19 @@ def check_pipeline(size: int) -> None:
         )
 
 
-def check_calibration_text(text: Path | None, method: str | None, plan: Path | None, load_format: str) -> None:
+def check_calibration_text(
+    text: Path | None, method: str | None, plan: Path | None, load_format: str, weights: tuple[str, ...]
+) -> None:
     """Refuse calibration text where nothing is calibrated, and its absence where something must be.
 
     A dummy model has no weights to calibrate: its scales stay 1 unless text is given.
     """
     calibrated = plan is None and method in CALIBRATED_METHODS
-    if text is not None and not calibrated:
+    if text is not None and not calibrated and CALIBRATED_WEIGHTS not in weights:
         chosen = f"method {method!r}" if method is not None else "the default method" if plan is None else "--plan"
         raise UserError(
-            f"{chosen} takes no --calibration-text", f"methods that take one: {', '.join(CALIBRATED_METHODS)}"
+            f"{chosen} takes no --calibration-text",
+            f"methods that take one: {', '.join(CALIBRATED_METHODS)}; weights: {CALIBRATED_WEIGHTS}",
         )
     if text is None and calibrated and load_format != "dummy":
         raise UserError(

@@ -161,7 +161,7 @@ def _build(
     from minicache_trt.build import build_engine, default_max_seq_len
 
     plan_options = options.PlanOptions(method, None, plan, None, None, None, None, None)
-    options.check_calibration_text(None, method, plan, load_format)
+    options.check_calibration_text(None, method, plan, load_format, ())
     max_batch_size, max_seq_len, max_num_tokens = limits
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.tokenizer import Tokenizer
+from minicache_trt.runtime.tokenizer import Tokenizer, load_tokenizer
 
 DOCUMENT_END = "\n\0"
 """What separates documents; a text without it is one document."""
@@ -24,6 +24,23 @@ Progress = Callable[[int, int], None]
 def sequence_length(config: ModelConfig) -> int:
     """Tokens of the longest sequence: `MAX_TOKENS`, or as many as the model attends to at once."""
     return min(MAX_TOKENS, config.max_position_embeddings, config.sliding_window or MAX_TOKENS)
+
+
+def required_tokenizer(directory: Path, text: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint that is to be calibrated on a text.
+
+    Raises
+    ------
+    UserError
+        There is none, or its files cannot be read.
+    """
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise UserError(
+            f"{directory}: no tokenizer, so there are no tokens of {text} to calibrate on",
+            "put tokenizer.json beside config.json, or choose what needs no calibration",
+        )
+    return tokenizer
 
 
 def token_sequences(path: Path, tokenizer: Tokenizer, config: ModelConfig, progress: Progress) -> Iterator[list[int]]:

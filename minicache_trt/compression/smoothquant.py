@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicache_trt.compression.calibration_text import Progress, token_sequences
+from minicache_trt.compression.calibration_text import Progress, required_tokenizer, token_sequences
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
-from minicache_trt.runtime.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,12 +77,7 @@ def key_scales(directory: Path, config: ModelConfig, text: Path, progress: Progr
     UserError
         The text cannot be read or is too short, or the checkpoint has no tokenizer that fits it.
     """
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
-        raise UserError(
-            f"{directory}: no tokenizer, so there are no tokens of {text} to calibrate on",
-            "put tokenizer.json beside config.json, or choose a method that needs no calibration",
-        )
+    tokenizer = required_tokenizer(directory, text)
     tokens, keys, queries = 0, np.zeros_like(unit_scales(config)), np.zeros_like(unit_scales(config))
     observe = _Observer(directory, config, keys, queries)
     for ids in token_sequences(text, tokenizer, config, progress):

@@ -18,8 +18,10 @@ from minicache_trt.compression.size import (
 from minicache_trt.config import BLOCK_SIZE, BuildConfig, KvCacheConfig
 from minicache_trt.contract import compressed_block_bytes, full_block_bytes
 from minicache_trt.errors import UserError
+from minicache_trt.quantization.store import WeightOptions, weight_bytes
 from minicache_trt.runtime.llm import LLM
 
+DEFAULT_WEIGHTS = WeightOptions()
 FULL = "full"
 """Name of the row everything is compared with: no compression."""
 
@@ -35,13 +37,16 @@ class Contender:
         Checkpoint directory, or engine directory when ``build`` is None.
     plan : CompressionPlan
     build : BuildConfig, optional
-        Limits of the temporary engine that is built.
+        Limits and weight format of the temporary engine that is built.
+    weights : WeightOptions
+        How its weights are computed.
     """
 
     name: str
     source: Path
     plan: CompressionPlan
     build: BuildConfig | None
+    weights: WeightOptions = DEFAULT_WEIGHTS
 
     def open(self, threads: int | None, backend: str | None) -> LLM:
         """Build, if need be, and load.
@@ -55,6 +60,7 @@ class Contender:
             self.source,
             plan=self.plan,
             build_config=self.build,
+            weight_options=self.weights,
             num_threads=threads,
             backend=backend,
             kv_cache_config=KvCacheConfig(enable_block_reuse=False),
@@ -98,6 +104,10 @@ class Memory:
         Bytes the backend allocated for both tiers, in the type it computes in.
     constant_bytes : int
         Matrices of the plan, once per model; in none of the above.
+    weights : str
+        Weight format.
+    weight_bytes : int
+        Bytes of the weights in it; 0 where they are not known.
     """
 
     bits: float
@@ -106,6 +116,8 @@ class Memory:
     sequence_bytes: int
     allocated_bytes: int
     constant_bytes: int
+    weights: str
+    weight_bytes: int
 
     @classmethod
     def of(cls, llm: LLM) -> Memory:
@@ -121,6 +133,8 @@ class Memory:
             sequence_bytes=sequence_bytes(plan, model, build.max_seq_len, build.window),
             allocated_bytes=sizes.num_bytes,
             constant_bytes=constant_bytes(plan),
+            weights=build.weights,
+            weight_bytes=0 if llm.directory is None else weight_bytes(llm.directory),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -104,14 +104,17 @@ def _task(summary: Sequence[dict[str, Any]], task: str, title: str) -> Table:
     headline = TASKS[task].headline
     is_text = headline == "perplexity"
     forms = (".2f", "+.1%") if is_text else (".1%", "+.1%")
-    rows = table(title, "method", "bits", "smaller", headline, "change", "nll")
+    sizes = [f"{line['memory']['weight_bytes'] / 2**20:,.1f} MiB" for line in summary]
+    weights = ["weights"] if len({line["memory"]["weights"] for line in summary}) > 1 else []
+    rows = table(title, "method", "bits", "smaller", *weights, headline, "change", "nll")
     rows.box = box.SIMPLE
-    for line in summary:
+    for line, size in zip(summary, sizes, strict=True):
         values, memory = line["tasks"][task], line["memory"]
         rows.add_row(
             line["method"],
             f"{memory['bits']:.2f}",
             f"{memory['ratio']:.2f}x",
+            *([size] if weights else []),
             f"{values[headline]:{forms[0]}}" if is_text else span(values, headline, forms[0]),
             span(values, f"{headline}_change", forms[1]),
             f"{values['nll']:.3f}",

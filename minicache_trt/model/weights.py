@@ -44,7 +44,7 @@ class GraphWeights:
         Name of a view's file to its path relative to the engine directory.
     quantized : mapping
         ``<linear>.codes`` (uint8 ``[out, blocks, bytes]``), ``<linear>.scales`` (float32 ``[out, blocks]``) and, where
-        zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for fp32. Where
+        zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for floats. Where
         a row is one block, and where codes are numbers (``int8``, ``int4``, ``F8_E4M3``), they are dequantized.
     bits : int, optional
         Bits of a weight-only code.

@@ -16,6 +16,7 @@ from minicache_trt.compression.methods import DEFAULT_METHOD
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, KvCacheConfig
 from minicache_trt.errors import UserError
+from minicache_trt.quantization.store import WeightOptions
 from minicache_trt.runtime.async_request import AsyncRequest
 from minicache_trt.runtime.cache_sizes import CacheSizes
 from minicache_trt.runtime.engine_loop import EngineLoop
@@ -49,6 +50,8 @@ class LLM:
         How a model that is built here is compressed: a method's name, or a plan that replaces it.
     build_config : BuildConfig, optional
         Limits of an engine that is built here.
+    weight_options : WeightOptions, optional
+        How weights of an engine that is built here are computed: calibration text, threads.
     load_format : str
         ``auto``, or ``dummy`` for the model's shape without its weights.
     num_threads : int, optional
@@ -71,6 +74,7 @@ class LLM:
         method: str = DEFAULT_METHOD,
         plan: CompressionPlan | None = None,
         build_config: BuildConfig | None = None,
+        weight_options: WeightOptions | None = None,
         load_format: str = "auto",
         num_threads: int | None = None,
         backend: str | None = None,
@@ -80,7 +84,9 @@ class LLM:
 
         # Lives as long as this object; an engine that was built here vanishes with it.
         self._work_dir = tempfile.TemporaryDirectory(prefix="minicache-trt-")
-        directory = engine_directory(model, Path(self._work_dir.name), method, plan, build_config, load_format)
+        work_dir = Path(self._work_dir.name)
+        directory = engine_directory(model, work_dir, method, plan, build_config, load_format, weight_options)
+        self.directory: Path | None = directory
         engine = load_engine(directory, num_threads=num_threads, backend=backend)
         self._start(engine, directory / CHECKPOINT if tokenizer is None else tokenizer, kv_cache_config)
 
@@ -94,6 +100,7 @@ class LLM:
     ) -> LLM:
         """Run an engine that is already loaded; its pools are allocated here."""
         llm = cls.__new__(cls)
+        llm.directory = None
         llm._start(engine, tokenizer, kv_cache_config)
         return llm
 

@@ -8,6 +8,7 @@ from minicache_trt.compression.methods import CALIBRATED_METHODS, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
+from minicache_trt.quantization.store import WeightOptions
 
 
 def engine_directory(
@@ -17,6 +18,7 @@ def engine_directory(
     plan: CompressionPlan | None,
     build_config: BuildConfig | None,
     load_format: str,
+    weights: WeightOptions | None = None,
 ) -> Path:
     """``model`` itself when it is an engine directory, else a new engine below ``work_dir``.
 
@@ -40,4 +42,5 @@ def engine_directory(
         build = build_config or BuildConfig(max_seq_len=default_max_seq_len(config))
         return plan or make_plan(config, method), build
 
-    return build_engine(str(model), work_dir / "engine", configure, load_format=load_format).directory
+    options = weights or WeightOptions()
+    return build_engine(str(model), work_dir / "engine", configure, load_format=load_format, weights=options).directory

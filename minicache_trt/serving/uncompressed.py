@@ -11,6 +11,7 @@ from minicache_trt.compression.methods import make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, KvCacheConfig, ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT
+from minicache_trt.quantization.store import codes_of
 from minicache_trt.runtime.runner import Runner
 
 STEP_TOKENS = 128
@@ -41,6 +42,6 @@ def uncompressed_runner(engine: Engine, directory: Path, work_dir: Path, num_thr
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
         return make_plan(config, "full"), build
 
-    built = build_engine(str(directory / CHECKPOINT), work_dir / "uncompressed", configure)
+    built = build_engine(str(directory / CHECKPOINT), work_dir / "uncompressed", configure, weights=codes_of(directory))
     cache = KvCacheConfig(enable_block_reuse=False)
     return Runner(load_engine(built.directory, num_threads, build.backend), cache)

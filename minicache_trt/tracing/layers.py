@@ -18,7 +18,7 @@ from minicache_trt.tracing.points import Trace
 from minicache_trt.tracing.recording import RecordingEngine, activations
 
 TORCH, UNCOMPRESSED = "torch", "uncompressed"
-TOLERANCES = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1, "fp8": 0.1}
+TOLERANCES = {"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-3, "int8": 0.1, "int4": 0.1, "int4_awq": 0.1, "fp8": 0.1}
 """Default tolerance by weight format. Weight-only kernels round activations to 8 bits, PyTorch here does not."""
 DTYPE_TOLERANCES = {"float32": 0.0, "float16": 2e-2, "bfloat16": 0.1}
 """The least default tolerance by compute type: two roundings apart, over some layers."""

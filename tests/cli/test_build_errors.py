@@ -134,7 +134,7 @@ def test_damaged_shard(refused: Refused, sharded: Path, workspace: Path, damage:
         (["--method", ""], ["unknown method ''"]),
         (["--kv-format", "int3"], ["--kv-format 'int3'", "int4"]),
         (["--method", "kivi4", "--kv-format", "int4"], ["'kivi4' fixes its format"]),
-        (["--weights", "int5"], ["weights", "fp32, int8, int4", "'int5'"]),
+        (["--weights", "int5"], ["weights", "fp32, fp16, bf16, int8, int4, int4_awq, fp8", "'int5'"]),
         (["--weights", "fp8"], ["backend onnxruntime has no fp8 weights"]),
         (["--backend", "onnxruntme"], ["unknown backend 'onnxruntme'", "did you mean 'onnxruntime'?"]),
         (["--load-format", "pickle"], ["load_format", "auto or dummy", "'pickle'"]),

@@ -23,7 +23,7 @@ def scores(nll: list[float], exact: list[float]) -> Scores:
 
 
 def result(name: str, bits: float, factor: float) -> Result:
-    memory = Memory(bits, 16 / bits, 16 / bits, 100, 200, 0)
+    memory = Memory(bits, 16 / bits, 16 / bits, 100, 200, 0, "fp32", 1 << 20)
     own = scores([20 * factor, 90 * factor], [1, 2 - factor])
     cells = (CellScores(64, 0.0, own), CellScores(64, 0.5, own))
     harness = {"task": {"acc": {"value": 0.5, "stderr": None, "samples": [0.0, 1.0]}}}

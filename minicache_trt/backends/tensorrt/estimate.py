@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicache_trt.checkpoint.binding import linear_weights, weight_shapes
-from minicache_trt.checkpoint.quantize import QUANTIZATION_BLOCK
 from minicache_trt.checkpoint.weights import ITEM_SIZES
 from minicache_trt.config import TENSORRT_BACKENDS, WEIGHT_BITS, BuildConfig, ModelConfig
 from minicache_trt.errors import UserError
@@ -77,7 +76,7 @@ def _weight_bytes(config: ModelConfig, build: BuildConfig) -> tuple[int, int]:
         return plain, 0
     linears = linear_weights(config)
     codes = sum(
-        rows * (columns * bits // 8 + item * (1 if bits == 8 else -(-columns // QUANTIZATION_BLOCK)))
+        rows * (columns * bits // 8 + item * (1 if bits == 8 else -(-columns // build.group_size)))
         for rows, columns in (shapes[weight] for weight in linears.values())
     )
     replaced = sum(math.prod(shapes[f"{name}.weight"]) for name in linears if f"{name}.weight" in shapes) * item
