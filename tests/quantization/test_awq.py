@@ -23,6 +23,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi3": {"family": "phi3", "head_dim": None, "num_key_value_heads": 4, "hidden_size": 128},
     "mixtral": {"family": "mixtral", "num_local_experts": 4},
     "mistral, window 20": {"family": "mistral", "sliding_window": 20},
+    "qwen2, window 20 from layer 1": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+    },
 }
 
 

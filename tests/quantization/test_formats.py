@@ -22,7 +22,7 @@ from minicache_trt.hf_reference import reference_for
 from minicache_trt.quantization.store import WeightOptions, codes_of, weight_bytes
 from minicache_trt.runtime.llm import LLM
 from tests.checkpoint.test_int4 import with_float_activations
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 
 TOKENS = (np.arange(60) * 7 % 101).tolist()
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -155,6 +155,13 @@ def test_awq_engines(tmp_path: Path, text: Path, name: str) -> None:
     assert (other / "quantized.safetensors").samefile(directory / "quantized.safetensors")
     with pytest.raises(UserError, match="int4_awq need text to calibrate on"):
         build(source, tmp_path / "without", "int4_awq")
+
+
+def test_awq_of_gemma_is_refused(tmp_path: Path, text: Path) -> None:
+    source = make_checkpoint(tmp_path / "hf", **LAYERED["gemma2"])
+    with pytest.raises(UserError, match="int4_awq of a gemma2 model are not supported yet"):
+        build(source, tmp_path / "engine", "int4_awq", WeightOptions(text, samples=2, threads=1))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["hf"]
 
 
 def test_awq_loses_less(tmp_path: Path, text: Path) -> None:
