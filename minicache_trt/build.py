@@ -15,7 +15,7 @@ from minicache_trt.backends.tensorrt.module import load_module
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import CALIBRATED_WEIGHTS, TENSORRT_BACKENDS, BuildConfig, ModelConfig
+from minicache_trt.config import CALIBRATED_WEIGHTS, TENSORRT_BACKENDS, WEIGHT_TYPES, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import (
     CHECKPOINT,
     EngineInfo,
@@ -193,6 +193,11 @@ def check_build(
     tensorrt.check(build.backend)
     if build.backend in TENSORRT_BACKENDS:
         load_module(build.backend)
+        if build.tp_size > 1 and (build.weights in WEIGHT_TYPES or build.weights == CALIBRATED_WEIGHTS):
+            raise UserError(
+                f"TensorRT engines of {build.tp_size} ranks have no {build.weights} weights",
+                "use --weights int4, int8 or fp8, or leave it out: the engine's are of its --dtype",
+            )
     elif build.weights == "fp8":
         raise UserError(
             f"backend {build.backend} has no fp8 weights", "use --weights int8 or int4, or --backend tensorrt-rtx"

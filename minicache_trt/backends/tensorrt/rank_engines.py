@@ -28,6 +28,8 @@ from minicache_trt.parallel.shard import (
     splits_vocabulary,
     sums_over_ranks,
 )
+from minicache_trt.quantization.partial import kept_if_killed
+from minicache_trt.quantization.store import WeightOptions
 
 COLUMNS = "columns.safetensors"
 """Shares of weights that are cut along their columns, as long as an engine is built from them."""
@@ -58,7 +60,8 @@ def build_rank_engines(
         folder.mkdir()
         shard = Shard.of(checkpoint.config, rank, build.tp_size)
         own, own_plan = rank_checkpoint(checkpoint, shard, folder / COLUMNS), shard_plan(plan, checkpoint.config, shard)
-        write_engine(folder, own, own_plan, build, report)
+        with kept_if_killed(folder, folder / "partial") as partial_weights:
+            write_engine(folder, own, own_plan, build, WeightOptions(), partial_weights, report)
         build_engines(folder, own, own_plan, build, options, report)
         for path in folder.iterdir():
             if path.is_dir():
