@@ -32,7 +32,7 @@ class EngineTime:
 
     Attributes
     ----------
-    by_kind : Counter
+    by_kind : dict
         Seconds by kind of call.
     cpu_seconds : float
         Of the calling thread, in all calls.
@@ -44,7 +44,7 @@ class EngineTime:
         self.clear()
 
     def clear(self) -> None:
-        self.by_kind: collections.Counter[str] = collections.Counter()
+        self.by_kind: dict[str, float] = collections.defaultdict(float)
         self.by_size: dict[int, list[float]] = collections.defaultdict(list)
         self.cpu_seconds = 0.0
 
