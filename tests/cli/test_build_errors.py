@@ -149,7 +149,7 @@ def test_damaged_shard(refused: Refused, sharded: Path, workspace: Path, damage:
         (["--max-batch-size", "-3"], ["max_batch_size", "positive", "-3"]),
         (["--max-num-tokens", "7"], ["max_num_tokens", "at least max_batch_size (8)", "7"]),
         (["--tp-size", "2"], ["backend onnxruntime runs one rank", "backends for several ranks: cuda, torch"]),
-        (["--tp_size", "3", "--backend", "torch"], ["tp_size: expected a divisor of the model's num_kv_heads"]),
+        (["--tp_size", "3", "--backend", "torch"], ["tp_size: 3 ranks cannot share the model's heads"]),
         (["--tp-size", "0"], ["tp_size: expected a positive number, got 0"]),
     ],
 )
