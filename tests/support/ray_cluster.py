@@ -39,7 +39,8 @@ def serving(engine: Path, num_cpus: int, **arguments: str) -> Iterator[str]:
             serve.run(app({"engine": str(engine), "model_name": MODEL, "num_threads": "1", **arguments}))
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            serve.shutdown()
+            if ray.is_initialized():
+                serve.shutdown()
             ray.shutdown()
 
 
