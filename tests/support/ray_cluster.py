@@ -27,19 +27,20 @@ def serving(engine: Path, num_cpus: int, **arguments: str) -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray's sockets lie below this folder, and a socket's path has at most 107 bytes.
     with TemporaryDirectory(prefix="ray-") as folder:
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=128 << 20,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
         try:
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=128 << 20,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(app({"engine": str(engine), "model_name": MODEL, "num_threads": "1", **arguments}))
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            serve.shutdown()
+            if ray.is_initialized():
+                serve.shutdown()
             ray.shutdown()
 
 
