@@ -15,7 +15,14 @@ from minicache_trt.backends.tensorrt.module import load_module
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import CALIBRATED_WEIGHTS, TENSORRT_BACKENDS, WEIGHT_TYPES, BuildConfig, ModelConfig
+from minicache_trt.config import (
+    CALIBRATED_WEIGHTS,
+    TENSORRT_BACKENDS,
+    WEIGHT_BITS,
+    WEIGHT_TYPES,
+    BuildConfig,
+    ModelConfig,
+)
 from minicache_trt.engine_directory import (
     CHECKPOINT,
     EngineInfo,
@@ -131,7 +138,7 @@ def build_engine(
             plan.check_source(checkpoint.checksum())
         if (needs := build_needs(checkpoint.config, build)) is not None:
             check_room(needs, Room.here(output.parent), build)
-        _check_calibration(checkpoint, build, weights)
+        _check_weights(checkpoint, build, weights)
         checkpoint = replace(checkpoint, config=checkpoint.config.for_context(build.max_seq_len))
         report("checkpoint", 1, 1)
         if calibrate is not None:
@@ -217,7 +224,9 @@ def _int4_build(build: BuildConfig, checkpoint: Checkpoint) -> BuildConfig:
     return replace(build, weights="int4")
 
 
-def _check_calibration(checkpoint: Checkpoint, build: BuildConfig, weights: WeightOptions) -> None:
+def _check_weights(checkpoint: Checkpoint, build: BuildConfig, weights: WeightOptions) -> None:
+    if build.backend == "onnxruntime" and build.weights in WEIGHT_BITS and build.dtype != "float32":
+        raise UserError(f"weights {build.weights} take activations in float32, not {build.dtype}", "leave out --dtype")
     if build.weights != CALIBRATED_WEIGHTS or weights.codes is not None:
         return
     if checkpoint.dummy:

@@ -99,7 +99,7 @@ def bind_weights(
     absent = {f"{linear}.weight" for linear in elsewhere}
     tensors = {name: parts for name, parts in stored_tensors(config).items() if not absent.issuperset(parts)}
     expected = {name: stored_shape(shapes, parts) for name, parts in tensors.items()}
-    require_weights(expected, views, directory)
+    require_weights(expected, views, directory, {name: view.shape for name, view in views.items()} | expected)
     _check_tensors(expected, views)
     bound: dict[str, WeightView] = {}
     for name, parts in tensors.items():
@@ -128,16 +128,20 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], views: Mapping[str, 
         raise UserError(f"{where}: {found}", remedy)
 
 
-def require_weights(needed: Collection[str], found: Collection[str], where: Path) -> None:
+def require_weights(
+    needed: Collection[str],
+    found: Collection[str],
+    where: Path,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Refuse a checkpoint that lacks weights, naming them and what it has in their place.
 
     Parameters
     ----------
-    needed : collection of str
-        Or a mapping to shapes.
-    found : collection of str
-        Or a mapping to `WeightView`: with both, what seems to have been renamed is told.
+    needed, found : collection of str
     where : Path
+    shapes : mapping, optional
+        Of both; with them, what seems to have been renamed is told.
 
     Raises
     ------
@@ -151,9 +155,7 @@ def require_weights(needed: Collection[str], found: Collection[str], where: Path
     known = {layer.sub("*", name) for name in needed}
     # A tensor of a kind the model does not have is what a missing one may have been renamed to.
     unknown = [name for name in found if layer.sub("*", name) not in known]
-    renamed: dict[str, str] = {}
-    if isinstance(needed, Mapping) and isinstance(found, Mapping):
-        renamed = _renamed({name: needed[name] for name in missing}, {name: found[name].shape for name in unknown})
+    renamed = {} if shapes is None else _renamed(missing, unknown, shapes)
     pairs = [f"{old} to {new}" for old, new in zip(*map(collapsed, (renamed.values(), renamed)), strict=False)]
     raise UserError(
         f"{where}: {len(missing)} of {len(needed)} weights are missing: {listed(missing)}"
@@ -164,14 +166,16 @@ def require_weights(needed: Collection[str], found: Collection[str], where: Path
     )
 
 
-def _renamed(missing: Mapping[str, tuple[int, ...]], unknown: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _renamed(
+    missing: Collection[str], unknown: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
     """Missing names to the unknown ones most like them, of the same shape and with the same numbers."""
-    layer, left, result = re.compile(r"\d+"), dict(unknown), dict[str, str]()
-    for name, shape in missing.items():
-        numbers = layer.findall(name)
-        alike = [other for other, own in left.items() if own == shape and layer.findall(other)[:1] == numbers[:1]]
+    layer, left, result = re.compile(r"\d+"), list(unknown), dict[str, str]()
+    for name in missing:
+        numbers = layer.findall(name)[:1]
+        alike = [x for x in left if shapes[x] == shapes[name] and layer.findall(x)[:1] == numbers]
         closest = difflib.get_close_matches(name, alike, n=1, cutoff=0.3)
         if closest:
             result[name] = closest[0]
-            del left[closest[0]]
+            left.remove(closest[0])
     return result
