@@ -7,7 +7,8 @@ from typing import Any
 
 from minicache_trt.backends.tensorrt.estimate import Room, build_needs, check_room
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
-from minicache_trt.build import Configure, check_build
+from minicache_trt.build import Configure
+from minicache_trt.build_checks import check_build
 from minicache_trt.checkpoint.resolve import resolve_config
 from minicache_trt.cli.console import print_json, stdout, table
 from minicache_trt.compression.size import bytes_per_token, ratio
