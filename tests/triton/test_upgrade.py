@@ -79,7 +79,7 @@ def test_no_request_is_lost_when_the_next_version_takes_over(
         for thread in threads:
             thread.join()
         assert server.generate("demo", text_input="a", max_tokens=1).json()["model_version"] == "2"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120  # on a busy machine the end of a process takes a while
         while time.monotonic() < deadline and "unloaded 'demo' version 1" not in server.log.read_text():
             time.sleep(0.2)
         assert "unloaded 'demo' version 1" in server.log.read_text()
