@@ -50,7 +50,10 @@ def build(directory: Path, output: str, *flags: str, kill_after: int = 0) -> int
     return process.stderr.count("wrote")
 
 
-@pytest.mark.parametrize("weights", ["int4", pytest.param("bf16", marks=pytest.mark.long), "int4_awq"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("weights", [pytest.param("int4", marks=LONG), pytest.param("bf16", marks=LONG), "int4_awq"])
 def test_resume(tmp_path: Path, weights: str) -> None:
     source = make_checkpoint(tmp_path / "hf", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text("a cat and a dog sat on the mat " * 300)
