@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicache_trt.checkpoint.binding import bind_weights
+from minicache_trt.checkpoint.binding import bind_weights, linear_weights
 from minicache_trt.checkpoint.quantize import quantized_views
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.checkpoint.weights import WEIGHTS_FILE, WeightView, read_json_object, read_safetensors_index
@@ -164,18 +164,8 @@ def _tokenizer_directory(checkpoint: Checkpoint) -> Path:
 
 
 def linear_views(config: ModelConfig, views: dict[str, WeightView]) -> dict[str, WeightView]:
-    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included.
-
-    Routers are not among them: they are small, and a rounded one sends tokens to other experts.
-    """
-    linears = {
-        name.removesuffix(".weight"): view
-        for name, view in views.items()
-        if len(view.shape) == 2 and name != "embed.weight" and not name.endswith(".router.weight")
-    }
-    if config.tie_word_embeddings:
-        linears["lm_head"] = views["embed.weight"]
-    return linears
+    """Linear layers (by name, without ``.weight``) that weight-only formats quantize, the output layer included."""
+    return {name: views[weight] for name, weight in linear_weights(config).items()}
 
 
 def _key(checkpoint: Checkpoint, build: BuildConfig, *more: Any) -> str:
