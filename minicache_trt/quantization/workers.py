@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 
-import torch
-
 
 def available_cores() -> int:
     """Cores this process may run on."""
@@ -18,6 +16,8 @@ def available_cores() -> int:
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """PyTorch computes with so many threads in the block; the setting is the process's."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -283,7 +283,7 @@ def test_refusals(write_config, changes, message):
 )
 def test_unknown_architecture(write_config, raw_config, changes):
     with pytest.raises(UserError) as caught:
-        resolve_config(str(write_config(**changes)))
+        resolve_config(str(write_config(**changes, rms_norm_eps=1e-5)))
     seen = {**raw_config, **changes}
     assert repr(seen["architectures"]) in caught.value.cause and repr(seen["model_type"]) in caught.value.cause
     assert "llama (LlamaForCausalLM, model_type llama); mistral (MistralForCausalLM" in caught.value.remedy
@@ -296,6 +296,7 @@ def test_unknown_architecture_says_what_differs(write_config):
     with pytest.raises(UserError) as caught:
         resolve_config(str(write_config(**other, **scaled)))
     for part in (
+        "it has no rms_norm_eps",
         "logit_scale 0.0625 (output logits are scaled)",
         "hidden_activation 'relu2' (the MLP is neither SwiGLU nor GEGLU)",
         "layer_types chunked_attention (layers of another kind)",
