@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minicache_trt.compression.methods import CALIBRATED_METHODS, METHODS
-from minicache_trt.config import WEIGHT_FORMATS
+from minicache_trt.config import CALIBRATED_WEIGHTS, WEIGHT_BITS, WEIGHT_FORMATS
 from minicache_trt.engine_directory import MATRICES, QUANTIZED, read_engine
 from tests.cli.command import Invoke, assert_refused, run_process
 from tests.cli.conftest import MAX_SEQ_LEN
@@ -55,26 +55,30 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("weights", [fmt for fmt in WEIGHT_FORMATS if fmt != "fp8"])  # which is TensorRT's alone
-@pytest.mark.parametrize("method", METHODS)
+BUILDS = [(method, "fp32") for method in METHODS]  # what a method stores does not depend on the weights
+BUILDS += [("minicache4", weights) for weights in WEIGHT_FORMATS if weights not in ("fp32", "fp8")]  # fp8: TensorRT's
+
+
+@pytest.mark.parametrize(("method", "weights"), BUILDS)
 def test_build(
     invoke: Invoke, checkpoint: Path, calibration_text: Path, workspace: Path, method: str, weights: str
 ) -> None:
     flags: list[object] = ["--method", method, "--weights", weights, "--max-seq-len", "192"]
-    flags += ["--calibration-text", calibration_text] if method in CALIBRATED_METHODS else []
+    calibrated = method in CALIBRATED_METHODS or weights == CALIBRATED_WEIGHTS
+    flags += ["--calibration-text", calibration_text] if calibrated else []
+    flags += ["--calibration-samples", "1"] if weights == CALIBRATED_WEIGHTS else []
     built = _json(invoke, "build", "-m", checkpoint, "-o", "a/b/engine", *flags)
     assert (built["method"], built["weights"], built["max_seq_len"]) == (method, weights, 192)
     engine = workspace / "a/b/engine"
     info = read_engine(engine)
     assert (info.plan.method, info.build.weights) == (method, weights)
-    assert (engine / QUANTIZED).exists() == (weights != "fp32")
+    assert (engine / QUANTIZED).exists() == (weights in WEIGHT_BITS)
     assert (engine / "compressor.onnx").exists() == (method != "full")
     assert (engine / MATRICES).exists() == bool(info.plan.matrices) == (method in CALIBRATED_METHODS)
     assert [path.name for path in engine.parent.iterdir()] == ["engine"]
-    if weights == "fp32" or method == "minicache4":  # what a method stores does not depend on the weights
-        flags = ["-p", PROMPT, "--max-tokens", "4", "--ignore-eos", *ONE_THREAD]
-        (output,) = _json(invoke, "run", "-e", engine, *flags)["outputs"]
-        assert len(output["token_ids"]) == 4
+    flags = ["-p", PROMPT, "--max-tokens", "4", "--ignore-eos", *ONE_THREAD]
+    (output,) = _json(invoke, "run", "-e", engine, *flags)["outputs"]
+    assert len(output["token_ids"]) == 4
 
 
 def test_build_calibrates(
