@@ -178,7 +178,7 @@ def weight_format(text: str) -> str:
     """
     name = WEIGHT_NAMES.get(text.strip().lower(), text.strip())
     if name not in WEIGHT_FORMATS:
-        raise UserError(f"weights: expected one of {', '.join(WEIGHT_FORMATS)}, got {name!r}")
+        raise UserError(f"--weights: expected one of {', '.join(WEIGHT_FORMATS)}, got {name!r}")
     return name
 
 

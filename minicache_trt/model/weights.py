@@ -45,7 +45,8 @@ class GraphWeights:
     quantized : mapping
         ``<linear>.codes`` (uint8 ``[out, blocks, bytes]``), ``<linear>.scales`` (float32 ``[out, blocks]``) and, where
         zero points vary, ``<linear>.zeros`` (uint8 ``[out, bytes]``) of the weight-only format; empty for floats. Where
-        a row is one block, and where codes are numbers (``int8``, ``int4``, ``F8_E4M3``), they are dequantized.
+        an 8-bit row is one block in graphs without loops, and where codes are numbers (``int8``, ``int4``,
+        ``F8_E4M3``), they are dequantized.
     bits : int, optional
         Bits of a weight-only code.
     form : GraphForm
@@ -103,7 +104,8 @@ class GraphWeights:
     def _quantized_linear(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
         assert self._bits is not None
         view = self._quantized[f"{name}.codes"]
-        if view.dtype != "uint8" or view.shape[1] == 1:
+        by_row = self._bits == 8 and view.shape[1] == 1 and not self._form.loops  # as TensorRT has int8
+        if view.dtype != "uint8" or by_row:
             weight = self._dequantized(name, view)
             return self.emitter.op("Gemm", x, weight, *([bias] if bias is not None else []), attrs={"transB": 1})
         rows, blocks, size = view.shape

@@ -197,7 +197,7 @@ def test_a_tensorrt_without_collectives_is_refused() -> None:
         class LayerType:
             pass
 
-    network = Network(Old, None, None, None, None)  # type: ignore[arg-type]
+    network = Network(Old, None, None, None, None, None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"TensorRT 10\.9 has no collectives, which engines of 2 ranks need"):
         set_ranks(network, 2)
 

@@ -105,7 +105,7 @@ def test_checksum_of_a_file_that_is_gone(save_model):
         ("C:\\models\\x", "no such directory", "check the path"),
         ("llama2-7", "is not a directory, a preset or a hub id", "did you mean llama2-7b[?] presets: .*mistral-7b"),
         ("Mistral7B", "is not a directory", "did you mean mistral-7b[?]"),
-        ("zzzzzz", "is not a directory", "^presets: llama2-13b, "),
+        ("zzzzzz", "is not a directory", "^presets: gemma2-27b, "),
         ("", "'' is not a directory", "presets"),
         ("x" * 5000, "cannot be looked up", "check the path"),
         ("~nobody-of-that-name/x", "cannot be looked up", "check the path"),

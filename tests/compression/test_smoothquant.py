@@ -43,7 +43,7 @@ def silent(done: int, total: int) -> None:
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minicache_trt.compression.smoothquant.load_tokenizer", lambda directory: Letters())
+    monkeypatch.setattr("minicache_trt.compression.calibration_text.load_tokenizer", lambda directory: Letters())
 
 
 def random_text(length: int, seed: int = 0) -> str:
@@ -179,6 +179,6 @@ def test_checkpoints_that_do_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def encode(self, text: str) -> list[int]:
             return [VOCABULARY]
 
-    monkeypatch.setattr("minicache_trt.compression.smoothquant.load_tokenizer", lambda directory: Foreign())
+    monkeypatch.setattr("minicache_trt.compression.calibration_text.load_tokenizer", lambda directory: Foreign())
     with pytest.raises(UserError, match="token 101 is beyond the model's vocabulary of 101"):
         key_scales(checkpoint, config, text, silent)

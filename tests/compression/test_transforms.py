@@ -54,7 +54,7 @@ def test_rotation_is_the_decoders(rope: RopeConfig) -> None:
     ops = TorchOps(config, {}, lambda q, k, v, layer: q)
     for block, index in zip(keys, block_index, strict=True):
         positions = int(index) * 64 + torch.arange(64)
-        rotated = ops.rotary(block.transpose(0, 1).flatten(1), ops.rotation(positions), 2)
+        rotated = ops.rotary(block.transpose(0, 1).flatten(1), ops.rotation(positions, rope), 2)
         expected = rotated.view(64, 2, 80).transpose(0, 1)
         torch.testing.assert_close(rotate(config, block[None], index[None])[0], expected)
     torch.testing.assert_close(unrotate(config, rotate(config, keys, block_index), block_index), keys)

@@ -14,7 +14,7 @@ from minicache_trt.build import build_engine, load_engine
 from minicache_trt.checkpoint import load_checkpoint
 from minicache_trt.cli.options import weight_format
 from minicache_trt.compression.methods import make_plan
-from minicache_trt.config import WEIGHT_FORMATS, BuildConfig
+from minicache_trt.config import BuildConfig
 from minicache_trt.engine_directory import read_engine
 from minicache_trt.errors import UserError
 from minicache_trt.evaluation.contenders import Memory
@@ -191,12 +191,12 @@ def test_host_kernels(tmp_path: Path, host_library: Any, monkeypatch: pytest.Mon
     assert np.abs(logits(directory, "host-kernels") - logits(directory, "torch")).max() < 1e-3
 
 
-@pytest.mark.parametrize("weights", [name for name in WEIGHT_FORMATS if name in ("fp16", "bf16", "int4_awq")])
-def test_tensorrt_refuses(tmp_path: Path, weights: str) -> None:
+@pytest.mark.parametrize("weights", ["fp16", "bf16", "int4_awq"])
+def test_ranks_of_tensorrt_refuse(tmp_path: Path, weights: str) -> None:
     pytest.importorskip("tensorrt_rtx")
     source = make_checkpoint(tmp_path / "hf", num_hidden_layers=1)
-    with pytest.raises(UserError, match=f"backend tensorrt-rtx has no {weights} weights"):
-        build(source, tmp_path / "engine", weights, backend="tensorrt-rtx")
+    with pytest.raises(UserError, match=f"TensorRT engines of 2 ranks have no {weights} weights"):
+        build(source, tmp_path / "engine", weights, backend="tensorrt-rtx", tp_size=2)
 
 
 def test_names_of_other_tools() -> None:
@@ -209,7 +209,7 @@ def test_names_of_other_tools() -> None:
         "int4_awq",
         "int8",
     ]
-    with pytest.raises(UserError, match="expected one of fp32, fp16, bf16, int8, int4, int4_awq, got 'int5'"):
+    with pytest.raises(UserError, match="expected one of fp32, fp16, bf16, int8, int4, int4_awq, fp8, got 'int5'"):
         weight_format("int5")
 
 
