@@ -67,6 +67,7 @@ class Service:
         self.metrics = Metrics(llm, model_names[0])
         self.admission = Admission(llm.engine.build.max_batch_size, max_queue_size)
         self.recent = Recent()
+        self._closed = False  # found shut down by somebody else
         self.auditor = None
         if uncompressed is not None:
             self.auditor = Auditor(uncompressed, audit_rate, self.admission, self.metrics, self.recent)
@@ -74,7 +75,7 @@ class Service:
     @property
     def failed(self) -> bool:
         """Whether the engine has ended by itself and takes nothing any more."""
-        return self.llm.failure is not None
+        return self._closed or self.llm.failure is not None
 
     def admit(self, num_sequences: int) -> None:
         """Take places for all sequences of a call; `submit` gives them up as they end.
@@ -117,6 +118,7 @@ class Service:
             for request in requests:
                 request.abort()
             if isinstance(error, EngineClosed):
+                self._closed = not self.admission.draining
                 raise ApiError(503, str(error), "service_unavailable", "engine_closed") from error
             if isinstance(error, UserError):
                 raise ApiError.of(error) from error
