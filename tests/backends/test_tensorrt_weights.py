@@ -28,7 +28,13 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 BUILD = "minicache_trt.backends.tensorrt.build"
 
 
-@pytest.mark.parametrize("weights, dtype", [("int4", "float16"), ("int8", "bfloat16"), ("fp8", "float16")])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [("int4", "float16"), pytest.param("int8", "bfloat16", marks=LONG), pytest.param("fp8", "float16", marks=LONG)],
+)
 def test_engines_keep_codes(tmp_path: Path, weights: str, dtype: str) -> None:
     """The builder turns no code into a number: engine files are as large as codes, scales and the other weights."""
     limits: dict[str, Any] = {"backend": "tensorrt-rtx", "dtype": dtype, "max_seq_len": 1024, "max_num_tokens": 512}
