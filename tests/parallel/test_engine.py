@@ -51,9 +51,7 @@ def open_ranks(directory: Path) -> TensorParallelEngine:
         (4, "kivi4", MORE_RANKS),
         pytest.param(4, "minicache4", MORE_RANKS, marks=pytest.mark.long),
         pytest.param(2, "kivi2", ONE_KV_HEAD, marks=pytest.mark.long),
-        pytest.param(
-            2, "minicache4", LAYERED["gemma3, capped, scaled rope, GQA 6:2, float16"], marks=pytest.mark.long
-        ),
+        pytest.param(2, "minicache4", LAYERED["gemma3, capped, scaled rope, GQA 6:2, float16"], marks=pytest.mark.long),
         pytest.param(2, "full", TIED, marks=pytest.mark.long),
         pytest.param(4, "g3", FOUR_HEADS, marks=pytest.mark.long),
         pytest.param(4, "full", MIXTRAL, marks=pytest.mark.long),
