@@ -26,7 +26,8 @@ def assert_blocks_agree(
     """Check the fields ``[N, ...]`` an implementation stored for ``x [m, N, H, B, D]``.
 
     ``tie_share``: codes that may differ, each within the tolerance of its boundary; more than a thousandth only where
-    ``x`` is rounding noise beside the plan's mean. ``model_dtype``: compute type of the implementation.
+    ``x`` is rounding noise beside the plan's mean, or made so that codes lie on boundaries. ``model_dtype``: compute
+    type of the implementation.
 
     Returns the reference's encoding of each block, with the implementation's side taken in ties.
     """
