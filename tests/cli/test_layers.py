@@ -83,6 +83,7 @@ def test_table(invoke: Invoke, engine: Path, uncompressed: Path) -> None:
     assert "q, k or v projection" in result.out and "beyond" in result.out
 
 
+@pytest.mark.long
 def test_libraries_are_quiet(engine: Path, workspace: Path) -> None:
     result = run_process("compare", "-e", engine, *FLAGS, "--max-tokens", "4", "--plot", "x.svg", "--json")
     assert result.code == 0 and result.err == ""

@@ -19,7 +19,7 @@ from minicache_trt.runtime.generation import Generation
 from minicache_trt.runtime.request import RequestOptions, SamplingParams
 from minicache_trt.runtime.runner import Runner
 
-SCHEDULES = int(os.environ.get("MINICACHE_SCHEDULES", "300"))
+SCHEDULES = int(os.environ.get("MINICACHE_SCHEDULES", "200"))
 
 
 class Plan:
