@@ -15,11 +15,7 @@ from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.build_checks import check_build, check_weights, int4_build
 from minicache_trt.checkpoint.resolve import Checkpoint, load_checkpoint
 from minicache_trt.compression.plan import CompressionPlan
-from minicache_trt.config import (
-    TENSORRT_BACKENDS,
-    BuildConfig,
-    ModelConfig,
-)
+from minicache_trt.config import TENSORRT_BACKENDS, BuildConfig, ModelConfig
 from minicache_trt.engine_directory import (
     CHECKPOINT,
     EngineInfo,

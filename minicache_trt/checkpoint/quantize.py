@@ -106,8 +106,3 @@ def changed_weights(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArr
     """Everything a file of codes says in place of the checkpoint, float32, by canonical name."""
     linears = {f"{name}.weight": weight for name, weight in iterate_dequantized(path, weights)}
     return linears | {name: view.numpy().copy() for name, view in changed_floats(quantized_views(path)).items()}
-
-
-def dequantized_linears(path: Path, weights: Mapping[str, Sized]) -> dict[str, NDArray[np.float32]]:
-    """All of `iterate_dequantized`, by name."""
-    return dict(iterate_dequantized(path, weights))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from minicache_trt.benchmark.peers import hugging_face
 from minicache_trt.build import build_engine
 from minicache_trt.checkpoint import FAMILIES, load_checkpoint
-from minicache_trt.checkpoint.quantize import dequantized_linears
+from minicache_trt.checkpoint.quantize import iterate_dequantized
 from minicache_trt.compression.methods import make_plan
 from minicache_trt.config import BuildConfig
 from minicache_trt.engine_directory import read_engine, write_config
@@ -92,7 +92,7 @@ def test_weights(tmp_path: Path, name: str) -> None:
     checkpoint = load_checkpoint(str(tmp_path / "int4"), work_dir=tmp_path / "work")
     assert checkpoint.int4 is not None
     family = FAMILIES[checkpoint.config.family]
-    linears = dequantized_linears(checkpoint.int4, checkpoint.weights)
+    linears = dict(iterate_dequantized(checkpoint.int4, checkpoint.weights))
     parts: dict[str, list[str]] = {}
     for canonical in linears:
         parts.setdefault(family.hf_name(f"{canonical}.weight"), []).append(canonical)

@@ -19,7 +19,7 @@ from minicache_trt.backends.tensorrt.profiles import compressor_profiles, decode
 from minicache_trt.backends.tensorrt.weight_only import write_signed
 from minicache_trt.checkpoint.binding import linear_weights, weight_shapes
 from minicache_trt.checkpoint.cast import cast_weights
-from minicache_trt.checkpoint.quantize import quantized_views
+from minicache_trt.checkpoint.quantize import changed_floats, quantized_views
 from minicache_trt.checkpoint.resolve import Checkpoint
 from minicache_trt.checkpoint.weights import WeightView, read_safetensors_file
 from minicache_trt.compression.plan import CompressionPlan
@@ -110,10 +110,8 @@ def _decoder(staging: Path, checkpoint: Checkpoint, plan: CompressionPlan, build
     config, form = checkpoint.config, graph_form(build)
     stored = quantized_views(staging / QUANTIZED) if (staging / QUANTIZED).exists() else {}
     linears = {key.removesuffix(".codes") for key in stored if key.endswith(".codes")}
-    changed = {key: view for key, view in stored.items() if key.endswith((".weight", ".bias"))}
-    floats = {
-        key: view for key, view in (checkpoint.weights | changed).items() if key.removesuffix(".weight") not in linears
-    }
+    every_float = checkpoint.weights | changed_floats(stored)
+    floats = {key: view for key, view in every_float.items() if key.removesuffix(".weight") not in linears}
     views = cast_weights(staging / CAST_WEIGHTS, floats, build.dtype, partial(report, "cast"))
     if not linears and views == checkpoint.weights:
         return staging / DECODER
