@@ -15,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 import math
+import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -89,18 +91,37 @@ def _write_numbers(file: BinaryIO, size: int, seed: int) -> None:
         size -= len(data)
 
 
-def kill_half_way(arguments: list[str], output: Path, layers: int) -> float:
-    """Start a build, kill it when half of its weights are finished; seconds it ran."""
+@dataclass(frozen=True)
+class Killed:
+    """Seconds a build ran before it was killed, and cores it used since the first weights were finished."""
+
+    seconds: float
+    cores: float
+
+
+def kill_half_way(arguments: list[str], output: Path, layers: int) -> Killed:
+    """Start a build, kill it when half of its weights are finished."""
     log = output.with_name(f".{output.name}.partial") / "finished"
     begin = time.perf_counter()
     process = subprocess.Popen(build_command(arguments, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first: tuple[float, float] | None = None
     while process.poll() is None:
-        if log.exists() and log.read_bytes().count(b"codes") >= 7 * layers // 2:
+        finished = log.read_bytes().count(b"codes") if log.exists() else 0
+        if finished and first is None:
+            first = time.perf_counter(), _cpu_seconds(process.pid)
+        if first is not None and finished >= 7 * layers // 2:
+            now, cpu = time.perf_counter(), _cpu_seconds(process.pid)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            return time.perf_counter() - begin
+            return Killed(now - begin, (cpu - first[1]) / (now - first[0]))
         time.sleep(0.1)
     raise RuntimeError(f"the build ended (status {process.returncode}) before it could be killed")
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a running process (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(
@@ -137,9 +158,12 @@ def main(
         if codes:
             stderr.print("killed and built again")
             output, arguments = Path(temporary, "engine"), ["--model", str(checkpoint), *flags]
-            seconds = kill_half_way(arguments, output, PRESETS[preset].config.num_layers)
+            killed = kill_half_way(arguments, output, PRESETS[preset].config.num_layers)
+            kind = f"quantizing, until killed at {killed.seconds:.0f} s"
+            rows.append([kind, "", "", "", f"{killed.cores:.2f}", ""])
+            results.append({"kind": "killed", **dataclasses.asdict(killed)})
             resumed = [build_cost(arguments, output, checkpoint)]
-            _add(rows, results, f"after kill -9 at {seconds:.0f} s", resumed, limits)
+            _add(rows, results, "built again after the kill", resumed, limits)
     names = {"seconds": "< {:.0f} s", "peak_bytes": "", "added_bytes": ""}
     bounds = [
         (names[name].format(limits[name]) if name == "seconds" else f"< {format_bytes(int(limits[name]))}")

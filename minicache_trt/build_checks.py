@@ -63,6 +63,18 @@ def int4_build(build: BuildConfig, checkpoint: Checkpoint) -> BuildConfig:
 
 
 def check_weights(checkpoint: Checkpoint, build: BuildConfig, weights: WeightOptions) -> None:
+    """What can be known of a checkpoint's weights before any is written.
+
+    Raises
+    ------
+    UserError
+        The build cannot have them in the format it asks for.
+    """
+    if checkpoint.int4 is not None and build.backend in TENSORRT_BACKENDS and build.tp_size > 1:
+        raise UserError(
+            f"TensorRT engines of {build.tp_size} ranks cannot be built from 4-bit checkpoints",
+            "use --tp-size 1, or the checkpoint that is not quantized",
+        )
     if build.backend == "onnxruntime" and build.weights in WEIGHT_BITS and build.dtype != "float32":
         raise UserError(f"weights {build.weights} take activations in float32, not {build.dtype}", "leave out --dtype")
     if build.weights != CALIBRATED_WEIGHTS or weights.codes is not None:

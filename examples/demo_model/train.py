@@ -184,8 +184,8 @@ def block_attention(
 
 
 def fastest_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16 where the device multiplies it fast: GPUs, and CPUs with AMX; AVX2 alone is 20 times slower at it."""
-    fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
+    """bfloat16 where the device multiplies it fast: GPUs, and CPUs that have instructions for it; AVX2 is 20 times slower."""
+    fast = device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

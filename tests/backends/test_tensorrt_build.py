@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,34 @@ def test_a_graph_tensorrt_cannot_import_is_named(tmp_path: Path) -> None:
     directory = build(checkpoint, tmp_path / "engine", "full")
     with pytest.raises(UserError, match=r"TensorRT cannot import decoder\.onnx: Scan .* in layers\.0\.attention"):
         parse_network(trt, directory / "decoder.onnx")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from minicache_trt.backends.tensorrt import builder
+from minicache_trt.cli import main
+
+write = builder._write
+
+def interrupted(network, config, path):
+    if path.name == "decoder.engine":
+        os.kill(os.getpid(), signal.SIGINT)
+    done = write(network, config, path)
+    print(path.name, done, file=sys.stderr)
+    return done
+
+builder._write = interrupted
+main()
+"""
+
+
+def test_an_interrupt_ends_both_builds(tmp_path: Path) -> None:
+    flags = ["-m", DEMO, "--method", "kivi4", "--backend", "tensorrt-rtx", "--dtype", "float16"]
+    command = [sys.executable, "-c", INTERRUPTED, "build", *flags, "-o", tmp_path / "engine"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 130 and process.stdout == "" and "Traceback" not in process.stderr
+    assert "decoder.engine False" in process.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_profiles_hold_what_a_step_can_be() -> None:

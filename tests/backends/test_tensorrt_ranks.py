@@ -32,6 +32,7 @@ from minicache_trt.parallel.rank import Rank
 from minicache_trt.parallel.shard import Shard
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import build
+from tests.support.int4_writer import write_int4
 from tests.support.steps import step
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -226,6 +227,14 @@ def test_a_rank_opens_its_own_engines(tmp_path: Path, rank_graphs: Path, monkeyp
     assert (opened[1].model.num_kv_heads, opened[1].model.num_heads) == (1, 2)
     with pytest.raises(UserError, match="rank0 was built for backend tensorrt-rtx, it has no TensorRT-RTX engine"):
         TensorRtRtxEngine(directory, info, rank=replace(rank, shard=Shard(0, 2)))
+
+
+def test_4_bit_checkpoints_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+    write_int4(make_checkpoint(tmp_path / "hf", **shape), tmp_path / "int4", "gptq", group=64)
+    with pytest.raises(UserError, match="engines of 2 ranks cannot be built from 4-bit checkpoints"):
+        build(tmp_path / "int4", tmp_path / "engine", "full", backend="tensorrt-rtx", dtype="float16", tp_size=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "int4"]
 
 
 def test_a_refused_communicator_is_said() -> None:

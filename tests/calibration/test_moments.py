@@ -82,11 +82,11 @@ def test_sums_are_those_of_a_direct_pass(tmp_path: Path) -> None:
 
 def test_the_estimate_is_what_is_measured(demo: Path, code_text: Path) -> None:
     """Sensitivities times errors against the divergence that single streams cost, of which they know nothing."""
-    settings = CalibrationSettings(length=LENGTH, moment_sequences=16, search_sequences=6, groups=(1, 2))
+    settings = CalibrationSettings(length=LENGTH, moment_sequences=32, search_sequences=24, groups=(1, 2))
     config, tokenizer = resolve_config(str(demo)).for_context(LENGTH), load_tokenizer(demo)
     assert tokenizer is not None
     sets, model = sample_sets(code_text, tokenizer, config, settings), CalibrationModel(demo, config)
-    moments = collected(model, sets.moments, 16, token_weights(sets.moments, 0.3))
+    moments = collected(model, sets.moments, 32, token_weights(sets.moments, 0.3))
     evaluator = Evaluator(model, sets.search, 64)
     ratios = []
     for family in families(moments, config, settings, LENGTH):

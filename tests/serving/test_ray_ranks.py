@@ -11,29 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from minicache_trt.build import build_engine
-from minicache_trt.compression.methods import make_plan
-from minicache_trt.config import BuildConfig
 from minicache_trt.engine_directory import CHECKPOINT, read_engine
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.sampling_params import SamplingParams
 from tests.conftest import ROOT
+from tests.support.engines import build
 from tests.support.ray_cluster import REPLICA, complete, rank_processes, replica_processes, serving
 
 pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.long
 
+DEMO = ROOT / "examples" / "demo_model" / "checkpoint"
 TOKENS = 16
 PROMPTS = [f"def function_number_{i}(first, second):\n    " for i in range(8)]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("built") / "engine"
-    limits = BuildConfig(max_batch_size=4, max_seq_len=512, backend="torch", tp_size=2)
-    checkpoint = str(ROOT / "examples" / "demo_model" / "checkpoint")
-    return build_engine(checkpoint, output, lambda config: (make_plan(config, "kivi4"), limits)).directory
+    return build(
+        DEMO, tmp_path_factory.mktemp("built") / "engine", "kivi4", max_seq_len=512, backend="torch", tp_size=2
+    )
 
 
 @pytest.fixture(scope="module")

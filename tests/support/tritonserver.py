@@ -125,7 +125,9 @@ class TritonServer:
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+        text = self.log.read_text()
+        problems = [line for line in text.splitlines() if line.startswith(("E", "W", "error:")) or "Error" in line]
+        raise RuntimeError("\n".join(["the server did not start:", text[-4000:], "warnings and errors:", *problems]))
 
 
 class GrpcStream:

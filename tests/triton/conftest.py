@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from minicache_trt.build import build_engine
-from minicache_trt.compression.methods import make_plan
-from minicache_trt.config import BuildConfig
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.serving.triton.repository import deploy, this_environment
 from minicache_trt.serving.triton.settings import InstanceSettings, ModelSettings
+from tests.support.engines import build
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 
@@ -20,9 +18,7 @@ CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model in 4 bits. Not to be changed."""
-    output = tmp_path_factory.mktemp("built") / "engine"
-    limits = BuildConfig(max_batch_size=4, max_seq_len=512)
-    return build_engine(str(CHECKPOINT), output, lambda config: (make_plan(config, "kivi4"), limits)).directory
+    return build(CHECKPOINT, tmp_path_factory.mktemp("built") / "engine", "kivi4", max_seq_len=512)
 
 
 @pytest.fixture(scope="session")

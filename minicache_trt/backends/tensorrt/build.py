@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import onnx_ir as ir
 
@@ -72,25 +75,32 @@ def build_engines(
     plugins = find_plugins() if form.plugins else None
     if plugins is not None:
         load_plugins(trt, plugins)
-    graphs = {DECODER_ENGINE: _decoder(staging, checkpoint, plan, build, report)}
+    decoder = _decoder(staging, checkpoint, plan, build, report)
     if options.debug_output:
-        traced = traced_decoder(graphs[DECODER_ENGINE], config)
-        graphs[DECODER_ENGINE] = staging / DEBUG_GRAPH
-        graphs[DECODER_ENGINE].write_bytes(traced)
-    if plan.compresses:
-        graphs[COMPRESSOR_ENGINE] = staging / COMPRESSOR
-    engines = {}
-    for name, graph in graphs.items():
-        decoder = name == DECODER_ENGINE
-        shapes = tensor_shapes(plan, config, decoder)
-        if decoder:
+        traced = traced_decoder(decoder, config)
+        decoder = staging / DEBUG_GRAPH
+        decoder.write_bytes(traced)
+    graphs = {DECODER_ENGINE: decoder} | ({COMPRESSOR_ENGINE: staging / COMPRESSOR} if plan.compresses else {})
+    stop = Event()
+
+    def built(name: str) -> dict[str, Any]:
+        shapes = tensor_shapes(plan, config, decoder=name == DECODER_ENGINE)
+        if name == DECODER_ENGINE:
             profiles = decoder_profiles(build, plan, config, plugins is not None)
         else:
             profiles = compressor_profiles(build, plan, config)
-        network = parse_network(trt, graph)
+        network = parse_network(trt, graphs[name])
         set_ranks(network, form.ranks)
-        build_engine_file(network, staging / name, profiles, shapes, options, plugins, report)
-        engines[name] = {**describe_network(network, profiles, shapes), "bytes": (staging / name).stat().st_size}
+        build_engine_file(network, staging / name, profiles, shapes, options, plugins, report, stop)
+        return {**describe_network(network, profiles, shapes), "bytes": (staging / name).stat().st_size}
+
+    # RTX builds without the GPU; the other module measures kernels there, which nothing may disturb.
+    with ThreadPoolExecutor(len(graphs) if build.backend == "tensorrt-rtx" else 1) as pool:
+        try:
+            engines = dict(zip(graphs, pool.map(built, graphs), strict=True))
+        except BaseException:
+            stop.set()
+            raise
     for temporary in TEMPORARY:
         (staging / temporary).unlink(missing_ok=True)
     write_description(staging / ENGINES, {"backend": build.backend, "version": trt.__version__, "engines": engines})

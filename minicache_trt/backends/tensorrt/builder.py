@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
 from minicache_trt.backends.tensorrt.network import Network
@@ -24,6 +25,7 @@ def build_engine_file(
     options: TensorRtOptions,
     plugins: Path | None,
     report: Report,
+    stop: Event,
 ) -> None:
     """Build an engine and write it, piece by piece where the module can.
 
@@ -39,6 +41,8 @@ def build_engine_file(
     plugins : Path, optional
         Library to put into the engine.
     report : callable
+    stop : Event
+        Ends the build, with an error, once another thread sets it.
 
     Raises
     ------
@@ -52,7 +56,7 @@ def build_engine_file(
     if plugins is not None:
         config.plugins_to_serialize = [str(plugins)]
     # The builder calls it as long as it builds.
-    monitor = make_progress_monitor(network.trt, report, path.stem, network.weights.release)
+    monitor = make_progress_monitor(network.trt, report, path.stem, network.weights.release, stop)
     config.progress_monitor = monitor
     cache = _load_timing_cache(config, options.timing_cache)
     try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Event
 from typing import Any
 
 from minicache_trt.engine_writer import Report
 
 
-def make_progress_monitor(trt: Any, report: Report, engine: str, stepped: Callable[[], None]) -> Any:
+def make_progress_monitor(trt: Any, report: Report, engine: str, stepped: Callable[[], None], stop: Event) -> Any:
     """A monitor of the module that reports the outermost phases of a build as stages ``<engine>: <phase>``.
 
-    ``stepped``: called after each step of every phase.
+    ``stepped``: called after each step of every phase; ``stop``: ends the build at its next step.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -28,7 +29,7 @@ def make_progress_monitor(trt: Any, report: Report, engine: str, stepped: Callab
             stepped()
             if phase_name in self._steps:
                 report(self._stage(phase_name), min(step + 1, self._steps[phase_name]), self._steps[phase_name])
-            return True
+            return not stop.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             total = self._steps.pop(phase_name, None)

@@ -18,7 +18,6 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig
 from minicache_trt.engine_directory import COMPRESSOR_ENGINE, DECODER_ENGINE, ENGINES, rank_folder
 from minicache_trt.engine_writer import Report, write_engine
-from minicache_trt.errors import UserError
 from minicache_trt.parallel.shard import (
     Shard,
     columns_of,
@@ -48,13 +47,8 @@ def build_rank_engines(
     Raises
     ------
     UserError
-        The checkpoint's weights cannot be cut, or TensorRT refuses something.
+        TensorRT refuses something.
     """
-    if checkpoint.int4 is not None:
-        raise UserError(
-            f"TensorRT engines of {build.tp_size} ranks cannot be built from 4-bit checkpoints",
-            "use --tp-size 1, or the checkpoint that is not quantized",
-        )
     for rank in range(build.tp_size):
         folder = rank_folder(staging, rank)
         folder.mkdir()
