@@ -78,6 +78,7 @@ def write_checkpoint(directory: Path, preset: str, shards: int, fill: str = "hol
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json_module.dumps(index))
     (directory / "config.json").write_text(json_module.dumps(dict(model.raw_config)))
+    os.sync()  # a build must not wait for the disk to take what this wrote
 
 
 def _write_numbers(file: BinaryIO, size: int, seed: int) -> None:

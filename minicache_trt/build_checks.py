@@ -81,11 +81,6 @@ def check_weights(checkpoint: Checkpoint, build: BuildConfig, weights: WeightOpt
         return
     if checkpoint.dummy:
         raise UserError(f"weights {CALIBRATED_WEIGHTS}: a dummy has no weights to calibrate", "use --weights int4")
-    if checkpoint.config.unit_offset_norm:
-        raise UserError(
-            f"weights {CALIBRATED_WEIGHTS} of a {checkpoint.config.family} model are not supported yet",
-            "use --weights int4",
-        )
     if weights.text is None:
         raise UserError(
             f"weights {CALIBRATED_WEIGHTS} need text to calibrate on",

@@ -78,7 +78,7 @@ def quantize_awq(
     steps = len(foldings(config, 0)) + 1
     total = config.num_layers * steps + 1
     with torch_threads(threads), torch.inference_mode():
-        states = HiddenStates(file.directory, views["embed.weight"], tokens)
+        states = HiddenStates(file.directory, views["embed.weight"], tokens, config.embedding_scale)
         for index in range(config.num_layers):
             if any(name.startswith(f"layers.{index}.") and name not in file.finished for name in file.names):
                 states.forward(config, views, index)
@@ -150,7 +150,7 @@ class _LayerSearch:
         error = self._error(folding, self._hidden if folding.block == "attention" else self._inputs[source])
         alpha, _ = best_alpha(lambda alpha: error(scales(alpha)[1]))
         own, chosen = scales(alpha)
-        fold(folding, own, chosen, self._layer.weights)
+        fold(folding, own, chosen, self._layer.weights, config)
         for name in {_source(name) for name in (*folding.linears, *folding.floats)} & self._statistics.keys():
             self._statistics[name].divide(chosen)
 

@@ -1,9 +1,9 @@
 """Which linear layers' inputs can be divided by a scale per channel, and what undoes it before them, exactly.
 
-norm  -> q, k, v           the norm's weights are divided, the columns of the three are multiplied
+norm  -> q, k, v           the norm's weights (plus one, Gemma's) are divided, the columns of the three are multiplied
 v     -> o                 rows of v; query heads of a group share their KV head's scales
 norm  -> gate, up          of the MLP or of all experts, and the router
-up    -> down              rows of up: ``silu(gate) * up`` is linear in up
+up    -> down              rows of up: ``silu(gate) * up`` (or gelu) is linear in up
 norm  -> lm_head           a tied embedding keeps its own numbers
 """
 
@@ -67,10 +67,15 @@ def shared_scales(folding: Folding, scales: Tensor, config: ModelConfig) -> tupl
     return own.flatten(), own[:, None].expand_as(grouped).flatten()
 
 
-def fold(folding: Folding, own: Tensor, scales: Tensor, weights: dict[str, Tensor]) -> None:
+def divided_norm(weight: Tensor, scales: Tensor, config: ModelConfig) -> Tensor:
+    """A norm's weight ``[hidden]`` whose outputs are divided by ``scales``."""
+    return (1 + weight) / scales - 1 if config.unit_offset_norm else weight / scales
+
+
+def fold(folding: Folding, own: Tensor, scales: Tensor, weights: dict[str, Tensor], config: ModelConfig) -> None:
     """Divide what comes before by ``own`` and multiply columns by ``scales``, in place."""
     before = weights[f"{folding.before}.weight"]
-    before /= own if before.dim() == 1 else own[:, None]
+    before.copy_(divided_norm(before, own, config) if before.dim() == 1 else before / own[:, None])
     if f"{folding.before}.bias" in weights:
         weights[f"{folding.before}.bias"] /= own
     for name in (*folding.linears, *folding.floats):

@@ -12,6 +12,7 @@ from torch import Tensor
 from minicache_trt.checkpoint.weights import WeightView
 from minicache_trt.config import ModelConfig
 from minicache_trt.model.torch_ops import TorchOps
+from minicache_trt.quantization.folding import divided_norm
 from minicache_trt.quantization.groups import refuse_damaged
 from minicache_trt.quantization.layer import InputStatistics
 from minicache_trt.quantization.reading import read_rows, read_weight
@@ -59,7 +60,7 @@ def search_head(
             errors[alpha] += float((tokens @ difference.T).square().sum())
     scales = candidates[min(errors, key=lambda alpha: errors[alpha])]
     statistics.divide(scales)
-    yield "norm.weight", (norm / scales).numpy()
+    yield "norm.weight", divided_norm(norm, scales, config).numpy()
     for _, rows in read_rows(view):
         weight = rows.float() * scales
         clip = clip_factors(weight, statistics.moments, settings.bits, settings.block)

@@ -28,13 +28,15 @@ class HiddenStates:
         ``[vocab, hidden]``.
     tokens : ndarray
         ``[S, T]``.
+    scale : float
+        Factor of the embeddings.
     """
 
-    def __init__(self, directory: Path, embedding: WeightView, tokens: NDArray[Any]) -> None:
+    def __init__(self, directory: Path, embedding: WeightView, tokens: NDArray[Any], scale: float = 1.0) -> None:
         self._directory = directory
         self.layers, kept = self._load(tokens.shape)
         if kept is None:
-            kept = torch.from_numpy(embedding.numpy()[tokens].astype(np.float32))
+            kept = torch.from_numpy(embedding.numpy()[tokens].astype(np.float32)) * scale
         self.hidden = list(kept)
 
     def _load(self, shape: tuple[int, ...]) -> tuple[int, Tensor | None]:

@@ -91,6 +91,12 @@ class _AttentionOps(_Ops):
         self.result = super().linear(x, name)  # the last one is the output projection
         return self.result
 
+    def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        x = super().rms_norm(x, name)
+        if name.endswith(".attention.output_norm"):
+            self.result = x
+        return x
+
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return gate
 
@@ -113,7 +119,8 @@ class Layer:
     """
 
     def __init__(self, config: ModelConfig, index: int, views: Mapping[str, WeightView]) -> None:
-        self.config, self.index = replace(config.at_layer(index), num_layers=1), index
+        self.index = index
+        self.config = replace(config.at_layer(index), num_layers=1, embedding_scale=1.0, logit_softcap=None)
         prefix = f"layers.{index}."
         self.views = {self.local(name): view for name, view in views.items() if name.startswith(prefix)}
         self.weights = {name: read_weight(view) for name, view in self.views.items()}
@@ -133,9 +140,10 @@ class Layer:
         return ops.result
 
     def mlp(self, h: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
-        """Of normalized inputs ``[T, hidden]``, with some weights replaced."""
+        """What the MLP adds, of its normalized inputs ``[T, hidden]``, with some weights replaced."""
         ops = _Ops(self, self.weights | dict(replaced), None)
-        return ops.moe(h, "layers.0.moe") if self.config.num_experts else gated_mlp(ops, h, "layers.0.mlp")
+        y = ops.moe(h, "layers.0.moe") if self.config.num_experts else gated_mlp(ops, h, "layers.0.mlp")
+        return ops.rms_norm(y, "layers.0.mlp.output_norm") if self.config.output_norms else y
 
     def _run(self, ops: _Ops, x: Tensor) -> Tensor:
         positions = torch.arange(len(x))
@@ -150,7 +158,13 @@ class Layer:
         visible = distance >= 0
         if config.sliding_window is not None:
             visible &= distance < config.sliding_window
-        out = torch.nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=visible, enable_gqa=config.group_size > 1
-        )
+        cap = config.attention_softcap
+        if cap is None:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                queries, keys, values, visible, scale=config.attention_scale, enable_gqa=config.group_size > 1
+            )
+        else:
+            keys, values = (x.repeat_interleave(config.group_size, 1) for x in (keys, values))
+            logits = torch.tanh(queries @ keys.transpose(2, 3) * config.attention_scale / cap) * cap
+            out = logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values
         return out[0].transpose(0, 1).reshape(count, -1)

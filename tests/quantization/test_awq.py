@@ -15,7 +15,7 @@ from minicache_trt.quantization.folding import fold, foldings, shared_scales
 from minicache_trt.quantization.layer import InputStatistics, Layer
 from minicache_trt.quantization.rounding import block_scales, blocks_of, rounded
 from minicache_trt.quantization.search import CLIPS, best_alpha, channel_scales, clip_factors, scaled_rounding
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama, GQA, biases": {"attention_bias": True, "mlp_bias": True},
@@ -29,6 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 20,
         "max_window_layers": 1,
     },
+    "gemma2, caps": LAYERED["gemma2, scale 20, caps 5 and 3, GQA 6:2, bfloat16"] | {"dtype": "float32"},
+    "gemma3, window 20": LAYERED["gemma3"] | {"sliding_window": 20},
 }
 
 
@@ -42,11 +44,12 @@ def test_folding_changes_nothing(tmp_path: Path, name: str) -> None:
     """Random scales, every group of a layer, against Hugging Face's layer as it was."""
     import transformers
 
-    source = make_checkpoint(tmp_path / "hf", num_hidden_layers=2, **SHAPES[name])
+    source = make_checkpoint(tmp_path / "hf", **{**SHAPES[name], "num_hidden_layers": 2})
     checkpoint = load_checkpoint(str(source))
     config = checkpoint.config
     tokens = torch.arange(40)[None] % config.vocab_size
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    # Its other implementations of attention leave caps out.
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():
         states = model(tokens, output_hidden_states=True).hidden_states
         layer = Layer(config, 1, checkpoint.weights)
@@ -60,7 +63,7 @@ def test_folding_changes_nothing(tmp_path: Path, name: str) -> None:
             scales = torch.rand(columns, generator=generator) * 3 + 0.2
             own, shared = shared_scales(folding, scales, config)
             old = layer.weights[f"{folding.linears[0]}.weight"].clone()
-            fold(folding, own, shared, layer.weights)
+            fold(folding, own, shared, layer.weights, config)
             assert torch.allclose(layer.weights[f"{folding.linears[0]}.weight"], old * shared)
         after = layer.output(states[1][0])
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()

@@ -117,6 +117,8 @@ SOURCES: dict[str, dict[str, Any]] = {
     "tied, biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mixtral": {"family": "mixtral", "num_local_experts": 4},
     "phi3": {"family": "phi3", "head_dim": None, "num_key_value_heads": 4, "hidden_size": 128},
+    "gemma2, caps": LAYERED["gemma2, scale 20, caps 5 and 3, GQA 6:2, bfloat16"],
+    "gemma3, tied": LAYERED["gemma3"],
 }
 
 
@@ -141,7 +143,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", SOURCES)
 def test_awq_engines(tmp_path: Path, text: Path, name: str) -> None:
     """Norms, biases and routers that scales went into are the engine's on every backend."""
-    source = make_checkpoint(tmp_path / "hf", num_hidden_layers=2, vocab_size=101, **SOURCES[name])
+    source = make_checkpoint(tmp_path / "hf", **{**SOURCES[name], "num_hidden_layers": 2, "vocab_size": 101})
     options = WeightOptions(text, samples=2, threads=1)
     directory = build(source, tmp_path / "engine", "int4_awq", options)
     with_float_activations(directory)
@@ -155,13 +157,6 @@ def test_awq_engines(tmp_path: Path, text: Path, name: str) -> None:
     assert (other / "quantized.safetensors").samefile(directory / "quantized.safetensors")
     with pytest.raises(UserError, match="int4_awq need text to calibrate on"):
         build(source, tmp_path / "without", "int4_awq")
-
-
-def test_awq_of_gemma_is_refused(tmp_path: Path, text: Path) -> None:
-    source = make_checkpoint(tmp_path / "hf", **LAYERED["gemma2"])
-    with pytest.raises(UserError, match="int4_awq of a gemma2 model are not supported yet"):
-        build(source, tmp_path / "engine", "int4_awq", WeightOptions(text, samples=2, threads=1))
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["hf"]
 
 
 def test_awq_loses_less(tmp_path: Path, text: Path) -> None:
