@@ -51,13 +51,13 @@ def states_of(checkpoint: Path, config: ModelConfig, text: str, tokens: int) -> 
     """Keys and values of the first ``tokens`` tokens of a text, a multiple of `PIECE`, read piece by piece."""
     model, tokenizer = CalibrationModel(checkpoint, config), AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(text.replace("\n\0", "\n"), return_tensors="pt").input_ids[0, : tokens // PIECE * PIECE]
-    visible = visible_keys(0, PIECE, config.sliding_window)
+    visible = visible_keys(0, PIECE, config)
     seen: dict[str, list[list[torch.Tensor]]] = {part: [[] for _ in range(config.num_layers)] for part in STATES}
 
     def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        for part, x in zip(STATES, (key, unrotate(config, key), value), strict=True):
+        for part, x in zip(STATES, (key, unrotate(config.at_layer(layer), key), value), strict=True):
             seen[part][layer].append(x[0].transpose(0, 1))
-        return masked_attention(query, key, value, visible)
+        return masked_attention(query, key, value, visible[layer], config.attention_softcap)
 
     for piece in ids.split(PIECE):
         hidden = model.embed(piece[None])

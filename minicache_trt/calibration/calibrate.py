@@ -23,7 +23,6 @@ from minicache_trt.calibration.similarity import similarities
 from minicache_trt.calibration.state import State, fingerprint
 from minicache_trt.calibration.target import Sizes
 from minicache_trt.checkpoint import Checkpoint
-from minicache_trt.config import ModelConfig
 from minicache_trt.errors import UserError
 from minicache_trt.runtime.tokenizer import load_tokenizer
 
@@ -58,7 +57,6 @@ def calibrate(
         Text, tokenizer or model cannot be used, or the ratio cannot be reached.
     """
     config = checkpoint.config.for_context(context)
-    _check_layers(config)
     sizes = Sizes(config, context, settings.window)
     if target_ratio is not None:
         _check_ratio(target_ratio, sizes, settings)
@@ -95,16 +93,6 @@ def calibrate(
         digest,
         checksum,
     )
-
-
-def _check_layers(config: ModelConfig) -> None:
-    alike = len({config.at_layer(layer) for layer in range(config.num_layers)}) == 1
-    if not alike or config.attention_softcap is not None or config.logit_softcap is not None:
-        what = "layers differ in their windows or RoPE" if not alike else "logits are soft-capped"
-        raise UserError(
-            f"calibration of a {config.family} model whose {what} is not supported yet",
-            "choose a method instead, such as --method kivi4",
-        )
 
 
 def _check_ratio(ratio: float, sizes: Sizes, settings: CalibrationSettings) -> None:

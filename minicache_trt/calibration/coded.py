@@ -66,8 +66,9 @@ class History:
         begin, end = self._end, self._end + key.shape[2]
         keys, values = (self._states[part][layer - self._first] for part in ("key", "value"))
         keys[:, :, begin:end], values[:, :, begin:end] = key, value
-        visible = visible_keys(begin, end, self._config.sliding_window)
-        return masked_attention(query, keys[:, :, :end], values[:, :, :end], visible)
+        visible = visible_keys(begin, end, self._config)[layer]
+        cap = self._config.attention_softcap
+        return masked_attention(query, keys[:, :, :end], values[:, :, :end], visible, cap)
 
     def advance(self, end: int) -> None:
         """All layers have computed the positions before ``end``."""

@@ -86,15 +86,16 @@ def run_layers(
     model: CalibrationModel, samples: Samples, observe: Callable[[int, tuple[Tensor, Tensor]], None]
 ) -> None:
     """Run the uncompressed model; ``observe`` takes each layer's keys before RoPE and values ``[S, H, T, D]``."""
-    visible = visible_keys(0, samples.tokens.shape[1], model.config.sliding_window)
+    config = model.config
+    visible = visible_keys(0, samples.tokens.shape[1], config)
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         _check_finite(layer, key, value)
-        observe(layer, (unrotate(model.config, key), value))
-        return masked_attention(query, key, value, visible)
+        observe(layer, (unrotate(config.at_layer(layer), key), value))
+        return masked_attention(query, key, value, visible[layer], config.attention_softcap)
 
     hidden = model.embed(torch.from_numpy(samples.tokens))
-    for layer in range(model.config.num_layers):
+    for layer in range(config.num_layers):
         hidden = model.layer(layer, hidden, 0, attend)
 
 
@@ -107,19 +108,20 @@ def _check_finite(layer: int, key: Tensor, value: Tensor) -> None:
 
 
 def _add_moments(model: CalibrationModel, samples: Samples, weights: Tensor, moments: Moments) -> None:
-    visible = visible_keys(0, samples.tokens.shape[1], model.config.sliding_window)
+    config = model.config
+    visible = visible_keys(0, samples.tokens.shape[1], config)
     recent: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         _check_finite(layer, key, value)
         for part, x in enumerate((key, value)):
             moments.add_range(part, layer, x)
-            moments.add(part, layer, x if part else unrotate(model.config, x), weights, recent[part])
-        return masked_attention(query, key, value, visible)
+            moments.add(part, layer, x if part else unrotate(config.at_layer(layer), x), weights, recent[part])
+        return masked_attention(query, key, value, visible[layer], config.attention_softcap)
 
     with torch.inference_mode():
         hidden = model.embed(torch.from_numpy(samples.tokens))
-        for layer in range(model.config.num_layers):
+        for layer in range(config.num_layers):
             hidden = model.layer(layer, hidden, 0, attend)
         moments.weight += float(weights.sum()) * samples.tokens.shape[1]
 
@@ -129,28 +131,34 @@ def _add_gradients(
 ) -> None:
     """Derivatives of the log-likelihood of labels sampled at the scored positions."""
     config, length = model.config, samples.tokens.shape[1]
-    visible = visible_keys(0, length, config.sliding_window)
+    visible = visible_keys(0, length, config)
     compressed = (torch.arange(length)[:, None] - window).clamp(min=0) // BLOCK_SIZE * BLOCK_SIZE
     restored = torch.arange(length) < compressed
-    both = torch.cat([visible & restored, visible & ~restored], 1)
+    both = {id(mask): torch.cat([mask & restored, mask & ~restored], 1) for mask in visible}
     shape = (len(samples), config.num_kv_heads, length, config.head_dim)
     errors = [[torch.zeros(shape, requires_grad=True) for _ in range(config.num_layers)] for _ in PARTS]
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         _check_finite(layer, key, value)
         keys, values = (torch.cat([x + errors[i][layer], x], 2) for i, x in enumerate((key, value)))
-        return masked_attention(query, keys, values, both)
+        return masked_attention(query, keys, values, both[id(visible[layer])], config.attention_softcap)
 
     hidden = model.embed(torch.from_numpy(samples.tokens))
     for layer in range(config.num_layers):
         hidden = model.layer(layer, hidden, 0, attend)
-    log_p = (model.final(hidden)[torch.from_numpy(samples.scored)] @ model.output_weight.T).log_softmax(-1)
+    log_p = model.logits(model.final(hidden)[torch.from_numpy(samples.scored)]).log_softmax(-1)
     labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
     derivatives = torch.autograd.grad(log_p.gather(1, labels).sum(), [e for part in errors for e in part])
+    if not all(each.isfinite().all() for each in derivatives):
+        raise UserError(
+            "derivatives of the model are not finite on the calibration text",
+            "check the checkpoint: its weights may be damaged, or hidden states vanish (an embedding of zeros)",
+        )
     with torch.inference_mode():
         for part in range(len(PARTS)):
             recent: list[Tensor] = []
             for layer in range(config.num_layers):
                 g = derivatives[part * config.num_layers + layer]
-                moments.add_gradient(part, layer, g if part else unrotate(config, g), weights, recent)
+                g = g if part else unrotate(config.at_layer(layer), g)
+                moments.add_gradient(part, layer, g, weights, recent)
     moments.gradient_weight += float((weights * torch.from_numpy(samples.scored).sum(1)).sum())

@@ -59,8 +59,9 @@ class _Batch:
     """Sequences run together, with what the uncompressed model makes of them.
 
     ``inputs``: hidden states before each layer, or before the first alone. ``expected [n, hidden]``: of each scored
-    token, the mean of the output weights under the uncompressed distribution. ``information [n]``: the negative entropy
-    of that distribution.
+    token, the mean of the output weights under the uncompressed distribution; of models with capped logits, for which
+    the mean logit is not a product with it, the hidden state itself. ``information [n]``: the negative entropy of that
+    distribution.
     """
 
     samples: Samples
@@ -100,23 +101,27 @@ class Evaluator:
     def _reference(self, samples: Samples) -> tuple[_Batch, Tensor]:
         model = self.model
         hidden = model.embed(torch.from_numpy(samples.tokens))
-        visible = visible_keys(0, self.length, model.config.sliding_window)
+        visible, cap = visible_keys(0, self.length, model.config), model.config.attention_softcap
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return masked_attention(query, key, value, visible[layer], cap)
+
         inputs = []
         for layer in range(model.config.num_layers):
             if self._keep or not layer:
                 inputs.append(hidden)
-            hidden = model.layer(layer, hidden, 0, lambda _, q, k, v: masked_attention(q, k, v, visible))
+            hidden = model.layer(layer, hidden, 0, attend)
         hidden = model.final(hidden)
         expected, information = [], []
         for rows in torch.split(hidden[torch.from_numpy(samples.scored)], LOGIT_ROWS):
-            log_p = (rows @ model.output_weight.T).log_softmax(-1)
+            log_p = model.logits(rows).log_softmax(-1)
             if not torch.isfinite(log_p).all():
                 raise UserError(
                     "the model computes numbers that are not finite on the calibration text",
                     "check the checkpoint: its weights may be damaged",
                 )
             p = log_p.exp()
-            expected.append(p @ model.output_weight)
+            expected.append(p @ model.output_weight if model.config.logit_softcap is None else rows)
             information.append((p * log_p).sum(-1))
         return _Batch(samples, tuple(inputs), torch.cat(expected), torch.cat(information)), hidden
 
@@ -151,12 +156,18 @@ class Evaluator:
         result = []
         parts = (hidden[scored], following, batch.expected, batch.information)
         for rows, target, expected, information in zip(*(torch.split(part, LOGIT_ROWS) for part in parts), strict=True):
-            logits = rows @ self.model.output_weight.T
+            logits = self.model.logits(rows)
             total = logits.logsumexp(-1)
-            divergence = information - (expected * rows).sum(-1) + total
+            divergence = information - self._mean_logit(expected, rows, logits) + total
             nll = total - logits.gather(1, target[:, None])[:, 0]
             result.append(torch.stack([divergence, nll, (logits.argmax(-1) == target).float()]))
         return torch.cat(result, 1)
+
+    def _mean_logit(self, expected: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
+        """Mean of ``logits [n, vocab]``, which are those of ``rows``, under the uncompressed distributions."""
+        if self.model.config.logit_softcap is None:
+            return (expected * rows).sum(-1)
+        return (self.model.logits(expected).softmax(-1) * logits).sum(-1)
 
 
 def _losses(samples: Samples, rows: list[Tensor]) -> Losses:

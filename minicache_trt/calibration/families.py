@@ -87,10 +87,11 @@ class Family:
         gradient = moments.group(moments.gradient, part, self.layers) / moments.gradient_weight
         mean = moments.group_mean(part, self.layers)
         if self.part == "key" and self.basis == "post_rope":
-            second = average_moment(self.config, second, self.positions)
-            gradient = average_moment(self.config, gradient, self.positions)
+            config = self.config.at_layer(self.layers[0])
+            second = average_moment(config, second, self.positions)
+            gradient = average_moment(config, gradient, self.positions)
             parts = np.split(mean, len(self.layers), -1)
-            mean = np.concatenate([average_mean(self.config, each, self.positions) for each in parts], -1)
+            mean = np.concatenate([average_mean(config, each, self.positions) for each in parts], -1)
         order = self._order
         return joint_transform(second[order], mean[order], gradient[order], self.damping)
 
@@ -147,8 +148,12 @@ def smallest_block_bytes(config: ModelConfig, settings: CalibrationSettings) -> 
 
 
 def _groups(config: ModelConfig, settings: CalibrationSettings) -> Iterator[tuple[int, ...]]:
+    """Consecutive layers that rotate their keys alike, so that there is one mean over positions."""
     for size in settings.group_sizes:
-        yield from (tuple(range(start, start + size)) for start in range(config.num_layers - size + 1))
+        for start in range(config.num_layers - size + 1):
+            layers = tuple(range(start, start + size))
+            if len({config.rope_at(layer) for layer in layers}) == 1:
+                yield layers
 
 
 def block_bytes(stream: Stream, config: ModelConfig) -> int:

@@ -32,18 +32,28 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """Attention of scaled queries to keys that are ``visible [T, n]`` (bool), as `Attend` returns it."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, scale=1.0, enable_gqa=query.shape[1] != key.shape[1]
-    )
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, cap: float | None) -> Tensor:
+    """Attention of scaled queries to keys that are ``visible [T, n]`` (bool), as `Attend` returns it.
+
+    ``cap``: of the logits, `ModelConfig.attention_softcap`.
+    """
+    group = query.shape[1] // key.shape[1]
+    if cap is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=1.0, enable_gqa=group > 1
+        )
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    logits = torch.tanh(query @ key.transpose(2, 3) / cap) * cap
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ value
 
 
-def visible_keys(begin: int, end: int, sliding_window: int | None) -> Tensor:
-    """Which of keys ``[0, end)`` queries at positions ``[begin, end)`` see, ``[T, end]`` bool."""
+def visible_keys(begin: int, end: int, config: ModelConfig) -> list[Tensor]:
+    """Which of keys ``[0, end)`` queries at positions ``[begin, end)`` see in each layer, ``[T, end]`` bool."""
     distance = torch.arange(begin, end)[:, None] - torch.arange(end)
-    visible = distance >= 0
-    return visible if sliding_window is None else visible & (distance < sliding_window)
+    windows = [config.at_layer(layer).sliding_window for layer in range(config.num_layers)]
+    causal = distance >= 0
+    masks = {window: causal if window is None else causal & (distance < window) for window in set(windows)}
+    return [masks[window] for window in windows]
 
 
 class CalibrationModel:
@@ -63,6 +73,8 @@ class CalibrationModel:
         model.set_attn_implementation(ATTENTION)
         self._model = model.eval().requires_grad_(False)
         self.output_weight: Tensor = model.lm_head.weight
+        # Models whose layers rotate differently ask which kind of layer it is.
+        self._kinds: list[str] = [] if config.local_rope is None else model.config.layer_types
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states ``[S, T, hidden]`` of token ids ``[S, T]`` before the first layer."""
@@ -72,7 +84,7 @@ class CalibrationModel:
     def layer(self, index: int, hidden: Tensor, first: int, attend: Attend) -> Tensor:
         """Hidden states after a layer, for tokens at positions ``first`` and on."""
         positions = torch.arange(first, first + hidden.shape[1])[None]
-        rotary = self._model.model.rotary_emb(hidden, positions)
+        rotary = self._model.model.rotary_emb(hidden, positions, *self._kinds[index : index + 1])
         result: Tensor = self._model.model.layers[index](
             hidden,
             attention_mask=None,
@@ -84,6 +96,11 @@ class CalibrationModel:
         return result
 
     def final(self, hidden: Tensor) -> Tensor:
-        """Hidden states after the last norm; logits are their products with ``output_weight [vocab, hidden]``."""
+        """Hidden states after the last norm."""
         result: Tensor = self._model.model.norm(hidden)
         return result
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """``[n, vocab]`` of hidden states ``[n, hidden]`` after the last norm."""
+        logits, cap = rows @ self.output_weight.T, self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap

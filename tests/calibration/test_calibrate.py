@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
+from collections.abc import Callable, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from minicache_trt import LLM
 from minicache_trt.calibration import calibrate as module
 from minicache_trt.calibration.calibrate import calibrate
 from minicache_trt.calibration.chooser import MARGIN
@@ -22,7 +26,7 @@ from minicache_trt.checkpoint import load_checkpoint
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.plan_json import load_plan, save_plan
 from minicache_trt.compression.size import ratio
-from minicache_trt.config import BLOCK_SIZE
+from minicache_trt.config import BLOCK_SIZE, BuildConfig
 from minicache_trt.errors import UserError
 from minicache_trt.evaluation.contenders import Contender, build_for
 from minicache_trt.evaluation.evaluate import evaluate
@@ -217,15 +221,37 @@ def test_ratios_out_of_reach(demo: Path, code_text: Path, tmp_path: Path, asked:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("shape", "said"),
-    [
-        (LAYERED["gemma3"], "layers differ in their windows or RoPE"),
-        (LAYERED["gemma2"] | {"layer_types": ["full_attention"] * 4}, "logits are soft-capped"),
-    ],
-    ids=["layers", "caps"],
-)
-def test_a_model_it_does_not_know_yet(code_text: Path, tmp_path: Path, shape: dict[str, Any], said: str) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", **shape)
-    with pytest.raises(UserError, match=f"whose {said} is not supported yet"):
-        run(checkpoint, code_text, tmp_path / "plan.json")
+@pytest.fixture
+def gemma3(demo: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A random checkpoint, whose layers have two kinds of RoPE, with the bundled model's tokenizer."""
+
+    def make(**shape: Any) -> Path:
+        tokenizer = load_tokenizer(demo)
+        assert isinstance(tokenizer, Sized)
+        whole = LAYERED["gemma3"] | {"vocab_size": len(tokenizer), "sliding_window": 1000} | shape
+        checkpoint = make_checkpoint(tmp_path / "checkpoint", **whole)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(demo / name, checkpoint)
+        return checkpoint
+
+    return make
+
+
+def test_layers_that_rotate_differently_are_never_grouped(
+    gemma3: Callable[..., Path], code_text: Path, tmp_path: Path
+) -> None:
+    checkpoint = gemma3(pad_token_id=None)
+    plan = run(checkpoint, code_text, tmp_path / "plan.json", 6.0).chosen.plan
+    config = load_checkpoint(str(checkpoint)).config
+    assert plan.validate(config) and 6.0 <= ratio(plan, config, CONTEXT, 64) < 6.6
+    groups = [stream.layers for stream in plan.streams if len(stream.layers) > 1]
+    assert groups and all(len({config.rope_at(layer) for layer in group}) == 1 for group in groups)
+    with LLM(checkpoint, plan=plan, build_config=BuildConfig(2, 512, 512), num_threads=1) as llm:
+        (logits,) = llm.score([[5, 6] * 150], [200])
+    assert np.isfinite(logits).all()
+
+
+def test_derivatives_that_overflow_are_said(gemma3: Callable[..., Path], code_text: Path, tmp_path: Path) -> None:
+    """The first token's embedding is zero: so are its states in every layer, and their norms' derivatives 1,000."""
+    with pytest.raises(UserError, match="derivatives of the model are not finite"):
+        run(gemma3(pad_token_id=0), code_text, tmp_path / "plan.json")

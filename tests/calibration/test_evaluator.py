@@ -25,7 +25,7 @@ from minicache_trt.config import BuildConfig, KvCacheConfig
 from minicache_trt.reference import Reference
 from minicache_trt.runtime.tokenizer import load_tokenizer
 from tests.calibration.conftest import random_tokens
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 from tests.support.matrices import random_matrices
 
 FIRST = 128
@@ -98,6 +98,9 @@ SHAPES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
     },
     "mixtral": {"family": "mixtral", "num_local_experts": 4},
+    "qwen2, window from layer 2": LAYERED["qwen2, window from layer 2"],
+    "gemma2, caps": LAYERED["gemma2, scale 20, caps 5 and 3, GQA 6:2, bfloat16"],
+    "gemma3": LAYERED["gemma3"],
 }
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from minicache_trt.calibration.calibrate import token_weights
 from minicache_trt.calibration.coded import CodedStream
-from minicache_trt.calibration.collect import collect, first_moments
+from minicache_trt.calibration.collect import collect, first_moments, run_layers
 from minicache_trt.calibration.evaluator import Evaluator
 from minicache_trt.calibration.families import families
 from minicache_trt.calibration.model import CalibrationModel
@@ -22,7 +22,7 @@ from minicache_trt.checkpoint import resolve_config
 from minicache_trt.config import ModelConfig
 from minicache_trt.runtime.tokenizer import load_tokenizer
 from tests.calibration.conftest import random_tokens
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import LAYERED, make_checkpoint
 
 LENGTH = 256
 
@@ -78,6 +78,20 @@ def test_sums_are_those_of_a_direct_pass(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.norm[part], norms, rtol=1e-4)
     np.testing.assert_allclose(found.lowest[1], states.min((1, 2)), atol=1e-5)
     np.testing.assert_allclose(found.highest[1], states.max((1, 2)), atol=1e-5)
+
+
+def test_keys_are_those_before_each_layers_rope(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **LAYERED["gemma3"])
+    config = resolve_config(str(checkpoint)).for_context(LENGTH)
+    model, expected, found = CalibrationModel(checkpoint, config), list[torch.Tensor](), list[torch.Tensor]()
+    for layer in model._model.model.layers:
+        layer.self_attn.k_norm.register_forward_hook(lambda module, inputs, output: expected.append(output))
+    samples = samples_of(random_tokens(2, LENGTH, config.vocab_size))
+    with torch.inference_mode():
+        run_layers(model, samples, lambda layer, states: found.append(states[0]))
+    assert len({config.rope_at(layer) for layer in range(config.num_layers)}) == 2
+    for own, keys in zip(expected, found, strict=True):
+        torch.testing.assert_close(keys, own, atol=1e-3, rtol=0)
 
 
 def test_the_estimate_is_what_is_measured(demo: Path, code_text: Path) -> None:
