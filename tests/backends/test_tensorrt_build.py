@@ -45,9 +45,10 @@ def test_every_method_builds(tmp_path: Path, method: str, dtype: str) -> None:
 
 
 def assert_builds(tmp_path: Path, method: str, dtype: str) -> None:
-    """Both engines of the demo model: their size, and every binding against the contract."""
+    """Both engines of a small model: their size, and every binding against the contract."""
     limits: dict[str, Any] = {"backend": "tensorrt-rtx", "dtype": dtype, "max_seq_len": 1024, "max_num_tokens": 512}
-    directory = build(DEMO, tmp_path / "engine", method, **limits)
+    source = make_checkpoint(tmp_path / "hf", head_dim=64) if method == "mixed" else DEMO  # four layers
+    directory = build(source, tmp_path / "engine", method, **limits)
     info = read_engine(directory)
     engines = json.loads((directory / ENGINES).read_text())["engines"]
     needs = estimate.build_needs(info.model, info.build)
