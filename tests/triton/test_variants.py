@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from minicache_trt.config import KvCacheConfig
+from minicache_trt.engine_directory import FORMAT_VERSION
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.sampling_params import SamplingParams
 from minicache_trt.serving.triton.repository import deploy
@@ -107,7 +108,7 @@ def _no_package(version: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_other_format, "has engine format version 1, this release reads 2 (build the engine again"),
+        (_other_format, f"has engine format version 1, this release reads {FORMAT_VERSION} (build the engine again"),
         (_no_engine, "engine: no such directory (give the directory that build wrote)"),
         (_bad_parameter, "config.pbtxt: parameter max_queue_size: expected a whole number, got 'many'"),
         (_no_package, "minicache-trt cannot be imported"),
