@@ -19,6 +19,7 @@ from minicache_trt.backends.tensorrt.network import parse_network
 from minicache_trt.backends.tensorrt.options import TensorRtOptions
 from minicache_trt.backends.tensorrt.plugins import find_plugins, load_plugins
 from minicache_trt.backends.tensorrt.profiles import compressor_profiles, decoder_profiles, tensor_shapes
+from minicache_trt.backends.tensorrt.simplified import simplify
 from minicache_trt.backends.tensorrt.weight_only import write_signed
 from minicache_trt.checkpoint.binding import linear_weights, weight_shapes
 from minicache_trt.checkpoint.cast import cast_weights
@@ -42,9 +43,11 @@ from minicache_trt.model.maps import GraphMaps, plan_maps
 from minicache_trt.model.weights import GraphWeights
 from minicache_trt.tracing.decoder_graph import traced_decoder
 
-CAST_GRAPH, DEBUG_GRAPH, CAST_WEIGHTS, SIGNED_CODES = TEMPORARY = (
+CAST_GRAPH, DEBUG_GRAPH, SIMPLE_DECODER, SIMPLE_COMPRESSOR, CAST_WEIGHTS, SIGNED_CODES = TEMPORARY = (
     "cast.onnx",
     "debug.onnx",
+    "simple-decoder.onnx",
+    "simple-compressor.onnx",
     "cast.safetensors",
     "codes.safetensors",
 )
@@ -81,6 +84,11 @@ def build_engines(
         decoder = staging / DEBUG_GRAPH
         decoder.write_bytes(traced)
     graphs = {DECODER_ENGINE: decoder} | ({COMPRESSOR_ENGINE: staging / COMPRESSOR} if plan.compresses else {})
+    if plugins is None:  # plugins are single nodes already
+        for name, simple in ((DECODER_ENGINE, SIMPLE_DECODER), (COMPRESSOR_ENGINE, SIMPLE_COMPRESSOR)):
+            if name in graphs:
+                simplify(graphs[name], staging / simple)
+                graphs[name] = staging / simple
     stop = Event()
 
     def built(name: str) -> dict[str, Any]:
