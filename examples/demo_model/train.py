@@ -184,7 +184,7 @@ def block_attention(
 
 
 def fastest_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16 where the device multiplies it fast: GPUs, and CPUs that have instructions for it; AVX2 is 20 times slower."""
+    """bfloat16 where the device multiplies it fast: GPUs, CPUs with instructions for it (AVX2 is 20 times slower)."""
     fast = device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
