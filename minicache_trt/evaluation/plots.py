@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,21 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
         if points[index][1] < best:
             best = points[index][1]
             found.append(index)
+    return found
+
+
+def lifts(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Lines by which the label of each point ``(bits, value)`` is raised, so that it covers no other label."""
+    values = [y for _, y in points]
+    close = 0.05 * (max(values) - min(values))
+    found: list[int] = []
+    for index, (x, y) in enumerate(points):
+        near = [
+            found[other]
+            for other, (u, v) in enumerate(points[:index])
+            if abs(math.log2(x / u)) < 1 and abs(y - v) <= close
+        ]
+        found.append(max(near, default=-1) + 1)
     return found
 
 
@@ -55,12 +71,14 @@ def _panel(axis: Any, summary: Sequence[dict[str, Any]], task: str) -> None:
     name, sign = ("nll_change", 1) if headline == "perplexity" else (headline, -1)
     bits = [line["memory"]["bits"] for line in summary]
     values = [line["tasks"][task][name] for line in summary]
-    for line, x, y in zip(summary, bits, values, strict=True):
+    points = list(zip(bits, values, strict=True))
+    for line, (x, y), lift in zip(summary, points, lifts(points), strict=True):
         low, high = line["tasks"][task][f"{name}_interval"]
         spread = [[max(0.0, y - low)], [max(0.0, high - y)]]
         axis.errorbar([x], [y], spread, fmt="o", color=COLORS["neutral"], capsize=3, markersize=5)
-        axis.annotate(line["method"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, parse_math=False)
-    front = pareto([(x, sign * y) for x, y in zip(bits, values, strict=True)])
+        place = {"xytext": (5, 5 + 10 * lift), "textcoords": "offset points"}
+        axis.annotate(line["method"], (x, y), fontsize=8, parse_math=False, **place)
+    front = pareto([(x, sign * y) for x, y in points])
     axis.plot([bits[i] for i in front], [values[i] for i in front], color=COLORS["merged"], zorder=0, linewidth=1.5)
     axis.set_xscale("log", base=2)
     axis.margins(0.12)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from minicache_trt.evaluation.contenders import Memory
 from minicache_trt.evaluation.evaluate import CellScores, Result
-from minicache_trt.evaluation.plots import draw_pareto, pareto
+from minicache_trt.evaluation.plots import draw_pareto, lifts, pareto
 from minicache_trt.evaluation.report import figures, summarize, tables
 from minicache_trt.evaluation.scoring import Scores
 
@@ -77,3 +77,7 @@ def test_picture(tmp_path: Path, name: str, magic: bytes) -> None:
     draw_pareto(summary, tmp_path / name, "title")
     data = (tmp_path / name).read_bytes()
     assert data.startswith(magic) and len(data) > 5000
+
+
+def test_labels_of_points_that_lie_together_are_stacked() -> None:
+    assert lifts([(16, 0.0), (4.5, 0.01), (4.5, 0.012), (2.5, 1.0), (4.4, 0.0), (12.4, 1.0)]) == [0, 0, 1, 0, 2, 0]
