@@ -27,15 +27,16 @@ def lifts(points: Sequence[tuple[float, float]]) -> list[int]:
     """Lines by which the label of each point ``(bits, value)`` is raised, so that it covers no other label."""
     values = [y for _, y in points]
     close = 0.05 * (max(values) - min(values))
-    found: list[int] = []
-    for index, (x, y) in enumerate(points):
+    found: dict[int, int] = {}
+    for index in sorted(range(len(points)), key=lambda i: points[i][1]):
+        x, y = points[index]
         near = [
-            found[other]
-            for other, (u, v) in enumerate(points[:index])
-            if abs(math.log2(x / u)) < 1 and abs(y - v) <= close
+            lift
+            for other, lift in found.items()
+            if abs(math.log2(x / points[other][0])) < 0.45 and y - points[other][1] <= close
         ]
-        found.append(max(near, default=-1) + 1)
-    return found
+        found[index] = max(near, default=-1) + 1
+    return [found[index] for index in range(len(points))]
 
 
 def draw_pareto(summary: Sequence[dict[str, Any]], path: Path, title: str) -> None:
