@@ -113,6 +113,7 @@ import os, signal, sys
 from minicache_trt.backends.tensorrt import builder
 from minicache_trt.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 write = builder._write
 
 def interrupted(network, config, path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,7 +210,10 @@ def test_a_damaged_engine_fails_at_load_with_cause_and_remedy(
 
     version = deploy(engine, repository, ModelSettings("damaged"), packages=packages, copy=True).directory
     (version / "engine" / "decoder.onnx").unlink()
-    answer = server.load("damaged")
+    try:
+        answer = server.load("damaged")
+    finally:
+        shutil.rmtree(version.parent)  # servers of other tests load every model there
     assert answer.status_code >= 400
     message = "decoder.onnx is missing (build the engine again with minicache-trt build)"
     assert message in answer.json()["error"] and message in server.log.read_text()
