@@ -60,7 +60,7 @@ def test_logits_and_greedy_tokens(tmp_path: Path, shape: str, backend: str) -> N
     assert_equals_hugging_face(checkpoint, directory, 300, backend)
 
 
-@pytest.mark.parametrize("method", ["kivi4", "minicache4"])
+@pytest.mark.parametrize("method", [pytest.param("kivi4", marks=pytest.mark.long), "minicache4"])
 @pytest.mark.parametrize("shape", FAMILY_SHAPES)
 def test_compressed_without_compiled_kernels(
     tmp_path: Path, shape: str, method: str, monkeypatch: pytest.MonkeyPatch

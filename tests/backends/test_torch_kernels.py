@@ -72,7 +72,7 @@ def with_heads(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["full", "kivi4"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.long), "kivi4"])
 def test_shapes(tmp_path: Path, shape: str, method: str) -> None:
     """Every family too: windows, experts, norms of heads, rotations of their own."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", **with_heads(SHAPES[shape]))
