@@ -94,8 +94,8 @@ def tables(summary: Sequence[dict[str, Any]], title: str) -> list[Table]:
         found.append(_harness(summary))
     found[0].caption_justify = "left"
     found[0].caption = (
-        "bits of a number in the compressed tier, with scales and norms; smaller: 16-bit cache over the bytes "
-        "allocated in both tiers; 95 % intervals"
+        "bits of a number in the compressed tier, with scales and norms; smaller: 16-bit cache of a sequence over the "
+        "bytes it holds, pools: of all sequences over the bytes allocated in both tiers; 95 % intervals"
     )
     return found
 
@@ -106,13 +106,14 @@ def _task(summary: Sequence[dict[str, Any]], task: str, title: str) -> Table:
     forms = (".2f", "+.1%") if is_text else (".1%", "+.1%")
     sizes = [f"{line['memory']['weight_bytes'] / 2**20:,.1f} MiB" for line in summary]
     weights = ["weights"] if len({line["memory"]["weights"] for line in summary}) > 1 else []
-    rows = table(title, "method", "bits", "smaller", *weights, headline, "change", "nll")
+    rows = table(title, "method", "bits", "smaller", "pools", *weights, headline, "change", "nll")
     rows.box = box.SIMPLE
     for line, size in zip(summary, sizes, strict=True):
         values, memory = line["tasks"][task], line["memory"]
         rows.add_row(
             line["method"],
             f"{memory['bits']:.2f}",
+            f"{memory['sequence_ratio']:.2f}x",
             f"{memory['ratio']:.2f}x",
             *([size] if weights else []),
             f"{values[headline]:{forms[0]}}" if is_text else span(values, headline, forms[0]),
