@@ -81,7 +81,11 @@ def compressed(
 
 
 def check_stream(
-    library: KernelLibrary, plan: CompressionPlan, layout: StreamLayout, kv: list[Tensor], tie_share: float = 1e-3
+    library: KernelLibrary,
+    plan: CompressionPlan,
+    layout: StreamLayout,
+    kv: list[Tensor],
+    tie_share: float | None = None,
 ) -> None:
     pools = compressed(library, plan, layout, kv)
     source, target, number = BLOCKS
