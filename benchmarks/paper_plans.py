@@ -15,13 +15,14 @@ from transformers import AutoTokenizer
 
 from minicache_trt.calibration.klt import joint_transform
 from minicache_trt.calibration.matching import match_heads, procrustes
-from minicache_trt.calibration.model import CalibrationModel, masked_attention, visible_keys
+from minicache_trt.calibration.model import CalibrationModel
 from minicache_trt.calibration.rotary import unrotate
 from minicache_trt.compression.methods import MethodOptions, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
+from minicache_trt.model.masked_attention import masked_attention, visible_keys
 
 STATES = ("key", "key_pre", "value")
 PIECE = 512

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minicache_trt.calibration.model import masked_attention, visible_keys
 from minicache_trt.compression.codec import compress_blocks, restore_blocks
 from minicache_trt.compression.matrices import Matrices
 from minicache_trt.compression.plan import CompressionPlan
@@ -16,6 +15,7 @@ from minicache_trt.compression.stream import Stream
 from minicache_trt.compression.stream_constants import StreamConstants
 from minicache_trt.config import BLOCK_SIZE, ModelConfig
 from minicache_trt.contract import StreamLayout, stream_layout
+from minicache_trt.model.masked_attention import masked_attention, visible_keys
 
 
 @dataclass(frozen=True)

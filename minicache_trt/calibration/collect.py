@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minicache_trt.calibration.matching import match_heads
-from minicache_trt.calibration.model import CalibrationModel, masked_attention, visible_keys
+from minicache_trt.calibration.model import CalibrationModel
 from minicache_trt.calibration.moments import Moments
 from minicache_trt.calibration.rotary import unrotate
 from minicache_trt.calibration.samples import Samples
@@ -24,6 +24,7 @@ from minicache_trt.compression.calibration_text import Progress
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.errors import UserError
+from minicache_trt.model.masked_attention import masked_attention, visible_keys
 
 BATCH_TOKENS = 4096
 """Tokens run together without derivatives; with them it is one sequence."""

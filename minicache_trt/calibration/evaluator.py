@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from minicache_trt.calibration.coded import CodedStream, History
-from minicache_trt.calibration.model import CalibrationModel, masked_attention, visible_keys
+from minicache_trt.calibration.model import CalibrationModel
 from minicache_trt.calibration.samples import Samples
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.errors import UserError
+from minicache_trt.model.masked_attention import masked_attention, visible_keys
 
 BATCH_TOKENS = 8192
 """Tokens whose states are computed together."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from minicache_trt.checkpoint.weights import WeightView
 from minicache_trt.config import ModelConfig
 from minicache_trt.model.decoder import decoder, gated_mlp
+from minicache_trt.model.masked_attention import masked_attention, visible_keys
 from minicache_trt.model.torch_ops import TorchOps
 from minicache_trt.quantization.reading import read_weight
 
@@ -154,17 +155,6 @@ class Layer:
         config, count = self.config, len(q)
         queries = q.view(count, config.num_heads, -1).transpose(0, 1)[None]
         keys, values = (x.view(count, config.num_kv_heads, -1).transpose(0, 1)[None] for x in (k, v))
-        distance = torch.arange(count)[:, None] - torch.arange(count)
-        visible = distance >= 0
-        if config.sliding_window is not None:
-            visible &= distance < config.sliding_window
-        cap = config.attention_softcap
-        if cap is None:
-            out = torch.nn.functional.scaled_dot_product_attention(
-                queries, keys, values, visible, scale=config.attention_scale, enable_gqa=config.group_size > 1
-            )
-        else:
-            keys, values = (x.repeat_interleave(config.group_size, 1) for x in (keys, values))
-            logits = torch.tanh(queries @ keys.transpose(2, 3) * config.attention_scale / cap) * cap
-            out = logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values
+        (visible,) = visible_keys(0, count, config)
+        out = masked_attention(queries * config.attention_scale, keys, values, visible, config.attention_softcap)
         return out[0].transpose(0, 1).reshape(count, -1)
