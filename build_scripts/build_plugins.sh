@@ -7,10 +7,12 @@ usage() {
 Usage: build_plugins.sh [options]
 
 Builds libminicache_cuda.so (nvcc) and libminicache_host.so (the same sources on the CPU), and with --tensorrt the
-TensorRT plugins around them: libminicache_trt_plugins.so and libminicache_trt_plugins_host.so, and the test harness.
+TensorRT plugins around them, libminicache_trt_plugins.so and libminicache_trt_plugins_host.so, and the test harness.
 
   --host         only the host library; needs no nvcc
   --cuda         only the CUDA library
+  --emulated     only libminicache_emulated.so, for tests without a GPU: the CUDA kernels and their launchers as nvcc
+                 compiles them, with a CUDA runtime that runs their PTX on the CPU
   --tensorrt     also the TensorRT plugins; needs TensorRT's public headers (10.16 or 11.x), no TensorRT
   --include DIR  folder of those headers (default: $TENSORRT_INCLUDE_DIR, else build/tensorrt/include, where
                  build_scripts/tensorrt_headers.sh puts them, else /usr/include)
@@ -58,11 +60,13 @@ header_folder() {
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output="$root/build/plugins"
-host=ON cuda=ON tensorrt=OFF include="" reduced=OFF arch="" jobs="$(nproc 2>/dev/null || echo 2)"
+host=ON cuda=ON emulated=OFF only="" tensorrt=OFF include="" reduced=OFF arch="" jobs="$(nproc 2>/dev/null || echo 2)"
 while [[ $# -gt 0 ]]; do
   case "$1" in
-    --host) cuda=OFF ;;
-    --cuda) host=OFF ;;
+    --host | --cuda | --emulated)
+      [[ -z "$only" || "$only" == "$1" ]] || fail "$only and $1 exclude each other" "leave both out to build both libraries"
+      only="$1"
+      ;;
     --reduced) reduced=ON ;;
     --tensorrt) tensorrt=ON ;;
     --arch | --include | --output | --jobs)
@@ -81,7 +85,11 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ "$jobs" =~ ^[1-9][0-9]*$ ]] || fail "--jobs: expected a positive number, got $jobs" "such as --jobs 2"
-[[ "$host" == ON || "$cuda" == ON ]] || fail "--host and --cuda exclude each other" "leave both out to build both"
+case "$only" in
+  --host) cuda=OFF ;;
+  --cuda) host=OFF ;;
+  --emulated) host=OFF cuda=OFF emulated=ON ;;
+esac
 [[ "$arch" != native ]] || arch="$(present_architecture)"
 if [[ -z "$arch" ]]; then
   [[ "$reduced" == ON ]] && arch=90a || arch="80,86,89,90a,100,120"
@@ -92,7 +100,7 @@ command -v cmake > /dev/null || fail "cmake is missing" "apt-get install cmake, 
 compiler="${CXX:-g++}"
 command -v "$compiler" > /dev/null || fail "$compiler is missing" "apt-get install g++, or set CXX"
 options=()
-if [[ "$cuda" == ON ]]; then
+if [[ "$host" == OFF || "$cuda" == ON ]]; then
   nvcc="${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}"
   [[ -x "$nvcc" ]] || fail "nvcc is missing" \
     "install the CUDA toolkit (12.8 or later) and put nvcc on PATH, or use --host to build for the CPU only"
@@ -118,7 +126,7 @@ if command -v flock > /dev/null; then
 fi
 log="$output/configure.log"
 cmake -S "$root/plugins" -B "$output" -G "$generator" -DCMAKE_CXX_COMPILER="$(command -v "$compiler")" "${options[@]}" \
-  -DMINICACHE_CUDA="$cuda" -DMINICACHE_HOST="$host" -DMINICACHE_TENSORRT="$tensorrt" -DMINICACHE_REDUCED="$reduced" -DMINICACHE_TARGETS="${arch//,/;}" \
+  -DMINICACHE_CUDA="$cuda" -DMINICACHE_HOST="$host" -DMINICACHE_EMULATED="$emulated" -DMINICACHE_TENSORRT="$tensorrt" -DMINICACHE_REDUCED="$reduced" -DMINICACHE_TARGETS="${arch//,/;}" \
   > "$log" 2>&1 || { cat "$log" >&2; exit 1; }
 cmake --build "$output" --parallel "$jobs"
 if [[ "$cuda" == ON ]]; then

@@ -1,12 +1,14 @@
-"""What tests of the CUDA kernels need: a GPU, and the library built for it.
+"""What tests of the CUDA kernels need: a GPU and the library built for it, or nvcc and a GPU emulated on the CPU.
 
-``MINICACHE_TEST_KERNELS=host`` runs them on the host build instead, to try the tests themselves where there is no GPU.
+The emulated one runs the PTX that nvcc makes of the kernels, through the same launchers, and reports races, addresses
+outside of every tensor and lanes that wait for ever. ``MINICACHE_TEST_KERNELS`` chooses: ``cuda``, ``emulated``, or
+``host``, which takes the host build, to try the tests themselves.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +17,16 @@ import torch
 
 from minicache_trt.kernels.library import KernelLibrary
 from minicache_trt.kernels.locate import LIBRARY_VARIABLE
+from tests.support.emulator import Emulator
+from tests.support.plugin_build import EMULATED_OUTPUT, NVCC, ROOT, build_plugins
 
-ROOT = Path(__file__).parents[2]
+GPU_OUTPUT = ROOT / "build" / "plugins-gpu"
+
+
+def kind_of_kernels() -> str:
+    """Which library the tests run: the best this machine has, if nobody chose."""
+    available = "cuda" if torch.cuda.is_available() else "emulated" if NVCC is not None else "none"
+    return os.environ.get("MINICACHE_TEST_KERNELS", available)
 
 
 @dataclass(frozen=True)
@@ -25,26 +35,43 @@ class Kernels:
 
     library: KernelLibrary
     device: torch.device
+    kind: str
 
     @property
-    def on_host(self) -> bool:
-        return self.device.type == "cpu"
+    def on_gpu(self) -> bool:
+        return self.kind == "cuda"
 
     def poison_free_memory(self) -> None:
         """Fill memory that the next allocations get with NaN."""
         torch.full((1 << 22,), torch.nan, device=self.device)
 
 
-@pytest.fixture(scope="session")
+def built(kind: str, *options: str, output: Path) -> KernelLibrary:
+    return KernelLibrary(build_plugins(f"--{kind}", *options, output=output) / f"libminicache_{kind}.so")
+
+
+@pytest.fixture(scope="session", params=[kind_of_kernels()])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    if os.environ.get("MINICACHE_TEST_KERNELS") == "host":
-        return Kernels(request.getfixturevalue("host_library"), torch.device("cpu"))
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU, and PyTorch finds none")
-    output = ROOT / "build" / "plugins-gpu"
-    script = ROOT / "build_scripts" / "build_plugins.sh"
-    subprocess.run([script, "--cuda", "--arch", "native", "--output", output], check=True, capture_output=True)
-    return Kernels(KernelLibrary(output / "libminicache_cuda.so"), torch.device("cuda", torch.cuda.current_device()))
+    kind = str(request.param)
+    if kind == "none":
+        pytest.skip("needs an NVIDIA GPU, and PyTorch finds none, or nvcc, to emulate one")
+    if kind == "host":
+        return Kernels(request.getfixturevalue("host_library"), torch.device("cpu"), kind)
+    if kind == "emulated":
+        return Kernels(built(kind, output=EMULATED_OUTPUT), torch.device("cpu"), kind)
+    library = built(kind, "--arch", "native", output=GPU_OUTPUT)
+    return Kernels(library, torch.device("cuda", torch.cuda.current_device()), kind)
+
+
+@pytest.fixture(autouse=True)
+def emulated_memory(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On an emulated GPU, kernels may use the memory of tensors whose address they were given, and no other."""
+    if kernels.kind != "emulated":
+        yield
+        return
+    emulator = Emulator(kernels.library.path)
+    with emulator.only_tensors(monkeypatch):
+        yield
 
 
 @pytest.fixture

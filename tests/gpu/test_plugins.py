@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from minicache_trt.kernels.library import KernelLibrary
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.gpu.cases import assert_agrees, model
-from tests.gpu.conftest import Kernels
+from tests.gpu.conftest import GPU_OUTPUT, Kernels
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import build
-from tests.support.plugin_build import HOST_OUTPUT, ROOT, built_plugins
+from tests.support.plugin_build import EMULATED_OUTPUT, HOST_OUTPUT, built_plugins
 from tests.support.plugin_cases import STEPS, plugin_case
 from tests.support.plugin_engine import use_plugins
 from tests.support.plugin_harness import Harness
@@ -30,17 +31,17 @@ ENGINES = ["full", "kivi4", "minicache4", "keys before RoPE"]
 
 @pytest.fixture(scope="session")
 def harness(kernels: Kernels) -> Harness:
-    if kernels.on_host:
-        folder = built_plugins("--host", output=HOST_OUTPUT)
-        return Harness(folder / "libminicache_trt_harness.so", folder / "libminicache_trt_plugins_host.so")
-    folder = built_plugins("--cuda", "--arch", "native", output=ROOT / "build" / "plugins-gpu")
-    return Harness(folder / "libminicache_trt_harness.so", folder / "libminicache_trt_plugins.so")
+    outputs = {"cuda": GPU_OUTPUT, "emulated": EMULATED_OUTPUT, "host": HOST_OUTPUT}
+    options = ["--arch", "native"] if kernels.on_gpu else []
+    folder = built_plugins(f"--{kernels.kind}", *options, output=outputs[kernels.kind])
+    suffix = "" if kernels.on_gpu else f"_{kernels.kind}"
+    return Harness(folder / "libminicache_trt_harness.so", folder / f"libminicache_trt_plugins{suffix}.so")
 
 
 @pytest.fixture(scope="session")
 def inside(harness: Harness, kernels: Kernels) -> Kernels:
     """The kernels inside the plugin library."""
-    return Kernels(KernelLibrary(harness.library), kernels.device)
+    return replace(kernels, library=KernelLibrary(harness.library))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -71,7 +72,7 @@ def test_engines(harness: Harness, inside: Kernels, tmp_path: Path, monkeypatch:
     sequences = [rng.integers(0, info.model.vocab_size, length + 100).tolist() for length in lengths]
     expected = scored(TorchEngine(directory, info), sequences, lengths)
     caches = use_plugins(monkeypatch, harness, directory)
-    record = run_again if inside.on_host else CudaRecorder()
+    record = CudaRecorder() if inside.on_gpu else run_again
     engine = KernelEngine(directory, info, inside.library, inside.device, torch.float16, record)
     for mine, theirs in zip(scored(engine, sequences, lengths), expected, strict=True):
         assert np.sqrt(np.square(mine - theirs).mean()) <= 0.02 * np.sqrt(np.square(theirs).mean())
@@ -91,7 +92,7 @@ def test_captured_steps_are_the_steps(
     params = [SamplingParams(max_tokens=n, temperature=0.0, logprobs=1) for n in (100, 40, 90, 9)]
     made = []
     for captured in (True, False):
-        record = CudaRecorder() if captured and not inside.on_host else run_again
+        record = CudaRecorder() if captured and inside.on_gpu else run_again
         llm = LLM.from_engine(KernelEngine(directory, info, inside.library, inside.device, torch.float16, record))
         outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
         made.append([(output.token_ids, output.cumulative_logprob) for output in outputs])

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "build_scripts" / "build_plugins.sh"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+from tests.support.plugin_build import NVCC, ROOT, SCRIPT
 
 
 def build(*arguments: str | Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -31,6 +29,7 @@ def build(*arguments: str | Path, path: Path | None = None) -> subprocess.Comple
         (["--jobs", "0"], "--jobs: expected a positive number, got 0"),
         (["--output"], "--output: expected a value"),
         (["--host", "--cuda"], "--host and --cuda exclude each other"),
+        (["--cuda", "--emulated"], "--cuda and --emulated exclude each other"),
     ],
 )
 def test_bad_options_are_refused(arguments: list[str], cause: str) -> None:
@@ -55,7 +54,17 @@ def test_missing_tools_are_named(tmp_path: Path, missing: str) -> None:
 def test_help_lists_every_option() -> None:
     result = build("--help")
     assert result.returncode == 0
-    for option in ("--host", "--cuda", "--tensorrt", "--include", "--arch", "--reduced", "--output", "--jobs"):
+    for option in (
+        "--host",
+        "--cuda",
+        "--emulated",
+        "--tensorrt",
+        "--include",
+        "--arch",
+        "--reduced",
+        "--output",
+        "--jobs",
+    ):
         assert option in result.stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,12 +12,26 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "build_scripts" / "build_plugins.sh"
 HOST_OUTPUT = ROOT / "build" / "plugins-host"
 """Shared with the fixture `host_library`: the kernels are compiled once."""
+EMULATED_OUTPUT = ROOT / "build" / "plugins-emulated"
+"""Shared in the same way by the tests that run on an emulated GPU."""
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def run_build(*options: str, output: Path) -> subprocess.CompletedProcess[str]:
+    command = [SCRIPT, *options, "--output", output]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def build_plugins(*options: str, output: Path) -> Path:
+    """Build into ``output`` and return it."""
+    result = run_build(*options, output=output)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return output
 
 
 def built_plugins(*options: str, output: Path) -> Path:
     """Build with ``--tensorrt`` and return the output folder; a skip where TensorRT's headers are missing."""
-    command = [SCRIPT, "--tensorrt", *options, "--output", output]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run_build("--tensorrt", *options, output=output)
     if result.returncode == 2 and "headers are missing" in result.stderr:
         pytest.skip(" ".join(result.stderr.split()))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -146,7 +146,9 @@ struct CompressedSplit {
       fragments.offset[thread.index] = used ? a.queries.offset[row(thread.index)] : 0.0f;
     });
     block.sync();
-    finish_fragments(block, fragments);
+    finish_fragments(block, fragments, [&](int n) {
+      return n == kExactRun ? shape.retained > 0 : !Rebuild && a.key.has_run(n);
+    });
     return step;
   }
 

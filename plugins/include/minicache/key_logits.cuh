@@ -62,12 +62,12 @@ MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, 
   });
 }
 
-// After a `sync` that follows the filling; another one must follow.
-template <class Block>
-MC_HD void finish_fragments(Block& block, const QueryFragments& fragments) {
+// After a `sync` that follows the filling; another one must follow. `filled(n)`: whether run n has been.
+template <class Block, class F>
+MC_HD void finish_fragments(Block& block, const QueryFragments& fragments, F filled) {
   block.each([&](Thread thread) {
-    if (thread.index >= kRuns * kQueryTile) return;
     const int n = thread.index / kQueryTile, query = thread.index % kQueryTile;
+    if (n >= kRuns || !filled(n)) return;
     float sum = 0.0f;
     for (int w = 0; w < kDecodeWarps; ++w) sum += fragments.parts[(n * kDecodeWarps + w) * kQueryTile + query];
     fragments.sums[thread.index] = sum;
