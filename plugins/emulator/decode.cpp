@@ -38,6 +38,7 @@ class Decoder {
       end.flow = Flow::exit;
       program_->instructions.push_back(end);
     }
+    program_->executed.assign(program_->instructions.size(), 0);
     program_->file_bytes = static_cast<u32>(program_->file.size());
     return std::move(program_);
   }

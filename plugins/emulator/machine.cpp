@@ -164,6 +164,7 @@ void Block::run_warp(Warp& warp) {
         mask &= instruction.guard_negated ? ~condition : condition;
       }
       ++statistics_.instructions[instruction.kind];
+      ++program_.executed[static_cast<std::size_t>(pc)];
       statistics_.lanes += active_count;
       switch (instruction.flow) {
         case Flow::next:

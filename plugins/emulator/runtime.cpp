@@ -127,6 +127,16 @@ void prepare(Kernel& kernel) {
   kernel.program = decode(kernel.text.kernels.at(0), kernel.text, constants);
 }
 
+// Counts of instructions to counts of places.
+void add_up(Kernel& kernel) {
+  if (kernel.program == nullptr) return;
+  for (std::size_t n = 0; n < kernel.program->executed.size(); ++n) {
+    std::int64_t& count = kernel.program->executed[n];
+    if (count > 0) kernel.statistics.places[kernel.program->instructions[n].statement->place] += count;
+    count = 0;
+  }
+}
+
 Allowed allowed_now(const Runtime& state, const Kernel& kernel) {
   Allowed result = state.allowed;
   if (result.ranges.empty()) return result;
@@ -338,8 +348,9 @@ const char* emulator_statistics() {
   auto& state = runtime();
   const std::lock_guard<std::mutex> lock(state.mutex);
   state.answer = "{";
-  for (const auto& [function, kernel] : state.kernels) {
+  for (auto& [function, kernel] : state.kernels) {
     if (kernel.statistics.launches == 0) continue;
+    emulator::add_up(kernel);
     if (state.answer.size() > 1) state.answer += ", ";
     state.answer += "\"" + kernel.name + "\": " + kernel.statistics.json();
   }
@@ -350,5 +361,8 @@ const char* emulator_statistics() {
 void emulator_reset_statistics() {
   auto& state = runtime();
   const std::lock_guard<std::mutex> lock(state.mutex);
-  for (auto& [function, kernel] : state.kernels) kernel.statistics = {};
+  for (auto& [function, kernel] : state.kernels) {
+    emulator::add_up(kernel);
+    kernel.statistics = {};
+  }
 }

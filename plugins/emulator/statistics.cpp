@@ -15,6 +15,12 @@ std::string Statistics::json() const {
       << ", \"instructions\": {";
   for (int kind = 0; kind < kinds; ++kind)
     out << (kind == 0 ? "" : ", ") << '"' << names[kind] << "\": " << instructions[kind];
+  out << "}, \"places\": {";
+  const char* separator = "";
+  for (const auto& [place, count] : places) {
+    out << separator << '"' << place << "\": " << count;
+    separator = ", ";
+  }
   out << "}}";
   return out.str();
 }

@@ -16,7 +16,8 @@ struct Statistics {
   std::int64_t shared_accesses = 0, shared_wavefronts = 0, shared_ideal = 0;
   std::int64_t global_accesses = 0, global_sectors = 0, global_bytes = 0;  // sectors of 32 bytes
 
-  // One object per kernel.
+  std::map<std::string, std::int64_t> places;  // instructions of warps by the line of the source
+
   std::string json() const;
 };
 
