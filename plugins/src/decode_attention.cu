@@ -260,8 +260,15 @@ struct DecodeAttention {
     if (status == ok) status = choose_shared(arguments.shared);
     if (status != ok) return status;
     const Grid grid = splits(sizes.compressed_splits);
-    if (sizes.rebuilt()) return start<CompressedSplit<T, true>>(grid, arguments.shared.bytes, arguments, stream);
-    return start<CompressedSplit<T, false>>(grid, arguments.shared.bytes, arguments, stream);
+    const bool plain = key.plain() && value.plain();
+    const auto launch = sizes.rebuilt() ? (plain ? launch_split<true, true> : launch_split<true, false>)
+                                        : (plain ? launch_split<false, true> : launch_split<false, false>);
+    return launch(grid, arguments, stream);
+  }
+
+  template <bool Rebuild, bool Plain>
+  static std::int32_t launch_split(Grid grid, const CompressedSplitArguments<T>& arguments, Stream stream) {
+    return start<CompressedSplit<T, Rebuild, Plain>>(grid, arguments.shared.bytes, arguments, stream);
   }
 
   // As many stages as leave room for two thread blocks or more, then what fits at all.

@@ -68,6 +68,27 @@ MC_HD void with_retained_format(Format format, F f) {
   }
 }
 
+// Which formats a place in the code has to do with: any that is stored, one of retained vectors, or one that is known.
+struct AnyFormat {
+  template <class F>
+  MC_HD static void with(Format format, F f) {
+    with_format(format, f);
+  }
+};
+struct RetainedFormat {
+  template <class F>
+  MC_HD static void with(Format format, F f) {
+    with_retained_format(format, f);
+  }
+};
+template <Format Known>
+struct OneFormat {
+  template <class F>
+  MC_HD static void with(Format, F f) {
+    f(FormatTag<Known>{});
+  }
+};
+
 namespace detail {
 
 template <class U>
@@ -93,18 +114,22 @@ MC_HD std::uint32_t load_bytes(const std::int8_t* source, bool words) {
   return load<std::uint16_t>(source) | static_cast<std::uint32_t>(load<std::uint16_t>(source + 2)) << 16;
 }
 
+// Stored bytes are 128 less than what they hold: their highest bits are flipped, here or, of 4-bit codes, by those who
+// take the codes apart.
+constexpr std::uint32_t kFlip = 0x80808080u;
+
 // N codes from code number `index` (a multiple of N) on, low bits first; a second word only for eight 8-bit codes.
 template <int Bits, int N>
 MC_HD void load_codes(const std::int8_t* row, int index, bool words, std::uint32_t (&codes)[2]) {
-  constexpr int kRun = Bits * N, kFlip = static_cast<int>(0x80808080u);
+  constexpr int kRun = Bits * N;
   const int bit = index * Bits;
   const std::int8_t* source = row + (bit >> 3);
   codes[1] = 0;
   if constexpr (kRun == 64) {
-    codes[0] = load_bytes<4>(source, words) ^ static_cast<std::uint32_t>(kFlip);
-    codes[1] = load_bytes<4>(source + 4, words) ^ static_cast<std::uint32_t>(kFlip);
+    codes[0] = load_bytes<4>(source, words) ^ kFlip;
+    codes[1] = load_bytes<4>(source + 4, words) ^ kFlip;
   } else if constexpr (kRun % 8 == 0) {
-    codes[0] = load_bytes<kRun / 8>(source, words) ^ static_cast<std::uint32_t>(kFlip);
+    codes[0] = load_bytes<kRun / 8>(source, words) ^ kFlip;
   } else {
     const int shift = bit & 7;
     std::uint32_t word = load_bytes<1>(source, words) ^ 0x80u;

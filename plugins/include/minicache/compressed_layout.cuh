@@ -16,7 +16,7 @@ struct MappedQueries {
 // Where things lie in a thread block's shared memory: byte offsets.
 struct CompressedShared {
   std::int32_t stage_bytes, stages;
-  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map, bytes;
+  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map, table, bytes;
   bool map_in_shared;
 };
 
@@ -48,6 +48,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.rows = field(rebuilt ? kBlockSize * KeyRebuild::row_stride<T>(k) : 0);
   shared.map_in_shared = rebuilt && map_in_shared;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
+  shared.table = field(kSplitBlocks * 4);
   shared.bytes = bytes;
   return shared;
 }

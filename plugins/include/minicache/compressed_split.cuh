@@ -5,8 +5,9 @@
 
 namespace minicache {
 
-// Thread block: (split, KV head and tile of its query heads, decode). Rebuild: keys are in the pre_rope basis.
-template <class T, bool Rebuild>
+// Thread block: (split, KV head and tile of its query heads, decode). Rebuild: keys are in the pre_rope basis. Plain: both
+// streams are, which leaves out what others need.
+template <class T, bool Rebuild, bool Plain>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
@@ -15,7 +16,8 @@ struct CompressedSplit {
   static constexpr int kMinBlocks = 4;
 #endif
   using Arguments = CompressedSplitArguments<T>;
-  static constexpr int kOwn = 2 * kOwnUnits;  // units of a warp: of latent components, then of residual ones
+  // Units of a warp: of latent components, then of residual ones.
+  static constexpr int kOwn = Plain ? 1 : 2 * kOwnUnits;
 
   template <class Block>
   using Sums = typename Block::template PerThread<FragmentD>[2];
@@ -26,19 +28,24 @@ struct CompressedSplit {
     if (item.tokens.empty()) return;
     const int key_slot = a.key.slot(item.head), value_slot = a.value.slot(item.head);
     const int blocks = item.last_block - item.first_block;
-    const std::int32_t* table = a.problem.step.compressed_table +
-                                static_cast<std::int64_t>(item.sequence) * a.problem.step.compressed_columns +
-                                item.block(item.first_block);
+    const std::int32_t* const ids = load_table(block, a, item, blocks);
     const Scores scores{reinterpret_cast<float*>(block.shared + a.shared.scores)};
-    // Tile u < blocks holds keys, later ones values; stage u % stages.
-    auto stage_data = [&](int u) { return block.shared + u % a.shared.stages * a.shared.stage_bytes; };
+    // Stages go round: keys of all blocks, then values. `filled` is the next to fill, `ready` the next to read.
+    const int stage_bytes = a.shared.stage_bytes, end = a.shared.stages * stage_bytes;
+    int filled = 0, ready = 0;
+    auto next = [&](int& stage) {
+      char* const result = block.shared + stage;
+      stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
+      return result;
+    };
     auto fetch_value = [&](int u) {
-      if (u < 2 * blocks) fetch_stage<T>(block, a.value, stage_data(u), table[u - blocks], value_slot);
+      char* const stage = next(filled);
+      if (u < blocks) fetch_stage<T, Plain>(block, a.value, stage, ids[u], value_slot);
       Block::commit_async();
     };
     auto fetch = [&](int u) {
-      if (u >= blocks) return fetch_value(u);
-      fetch_stage<T>(block, a.key, stage_data(u), table[u], key_slot);
+      if (u >= blocks) return fetch_value(u - blocks);
+      fetch_stage<T, Plain>(block, a.key, next(filled), ids[u], key_slot);
       Block::commit_async();
     };
     for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
@@ -48,28 +55,34 @@ struct CompressedSplit {
     const KeyRebuild rebuild = prepare_rebuild(block, a, key_slot);
     const float scale = a.problem.shape.scale * kLog2e;
     const int start = item.first_block * kBlockSize;
-    for (int u = 0; u < blocks; ++u) {
-      wait_stage(block, a.shared.stages);
-      fetch(u + a.shared.stages - 1);
-      const Stage stage{a.key, stage_data(u)};
-      const int token = start + u * kBlockSize;
-      if constexpr (Rebuild) {
-        rebuild.template logits<T>(block, stage, fragments, scale, scores, token,
-                                   item.split * kSplitTokens + token);
-      } else {
-        key_logits<T>(block, stage, fragments, scale, scores, token);
+    auto read_keys = [&](auto read) {
+      for (int u = 0; u < blocks; ++u) {
+        wait_stage(block, a.shared.stages);
+        fetch(u + a.shared.stages - 1);
+        read(Stage<Plain>{a.key, next(ready)}, start + u * kBlockSize);
       }
+    };
+    if constexpr (Rebuild) {
+      read_keys([&](const Stage<Plain>& stage, int token) {
+        rebuild.template logits<T>(block, stage, fragments, scale, scores, token, item.split * kSplitTokens + token);
+      });
+    } else {
+      each_format(a.key, [&](auto formats) {
+        read_keys([&](const Stage<Plain>& stage, int token) {
+          key_logits<T, decltype(formats)>(block, stage, fragments, scale, scores, token);
+        });
+      });
     }
     const void** exact_rows = reinterpret_cast<const void**>(block.shared + a.shared.exact_rows);
-    if (a.key.shape.retained > 0) {
-      const ExactRows exact{a.key, table, exact_rows, key_slot, blocks * a.key.shape.retained};
+    if (!Plain && a.key.shape.retained > 0) {
+      const ExactRows exact{a.key, ids, exact_rows, key_slot, blocks * a.key.shape.retained};
       exact.find_rows<T>(block);
       block.sync();
       exact_logits<T>(block, exact, fragments, exact_step, scale, scores, start);
     }
     softmax(block, a.problem, item, a.partials, scores);
 
-    const ExactRows exact{a.value, table, exact_rows, value_slot, blocks * a.value.shape.retained};
+    const ExactRows exact{a.value, ids, exact_rows, value_slot, Plain ? 0 : blocks * a.value.shape.retained};
     take_exact_weights(block, a, exact, scores, start);
     const WeightFragments weights{block.shared + a.shared.weights, fragments.parts + kConstants * kQueryTile,
                                   fragments.parts};
@@ -78,21 +91,48 @@ struct CompressedSplit {
     });
     Sums<Block> sums[kOwn];
     clear(block, sums);
-    for (int u = blocks; u < 2 * blocks; ++u) {
-      wait_stage(block, a.shared.stages);
-      fetch_value(u + a.shared.stages - 1);
-      const Stage stage{a.value, stage_data(u)};
-      prepare_weights<T>(block, stage, scores, start + (u - blocks) * kBlockSize, weights);
-      block.sync();
-      add_stage(block, stage, weights, sums);
-    }
-    if (exact.count > 0) prepare_exact_weights(block, a, exact, weights);
+    each_format(a.value, [&](auto formats) {
+      for (int u = 0; u < blocks; ++u) {
+        wait_stage(block, a.shared.stages);
+        fetch_value(u + a.shared.stages - 1);
+        const Stage<Plain> stage{a.value, next(ready)};
+        prepare_weights<T>(block, stage, scores, start + u * kBlockSize, weights);
+        block.sync();
+        add_stage<decltype(formats)>(block, stage, weights, sums);
+      }
+    });
+    if (!Plain && exact.count > 0) prepare_exact_weights(block, a, exact, weights);
     finish_constants(block, weights);
     store_latent(block, a, item, weights, sums);
-    if (exact.count > 0) store_exact(block, a, item, exact, weights, sums);
+    if (!Plain && exact.count > 0) store_exact(block, a, item, exact, weights, sums);
   }
 
  private:
+  // Calls f with the formats a stream's stages have: of a plain stream the one it has.
+  template <class F>
+  MC_HD static void each_format(const StreamReader& reader, F f) {
+    if constexpr (Plain) {
+      with_format(reader.shape.segment[0].format, [&](auto tag) { f(OneFormat<decltype(tag)::value>{}); });
+    } else {
+      f(AnyFormat{});
+    }
+  }
+
+  // Ids of the split's cache blocks, in shared memory. Ends with a `sync`.
+  template <class Block>
+  MC_HD static const std::int32_t* load_table(Block& block, const Arguments& a, const SplitItem& item, int blocks) {
+    const Step& step = a.problem.step;
+    const std::int32_t* const table = step.compressed_table +
+                                      static_cast<std::int64_t>(item.sequence) * step.compressed_columns +
+                                      item.block(item.first_block);
+    auto* const ids = reinterpret_cast<std::int32_t*>(block.shared + a.shared.table);
+    block.each([&](Thread thread) {
+      if (thread.index < blocks) ids[thread.index] = table[thread.index];
+    });
+    block.sync();
+    return ids;
+  }
+
   template <class Block>
   MC_HD static QueryFragments fragments_of(Block& block, const Arguments& a) {
     float* sums = reinterpret_cast<float*>(block.shared + a.shared.sums);
@@ -127,8 +167,7 @@ struct CompressedSplit {
       });
       step = steps;
     } else {
-      for (int n = 0; n <= kResidualRun; ++n) {
-        if (!a.key.has_run(n)) continue;
+      Stage<Plain>{a.key, nullptr}.each_run([&](int n) {
         const Segment& run = a.key.run(n);
         const float* mapped = n == kResidualRun ? a.queries.residual : a.queries.latent;
         const int width = n == kResidualRun ? shape.dim : shape.stored, start = n == kResidualRun ? 0 : run.stored;
@@ -137,9 +176,9 @@ struct CompressedSplit {
           return mapped[row(query) * width + start + c];
         });
         step += run.length / 16;
-      }
+      });
     }
-    if (shape.retained > 0) fill_fragments<T>(block, fragments, kExactRun, a.key.exact, step, plain);
+    if (!Plain && shape.retained > 0) fill_fragments<T>(block, fragments, kExactRun, a.key.exact, step, plain);
     block.each([&](Thread thread) {
       if (thread.index >= kQueryTile) return;
       const bool used = a.queries.offset != nullptr && thread.index < item.queries;
@@ -219,31 +258,41 @@ struct CompressedSplit {
     });
   }
 
-  template <class Block>
-  MC_HD static void add_stage(Block& block, const Stage& stage, const WeightFragments& weights,
+  template <class Formats, class Block>
+  MC_HD static void add_stage(Block& block, const Stage<Plain>& stage, const WeightFragments& weights,
                               Sums<Block> (&sums)[kOwn]) {
-    const StreamShape& shape = stage.reader.shape;
-    for (int n = 0; n < kOwn; ++n) {
-      const bool residual = n >= kOwnUnits;
-      const int first = n % kOwnUnits * kDecodeWarps, components = residual ? shape.dim : shape.stored;
-      if (32 * first >= components || (residual && !shape.has_residual())) continue;
-      Sums<Block> sum;
-      block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
-      for (int r = 0; r <= kResidualRun; ++r) {
-        if (!stage.reader.has_run(r) || (r == kResidualRun) != residual) continue;
-        const char* base = stage.template rows<T>(r);
-        const int stride = stage.stride(r);
-        auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
-        auto unit = [&](Thread thread) { return first + thread.warp(); };
-        auto weight = [&](auto tag, int step, Thread thread) {
-          return weights.template at<Element<T, decltype(tag)::value>, T>(r, step, thread.lane());
-        };
-        const Segment& run = stage.reader.run(r);
-        add_values<T, kBlockSize / 16>(block, sum, kBlockSize / 16, run, residual ? 0 : run.stored, rows, unit, weight,
-                                       stage.words(r), stage.channel_params(r));
+    if constexpr (Plain) {
+      add_unit<Formats>(block, stage, weights, 0, 0, sums[0]);
+    } else {
+      const StreamShape& shape = stage.reader.shape;
+      for (int n = 0; n < kOwn; ++n) {
+        const bool residual = n >= kOwnUnits;
+        const int first = n % kOwnUnits * kDecodeWarps, components = residual ? shape.dim : shape.stored;
+        if (32 * first >= components || (residual && !shape.has_residual())) continue;
+        Sums<Block> sum;
+        block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
+        stage.each_run([&](int r) {
+          if ((r == kResidualRun) == residual) add_unit<Formats>(block, stage, weights, r, first, sum);
+        });
+        add_sum(block, sums, n, sum);
       }
-      add_sum(block, sums, n, sum);
     }
+  }
+
+  // Run r's part of units `first` and following, one per warp.
+  template <class Formats, class Block>
+  MC_HD static void add_unit(Block& block, const Stage<Plain>& stage, const WeightFragments& weights, int r, int first,
+                             Sums<Block>& sum) {
+    const char* base = stage.template rows<T>(r);
+    const int stride = stage.stride(r);
+    auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
+    auto unit = [&](Thread thread) { return first + thread.warp(); };
+    auto weight = [&](auto tag, int step, Thread thread) {
+      return weights.template at<Element<T, decltype(tag)::value>, T>(r, step, thread.lane());
+    };
+    const Segment& run = stage.run(r);
+    add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, run, Plain || r == kResidualRun ? 0 : run.stored, rows,
+                                   unit, weight, stage.words(r), stage.channel_params(r));
   }
 
   // Fragments of the weights of retained values, in the memory of the stages.
@@ -288,13 +337,13 @@ struct CompressedSplit {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int n = 0; n < kOwn; ++n) {
-        const bool residual = n >= kOwnUnits;
+        const bool residual = !Plain && n >= kOwnUnits;
         const int unit = n % kOwnUnits * kDecodeWarps + thread.warp(), components = residual ? shape.dim : shape.stored;
         if (residual && !shape.has_residual()) continue;
-        const bool shared = residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
+        const bool shared = Plain || residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
         store_unit(thread, a, item, unit, shared, components, residual ? residual_vector(shape) : kRecordHead,
                    sums[n][0](thread), sums[n][1](thread), [&](int c, int query) {
-                     return weights.constant(residual ? kResidualRun : run_of(shape, c), query);
+                     return weights.constant(residual ? kResidualRun : Plain ? 0 : run_of(shape, c), query);
                    });
       }
       if (thread.index >= item.queries) return;
@@ -333,7 +382,7 @@ struct CompressedSplit {
       auto weight = [&](auto tag, int step, Thread thread) {
         return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());
       };
-      add_values<T, 0>(block, sum, ceil_div(exact.count, 16), a.value.exact, 0, rows, unit, weight, true, nullptr);
+      add_values<T, RetainedFormat, 0>(block, sum, ceil_div(exact.count, 16), a.value.exact, 0, rows, unit, weight, true, nullptr);
       block.each([&](Thread thread) {
         store_unit(thread, a, item, unit(thread), 32 * unit(thread) + 16 >= shape.dim, shape.dim, exact_vector(shape),
                    sum[0](thread), sum[1](thread), [&](int, int query) { return weights.constant(kExactRun, query); });

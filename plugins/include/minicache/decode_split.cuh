@@ -97,8 +97,8 @@ struct Scores {
   MC_HD float& operator()(int query, int token) const { return x[query * kStride + token]; }
 };
 
-// Turns the item's logits, soft-capped if the model's are, into weights; writes maximum and sum of its queries. Tokens not seen get weight 0. Columns of
-// the tile without a query keep what they have: matrix products do not mix columns.
+// Turns the item's logits, soft-capped if the model's are, into weights; writes maximum and sum of its queries. Tokens
+// not seen get weight 0. Columns of the tile without a query keep what they have: matrix products do not mix columns.
 // Begins and ends with a `sync`.
 template <class Block, class T>
 MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitItem& item, const Partials& partials,
@@ -157,17 +157,27 @@ MC_HD FragmentB<E> weight_fragment(Scores scores, int query, int first) {
   return result;
 }
 
-// Copies `rows` rows of `bytes` bytes (a multiple of 16) that lie one after another to rows `stride` bytes apart; rows
-// from `valid` on are filled with zeros.
+// log2 of the threads that copy a row of `bytes` bytes.
+MC_HD constexpr int row_shift(int bytes) {
+  int shift = 0;
+  while (16 << shift < bytes) ++shift;
+  return shift;
+}
+
+// Copies `rows` rows of `bytes` bytes (a multiple of 16, at most 2048) that lie one after another to rows `stride` bytes
+// apart; rows from `valid` on are filled with zeros. `shift`: `row_shift(bytes)`.
 template <class Block>
-MC_HD void copy_rows(Thread thread, char* target, int stride, const void* source, int bytes, int rows, int valid) {
-  // log2 of the threads that copy a row
-  const int shift = minimum(bit_length((bytes - 1) / 16), 7), column = (thread.index & ((1 << shift) - 1)) * 16;
-  for (int row = thread.index >> shift; row < rows; row += kDecodeThreads >> shift) {
-    for (int at = column; at < bytes; at += 16 << shift) {
-      const char* from = static_cast<const char*>(source) + (row < valid ? row * bytes + at : 0);
-      Block::copy_async(target + row * stride + at, from, row < valid);
-    }
+MC_HD void copy_rows(Thread thread, char* target, int stride, const void* source, int bytes, int shift, int rows,
+                     int valid) {
+  const int first = thread.index >> shift, column = (thread.index & ((1 << shift) - 1)) * 16;
+  if (column >= bytes) return;
+  const int step = kDecodeThreads >> shift;
+  const char* from = static_cast<const char*>(source) + first * bytes + column;
+  char* to = target + first * stride + column;
+  for (int row = first; row < rows; row += step) {
+    Block::copy_async(to, row < valid ? from : static_cast<const char*>(source), row < valid);
+    from += step * bytes;
+    to += step * stride;
   }
 }
 

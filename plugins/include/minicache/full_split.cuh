@@ -64,7 +64,8 @@ struct FullSplit {
     const std::int64_t column = static_cast<std::int64_t>(item.sequence) * step.full_columns + item.block(i);
     const T* source = a.tier.block(step.full_table[column], keys ? Part::key : Part::value, item.head);
     block.each([&](Thread thread) {
-      copy_rows<Block>(thread, block.shared + stage * kStage, kRow, source, D * static_cast<int>(sizeof(T)), kBlockSize,
+      constexpr int kBytes = D * static_cast<int>(sizeof(T));
+      copy_rows<Block>(thread, block.shared + stage * kStage, kRow, source, kBytes, row_shift(kBytes), kBlockSize,
                        item.tokens.last - i * kBlockSize);
     });
   }

@@ -114,8 +114,8 @@ MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>&
 }
 
 // Products of 16 rows per warp with the queries over one run. `rows(thread, half)` is row lane / 4 + 8 half of the
-// warp's tile; `params`: of the run, if its ranges are per channel, otherwise null. Retained: rows of retained vectors.
-template <class T, bool Retained, class Block, class Rows>
+// warp's tile; `params`: of the run, if its ranges are per channel, otherwise null.
+template <class T, class Formats, class Block, class Rows>
 MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
                    int step, const Segment& run, Rows rows, bool words, const Half* params) {
   const Half* scales = params == nullptr ? nullptr : params + run.scale;
@@ -130,23 +130,18 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
     if (at == run.length) return;
     add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
   };
-  if constexpr (Retained) {
-    with_retained_format(run.format, body);
-  } else {
-    with_format(run.format, body);
-  }
+  Formats::with(run.format, body);
 }
 
 // Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on.
-template <class T, class Block>
-MC_HD void key_logits(Block& block, const Stage& stage, const QueryFragments& fragments, float scale, Scores scores,
-                      int token) {
+template <class T, class Formats, bool Plain, class Block>
+MC_HD void key_logits(Block& block, const Stage<Plain>& stage, const QueryFragments& fragments, float scale,
+                      Scores scores, int token) {
   typename Block::template PerThread<FragmentD> total;
   block.each([&](Thread thread) { total(thread) = FragmentD{}; });
   int step = 0;
-  for (int n = 0; n <= kResidualRun; ++n) {
-    if (!stage.reader.has_run(n)) continue;
-    const Segment& run = stage.reader.run(n);
+  stage.each_run([&](int n) {
+    const Segment& run = stage.run(n);
     const char* first = stage.template rows<T>(n);
     const int stride = stage.stride(n);
     typename Block::template PerThread<FragmentD> sum;
@@ -154,13 +149,14 @@ MC_HD void key_logits(Block& block, const Stage& stage, const QueryFragments& fr
     auto rows = [&](Thread thread, int half) {
       return first + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
     };
-    add_run<T, false>(block, sum, fragments, step, run, rows, stage.words(n), stage.channel_params(n));
+    add_run<T, Formats>(block, sum, fragments, step, run, rows, stage.words(n), stage.channel_params(n));
     step += run.length / 16;
+    const TokenRanges ranges = stage.token_ranges(n);
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
       MC_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float factor = stage.scale(n, row + 8 * half), lowest = stage.minimum(n, row + 8 * half);
+        const float factor = ranges.scale(row + 8 * half), lowest = ranges.minimum(row + 8 * half);
         MC_UNROLL
         for (int i = 0; i < 2; ++i) {
           const float constant = lowest * fragments.sums[n * kQueryTile + 2 * t + i];
@@ -168,13 +164,18 @@ MC_HD void key_logits(Block& block, const Stage& stage, const QueryFragments& fr
         }
       }
     });
-  }
+  });
+  const TokenRanges norms = stage.norms();
   block.each([&](Thread thread) {
     const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
     MC_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float logit = stage.norm(row + 8 * (i / 2)) * total(thread).x[i] + fragments.offset[2 * t + i % 2];
-      scores(2 * t + i % 2, token + row + 8 * (i / 2)) = logit * scale;
+    for (int half = 0; half < 2; ++half) {
+      const float norm = norms.scale(row + 8 * half);
+      MC_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float logit = norm * total(thread).x[2 * half + i] + fragments.offset[2 * t + i];
+        scores(2 * t + i, token + row + 8 * half) = logit * scale;
+      }
     }
   });
 }
@@ -189,7 +190,7 @@ MC_HD void exact_logits(Block& block, const ExactRows& exact, const QueryFragmen
     auto rows = [&](Thread thread, int half) {
       return exact.rows[exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half)];
     };
-    add_run<T, true>(block, sum, fragments, step, exact.reader.exact, rows, true, nullptr);
+    add_run<T, RetainedFormat>(block, sum, fragments, step, exact.reader.exact, rows, true, nullptr);
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4;
       for (int half = 0; half < 2; ++half) {

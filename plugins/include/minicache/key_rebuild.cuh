@@ -41,13 +41,13 @@ struct KeyRebuild {
   }
 
   // Rows of the warp's 16 tokens, dequantized: two threads a row.
-  template <class T, class Block>
-  MC_HD void dequantize(Block& block, const Stage& stage) const {
+  template <class T, bool Plain, class Block>
+  MC_HD void dequantize(Block& block, const Stage<Plain>& stage) const {
     const int stride = row_stride<T>(stage.reader.shape);
     int start = 0;
-    for (int n = 0; n <= kResidualRun; ++n) {
-      if (!stage.reader.has_run(n)) continue;
-      const Segment& run = stage.reader.run(n);
+    stage.each_run([&](int n) {
+      const Segment& run = stage.run(n);
+      const TokenRanges ranges = stage.token_ranges(n);
       const char* first = stage.template rows<T>(n);
       const int from = stage.stride(n);
       const bool words = stage.words(n);
@@ -57,7 +57,7 @@ struct KeyRebuild {
         block.each([&](Thread thread) {
           const int row = thread.index / 2, token = row;
           Code<T>* target = reinterpret_cast<Code<T>*>(rows + row * stride) + start;
-          const float scale = stage.scale(n, token), lowest = stage.minimum(n, token);
+          const float scale = ranges.scale(token), lowest = ranges.minimum(token);
           for (int at = thread.index % 2 * 4; at < run.length; at += 8) {
             Pair<Element<T, kFormat>> x[2];
             read_run<T, kFormat, 4>(first + row * from, at, words, x);
@@ -76,12 +76,12 @@ struct KeyRebuild {
         });
       });
       start += run.length;
-    }
+    });
     block.sync_warp();
   }
 
-  template <class T, class Block>
-  MC_HD void logits(Block& block, const Stage& stage, const QueryFragments& queries, float scale, Scores scores,
+  template <class T, bool Plain, class Block>
+  MC_HD void logits(Block& block, const Stage<Plain>& stage, const QueryFragments& queries, float scale, Scores scores,
                     int token, int position) const {
     using E = Code<T>;
     const StreamShape& shape = stage.reader.shape;
@@ -136,13 +136,13 @@ struct KeyRebuild {
 
  private:
   // Keys as they come out of the product become fragments A of the next one: columns 8 n + 2 t + i are its k.
-  template <class T>
-  MC_HD void rotate(Thread thread, const Stage& stage, const FragmentD (&sums)[4], int d, int position,
+  template <class T, bool Plain>
+  MC_HD void rotate(Thread thread, const Stage<Plain>& stage, const FragmentD (&sums)[4], int d, int position,
                     FragmentA<Code<T>>& low, FragmentA<Code<T>>& high) const {
     const int dim = stage.reader.shape.dim, t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const float norm = stage.norm(row + 8 * j), place = static_cast<float>(position + row + 8 * j);
+      const float norm = stage.norms().scale(row + 8 * j), place = static_cast<float>(position + row + 8 * j);
       MC_UNROLL
       for (int n = 0; n < 2; ++n) {
         float x[2] = {}, y[2] = {};

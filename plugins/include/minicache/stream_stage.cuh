@@ -9,9 +9,17 @@ namespace minicache {
 // Runs of a stream's rows: its segments, the residual and the retained vectors.
 constexpr int kResidualRun = kMaxSegments, kExactRun = kMaxSegments + 1, kRuns = kMaxSegments + 2;
 
-// Byte offsets of a stage's fields (-1: the stream has none), and bytes between the rows of two tokens.
+// A field of a stage: where it lies, and how it is copied there. Rows of a multiple of 16 bytes keep apart, all others
+// are copied as units of 16 bytes.
+struct StageField {
+  std::int32_t offset;  // -1: the stream has none
+  std::int32_t bytes, stride, shift, rows;
+};
+
+// `bytes`: of all fields; strides: bytes between the rows of two tokens.
 struct StageLayout {
-  std::int32_t codes, latent, residual, params, norms, residual_params, bytes;
+  StageField codes, latent, residual, params, norms, residual_params;
+  std::int32_t bytes;
   std::int32_t code_stride, latent_stride, residual_stride;
 };
 
@@ -22,20 +30,24 @@ MC_HD int stage_stride(int bytes) { return bytes % 16 != 0 || bytes / 16 % 2 == 
 template <class T>
 StageLayout stage_layout(const StreamShape& shape) {
   StageLayout layout{};
-  auto field = [&](int bytes) {
-    const int offset = bytes > 0 ? layout.bytes : -1;
-    layout.bytes += ceil_div(bytes, 128) * 128;
-    return offset;
+  auto field = [&](int bytes, int rows, int stride) -> StageField {
+    if (bytes == 0) return {-1, 0, 0, 0, 0};
+    const int offset = layout.bytes;
+    layout.bytes += ceil_div(rows * stride, 128) * 128;
+    if (rows > 1 && bytes % 16 == 0) return {offset, bytes, stride, row_shift(bytes), rows};
+    return {offset, 16, 16, 0, rows * bytes / 16};
   };
-  layout.code_stride = stage_stride(shape.code_bytes);
-  layout.latent_stride = stage_stride(shape.latent * static_cast<int>(sizeof(T)));
-  layout.residual_stride = stage_stride(shape.has_residual() ? shape.residual_bytes() : 0);
-  layout.codes = field(shape.code_bytes > 0 ? kBlockSize * layout.code_stride : 0);
-  layout.latent = field(shape.latent > 0 ? kBlockSize * layout.latent_stride : 0);
-  layout.residual = field(shape.has_residual() ? kBlockSize * layout.residual_stride : 0);
-  layout.params = field(shape.params * 2);
-  layout.norms = field(shape.has_norms() ? kBlockSize * 2 : 0);
-  layout.residual_params = field(shape.has_residual() ? kBlockSize * 4 : 0);
+  auto rows = [&](int bytes, std::int32_t& stride) {
+    stride = stage_stride(bytes);
+    return field(bytes, kBlockSize, stride);
+  };
+  auto flat = [&](int bytes) { return field(bytes, 1, bytes); };
+  layout.codes = rows(shape.code_bytes, layout.code_stride);
+  layout.latent = rows(shape.latent * static_cast<int>(sizeof(T)), layout.latent_stride);
+  layout.residual = rows(shape.has_residual() ? shape.residual_bytes() : 0, layout.residual_stride);
+  layout.params = flat(shape.params * 2);
+  layout.norms = flat(shape.has_norms() ? kBlockSize * 2 : 0);
+  layout.residual_params = flat(shape.has_residual() ? kBlockSize * 4 : 0);
   return layout;
 }
 
@@ -54,6 +66,11 @@ struct StreamReader {
   MC_HD bool has_run(int n) const {
     if (n == kResidualRun) return shape.has_residual();
     return n < shape.segments && shape.segment[n].format != Format::drop;
+  }
+  // Whether the stream is one run and nothing beside it but norms, with a unit of 32 components or less for each warp.
+  MC_HD bool plain() const {
+    return shape.segments == 1 && has_run(0) && !shape.has_residual() && shape.retained == 0 &&
+           shape.stored <= 32 * kDecodeWarps && shape.code_bytes % 4 == 0;
   }
   MC_HD int slot(int head) const { return maps.slots == nullptr ? head : static_cast<int>(maps.slots[head]); }
   MC_HD int map_head(int slot) const { return maps.map_heads == 1 ? 0 : slot; }
@@ -74,73 +91,92 @@ StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, c
           row(shape.retained_format, has_ranges(shape.retained_format) ? shape.retained : 0)};
 }
 
-// Starts copying block `id` of slot `slot` to `stage`.
-template <class T, class Block>
+// Starts copying block `id` of slot `slot` to `stage`. Plain: the stream is.
+template <class T, bool Plain, class Block>
 MC_HD void fetch_stage(Block& block, const StreamReader& reader, char* stage, std::int64_t id, int slot) {
   const StreamBlock source = reader.block(id);
-  const StreamShape& shape = reader.shape;
   const StageLayout& layout = reader.stage;
+  const int member = reader.shape.member;
   block.each([&](Thread thread) {
-    auto rows = [&](int offset, int stride, const void* from, int bytes) {
-      if (bytes % 16 == 0) {
-        copy_rows<Block>(thread, stage + offset, stride, from, bytes, kBlockSize, kBlockSize);
-      } else {  // 64 rows of any length make whole units of 16 bytes
-        copy_rows<Block>(thread, stage + offset, 16, from, 16, kBlockSize / 16 * bytes, kBlockSize / 16 * bytes);
+    auto copy = [&](const StageField& field, const void* from) {
+      copy_rows<Block>(thread, stage + field.offset, field.stride, from, field.bytes, field.shift, field.rows,
+                       field.rows);
+    };
+    if constexpr (Plain) {
+      const bool codes = layout.codes.offset >= 0;
+      copy(codes ? layout.codes : layout.latent,
+           codes ? static_cast<const void*>(source.codes(slot)) : source.template latent<T>(slot));
+    } else {
+      if (layout.codes.offset >= 0) copy(layout.codes, source.codes(slot));
+      if (layout.latent.offset >= 0) copy(layout.latent, source.template latent<T>(slot));
+      if (layout.residual.offset >= 0) {
+        copy(layout.residual, source.residual(member, slot));
+        copy(layout.residual_params, source.residual_params(member, slot));
       }
-    };
-    auto flat = [&](int offset, const void* from, int bytes) {
-      copy_rows<Block>(thread, stage + offset, 16, from, 16, bytes / 16, bytes / 16);
-    };
-    if (layout.codes >= 0) rows(layout.codes, layout.code_stride, source.codes(slot), shape.code_bytes);
-    if (layout.latent >= 0) {
-      const int bytes = shape.latent * static_cast<int>(sizeof(T));
-      rows(layout.latent, layout.latent_stride, source.template latent<T>(slot), bytes);
     }
-    if (layout.params >= 0) flat(layout.params, source.params(slot), shape.params * 2);
-    if (layout.norms >= 0) flat(layout.norms, source.norms(shape.member, slot), kBlockSize * 2);
-    if (layout.residual >= 0) {
-      rows(layout.residual, layout.residual_stride, source.residual(shape.member, slot), shape.residual_bytes());
-      flat(layout.residual_params, source.residual_params(shape.member, slot), kBlockSize * 4);
-    }
+    if (layout.params.offset >= 0) copy(layout.params, source.params(slot));
+    if (layout.norms.offset >= 0) copy(layout.norms, source.norms(member, slot));
   });
 }
 
-// Reads a stage.
+// Ranges that a run has for each token of a stage: where they begin; -1: 1 and 0.
+struct TokenRanges {
+  const Half* data;
+  int scales, minima;
+  MC_HD float scale(int token) const { return scales < 0 ? 1.0f : to_float(data[scales + token]); }
+  MC_HD float minimum(int token) const { return minima < 0 ? 0.0f : to_float(data[minima + token]); }
+};
+
+// Reads a stage. Plain: the stream is.
+template <bool Plain>
 struct Stage {
   const StreamReader& reader;
   const char* data;
 
+  // Calls f with the number of each run that is a part of every token.
+  template <class F>
+  MC_HD void each_run(F f) const {
+    if constexpr (Plain) {
+      f(0);
+    } else {
+      for (int n = 0; n <= kResidualRun; ++n) {
+        if (reader.has_run(n)) f(n);
+      }
+    }
+  }
+  MC_HD const Segment& run(int n) const { return Plain ? reader.shape.segment[0] : reader.run(n); }
+
   // Row of token 0 of run n, bytes between rows, and whether words of its codes are aligned.
   template <class T>
   MC_HD const char* rows(int n) const {
-    const Segment& run = reader.run(n);
-    if (n == kResidualRun) return data + reader.stage.residual;
-    return run.format == Format::model ? data + reader.stage.latent + run.storage * static_cast<int>(sizeof(T))
-                                       : data + reader.stage.codes + run.storage;
+    if (!Plain && n == kResidualRun) return data + reader.stage.residual.offset;
+    if (Plain) return data;  // the first field
+    return run(n).format == Format::model
+               ? data + reader.stage.latent.offset + run(n).storage * static_cast<int>(sizeof(T))
+               : data + reader.stage.codes.offset + run(n).storage;
   }
   MC_HD int stride(int n) const {
-    if (n == kResidualRun) return reader.stage.residual_stride;
-    return reader.run(n).format == Format::model ? reader.stage.latent_stride : reader.stage.code_stride;
+    if (!Plain && n == kResidualRun) return reader.stage.residual_stride;
+    return run(n).format == Format::model ? reader.stage.latent_stride : reader.stage.code_stride;
   }
-  MC_HD bool words(int n) const { return (stride(n) | reader.run(n).storage) % 4 == 0; }
+  MC_HD bool words(int n) const { return Plain || (stride(n) | run(n).storage) % 4 == 0; }
   // Scales and minima of run n start at its `scale` and `minimum`.
   MC_HD const Half* params(int n) const {
-    const int offset = n == kResidualRun ? reader.stage.residual_params : reader.stage.params;
-    return reinterpret_cast<const Half*>(data + offset);
+    const StageField& field = !Plain && n == kResidualRun ? reader.stage.residual_params : reader.stage.params;
+    return reinterpret_cast<const Half*>(data + field.offset);
   }
   MC_HD const Half* channel_params(int n) const {
-    return reader.run(n).channel && has_ranges(reader.run(n).format) ? params(n) : nullptr;
+    return run(n).channel && has_ranges(run(n).format) ? params(n) : nullptr;
   }
-  MC_HD float scale(int n, int token) const {
-    const Segment& run = reader.run(n);
-    return run.channel || !has_ranges(run.format) ? 1.0f : to_float(params(n)[run.scale + token]);
+  MC_HD TokenRanges token_ranges(int n) const {
+    const Segment& segment = run(n);
+    const bool has = !segment.channel && has_ranges(segment.format);
+    return {params(n), has ? segment.scale : -1, has && is_integer(segment.format) ? segment.minimum : -1};
   }
-  MC_HD float minimum(int n, int token) const {
-    const Segment& run = reader.run(n);
-    return run.channel || !is_integer(run.format) ? 0.0f : to_float(params(n)[run.minimum + token]);
-  }
-  MC_HD float norm(int token) const {
-    return reader.stage.norms < 0 ? 1.0f : to_float(reinterpret_cast<const Half*>(data + reader.stage.norms)[token]);
+  // Norms of the tokens as scales.
+  MC_HD TokenRanges norms() const {
+    const int offset = reader.stage.norms.offset;
+    return {reinterpret_cast<const Half*>(data), offset < 0 ? -1 : offset / 2, -1};
   }
 };
 

@@ -42,9 +42,10 @@ struct WeightFragments {
 constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: of latent components; of residual ones
 
 // Weights of a stage's tokens, one step per warp; `token`: place of its first one in `scores`.
-template <class T, class Block>
-MC_HD void prepare_weights(Block& block, const Stage& stage, Scores scores, int token,
+template <class T, bool Plain, class Block>
+MC_HD void prepare_weights(Block& block, const Stage<Plain>& stage, Scores scores, int token,
                            const WeightFragments& fragments) {
+  const TokenRanges norms = stage.norms();
   block.each([&](Thread thread) {
     const int query = thread.lane() / 4, first = 16 * thread.warp() + 2 * (thread.lane() % 4);
     float weight[4], sum = 0.0f;
@@ -53,21 +54,22 @@ MC_HD void prepare_weights(Block& block, const Stage& stage, Scores scores, int 
       const int t = first + i % 2 + 8 * (i / 2);
       const float p = scores(query, token + t);
       sum += p;
-      weight[i] = p * stage.norm(t);
+      weight[i] = p * norms.scale(t);
     }
     fragments.part(kRuns, thread) += sum;
-    for (int n = 0; n <= kResidualRun; ++n) {
-      if (!stage.reader.has_run(n)) continue;
-      float scaled[4], constant = 0.0f;
-      MC_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int t = first + i % 2 + 8 * (i / 2);
-        scaled[i] = weight[i] * stage.scale(n, t);
-        constant += weight[i] * stage.minimum(n, t);
+    stage.each_run([&](int n) {
+      const TokenRanges ranges = stage.token_ranges(n);
+      float constant = 0.0f;
+      if (ranges.minima >= 0) {
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) constant += weight[i] * ranges.minimum(first + i % 2 + 8 * (i / 2));
+        fragments.part(n, thread) += constant;
       }
-      fragments.part(n, thread) += constant;
-      fragments.put<T>(stage.reader.run(n).format, n, thread.warp(), thread.lane(), scaled);
-    }
+      float scaled[4];
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) scaled[i] = weight[i] * ranges.scale(first + i % 2 + 8 * (i / 2));
+      fragments.put<T>(stage.run(n).format, n, thread.warp(), thread.lane(), scaled);
+    });
   });
 }
 
@@ -157,7 +159,7 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
 
 // One unit per warp of a run whose first component is number `start`: `unit(thread)` is its number, from component
 // 32 unit on. Steps 0: `steps` of them, of retained vectors.
-template <class T, int Steps, class Block, class Rows, class Unit, class Weight>
+template <class T, class Formats, int Steps, class Block, class Rows, class Unit, class Weight>
 MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps,
                       const Segment& run, int start, Rows rows, Unit unit, Weight weight, bool words,
                       const Half* params) {
@@ -188,11 +190,7 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
       }
     });
   };
-  if constexpr (Steps > 0) {
-    with_format(run.format, body);
-  } else {
-    with_retained_format(run.format, body);
-  }
+  Formats::with(run.format, body);
 }
 
 // Component of row lane / 4 + 8 j of sum m of unit `unit`; `shared_unit`: more than one run has components in it.
