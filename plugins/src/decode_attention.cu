@@ -260,15 +260,26 @@ struct DecodeAttention {
     if (status == ok) status = choose_shared(arguments.shared);
     if (status != ok) return status;
     const Grid grid = splits(sizes.compressed_splits);
-    const bool plain = key.plain() && value.plain();
-    const auto launch = sizes.rebuilt() ? (plain ? launch_split<true, true> : launch_split<true, false>)
-                                        : (plain ? launch_split<false, true> : launch_split<false, false>);
-    return launch(grid, arguments, stream);
+    return splitter()(grid, arguments, stream);
   }
 
-  template <bool Rebuild, bool Plain>
+  // The kernel for these streams.
+  auto splitter() const {
+    const bool plain = key.plain() && value.plain();
+    if (sizes.rebuilt()) return plain ? launch_split<true, kPlain> : launch_split<true, kGeneral>;
+    switch (key.known_length(value)) {
+      case 64:
+        return launch_split<false, 64>;
+      case 128:
+        return launch_split<false, 128>;
+      default:
+        return plain ? launch_split<false, kPlain> : launch_split<false, kGeneral>;
+    }
+  }
+
+  template <bool Rebuild, int Kind>
   static std::int32_t launch_split(Grid grid, const CompressedSplitArguments<T>& arguments, Stream stream) {
-    return start<CompressedSplit<T, Rebuild, Plain>>(grid, arguments.shared.bytes, arguments, stream);
+    return start<CompressedSplit<T, Rebuild, Kind>>(grid, arguments.shared.bytes, arguments, stream);
   }
 
   // As many stages as leave room for two thread blocks or more, then what fits at all.

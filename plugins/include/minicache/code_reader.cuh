@@ -5,6 +5,8 @@
 // belong to the caller), float8 and gaussian ones as the numbers they stand for.
 #pragma once
 
+#include <type_traits>
+
 #include "minicache/level_reader.cuh"
 
 namespace minicache {
@@ -83,6 +85,7 @@ struct RetainedFormat {
 };
 template <Format Known>
 struct OneFormat {
+  static constexpr Format format = Known;
   template <class F>
   MC_HD static void with(Format, F f) {
     f(FormatTag<Known>{});
@@ -163,12 +166,12 @@ constexpr std::uint32_t kThousand = 0x64006400u;
 template <int Bits>
 MC_HD Pair<Half> low_codes(std::uint32_t word) {
   constexpr std::uint32_t kMask = ((1u << Bits) - 1u) * 0x00010001u;
-  const Pair<Half> sum{select_bits<kMask, kThousand>(word)};
+  const Pair<Half> sum{merge_bits<kMask, kThousand>(word)};
   return fused(sum, Pair<Half>{0x3c003c00u}, Pair<Half>{0xe400e400u});
 }
 // The same for 4-bit codes in bits 4 to 7, in place: 1024 + 16 code.
 MC_HD Pair<Half> second_nibbles(std::uint32_t word) {
-  const Pair<Half> sum{select_bits<0x00f000f0u, kThousand>(word)};
+  const Pair<Half> sum{merge_bits<0x00f000f0u, kThousand>(word)};
   return fused(sum, Pair<Half>{0x2c002c00u}, Pair<Half>{0xd400d400u});
 }
 
@@ -188,7 +191,41 @@ MC_HD Pair<Half> fp8_pair(const std::uint32_t (&codes)[2], int p) {
   return fused(small, Pair<Half>{0x5c005c00u}, Pair<Half>{0x80008000u});
 }
 
+// 4-bit codes as binary16 numbers that keep an offset, in one instruction a pair: 1024 + code of the low nibbles of each
+// half, 1024 + 16 code of the high ones, whose top bit is still flipped in `word`.
+template <bool High>
+MC_HD Pair<Half> offset_codes(std::uint32_t word) {
+  return Pair<Half>{High ? merge_bits<0x00f000f0u, kThousand ^ 0x00800080u>(word)
+                         : merge_bits<0x000f000fu, kThousand>(word)};
+}
+
 }  // namespace detail
+
+// Formats whose codes may be read with an offset, which is then taken off sums of them: component pairs (columns) p of
+// `read_offset_run` (`read_offset_columns`) are kCodeOffset + kOffsetStep code for odd p, kCodeOffset + code for others.
+constexpr float kCodeOffset = 1024.0f, kOffsetStep = 16.0f;
+template <class T, Format F>
+constexpr bool kOffsetCodes = F == Format::int4 && sizeof(T) == 2;
+
+// Eight components from a multiple of 8 on; rows are aligned to 4 bytes.
+MC_HD void read_offset_run(const void* row, int index, Pair<Half> (&out)[4]) {
+  const std::uint32_t word = detail::load<std::uint32_t>(static_cast<const char*>(row) + index / 2);
+  out[0] = detail::offset_codes<false>(word);
+  out[1] = detail::offset_codes<true>(word);
+  out[2] = detail::offset_codes<false>(word >> 8);
+  out[3] = detail::offset_codes<true>(word >> 8);
+}
+
+// Four components of two rows: out[c] holds component c of both.
+MC_HD void read_offset_columns(const void* a, const void* b, int index, Pair<Half> (&out)[4]) {
+  const std::uint32_t first = detail::load<std::uint16_t>(static_cast<const char*>(a) + index / 2);
+  const std::uint32_t second = detail::load<std::uint16_t>(static_cast<const char*>(b) + index / 2);
+  const std::uint32_t joined = permute_bytes(first, second, 0x5410);
+  out[0] = detail::offset_codes<false>(joined);
+  out[1] = detail::offset_codes<true>(joined);
+  out[2] = detail::offset_codes<false>(joined >> 8);
+  out[3] = detail::offset_codes<true>(joined >> 8);
+}
 
 // N numbers at `source`, aligned to their size (at most 16 bytes).
 template <int N, class E>

@@ -5,9 +5,9 @@
 
 namespace minicache {
 
-// Thread block: (split, KV head and tile of its query heads, decode). Rebuild: keys are in the pre_rope basis. Plain: both
-// streams are, which leaves out what others need.
-template <class T, bool Rebuild, bool Plain>
+// Thread block: (split, KV head and tile of its query heads, decode). Rebuild: keys are in the pre_rope basis. Kind: what
+// is known of both streams, which leaves out what others need.
+template <class T, bool Rebuild, int Kind>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
@@ -17,7 +17,7 @@ struct CompressedSplit {
 #endif
   using Arguments = CompressedSplitArguments<T>;
   // Units of a warp: of latent components, then of residual ones.
-  static constexpr int kOwn = Plain ? 1 : 2 * kOwnUnits;
+  static constexpr int kOwn = Kind ? 1 : 2 * kOwnUnits;
 
   template <class Block>
   using Sums = typename Block::template PerThread<FragmentD>[2];
@@ -38,43 +38,44 @@ struct CompressedSplit {
       stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
       return result;
     };
-    auto fetch_value = [&](int u) {
+    // `formats`: of the keys or values.
+    auto fetch_value = [&](int u, auto formats) {
       char* const stage = next(filled);
-      if (u < blocks) fetch_stage<T, Plain>(block, a.value, stage, ids[u], value_slot);
+      if (u < blocks) fetch_stage<T, Kind, decltype(formats)>(block, a.value, stage, ids[u], value_slot);
       Block::commit_async();
     };
-    auto fetch = [&](int u) {
-      if (u >= blocks) return fetch_value(u - blocks);
-      fetch_stage<T, Plain>(block, a.key, next(filled), ids[u], key_slot);
+    auto fetch = [&](int u, auto formats) {
+      if (u >= blocks) return fetch_value(u - blocks, AnyFormat{});
+      fetch_stage<T, Kind, decltype(formats)>(block, a.key, next(filled), ids[u], key_slot);
       Block::commit_async();
     };
-    for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
+    for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u, AnyFormat{});
 
     const QueryFragments fragments = fragments_of(block, a);
     const int exact_step = prepare_queries(block, a, item, fragments);
     const KeyRebuild rebuild = prepare_rebuild(block, a, key_slot);
     const float scale = a.problem.shape.scale * kLog2e;
     const int start = item.first_block * kBlockSize;
-    auto read_keys = [&](auto read) {
+    auto read_keys = [&](auto formats, auto read) {
       for (int u = 0; u < blocks; ++u) {
         wait_stage(block, a.shared.stages);
-        fetch(u + a.shared.stages - 1);
-        read(Stage<Plain>{a.key, next(ready)}, start + u * kBlockSize);
+        fetch(u + a.shared.stages - 1, formats);
+        read(Stage<Kind, decltype(formats)>{a.key, next(ready)}, start + u * kBlockSize);
       }
     };
     if constexpr (Rebuild) {
-      read_keys([&](const Stage<Plain>& stage, int token) {
+      read_keys(AnyFormat{}, [&](const auto& stage, int token) {
         rebuild.template logits<T>(block, stage, fragments, scale, scores, token, item.split * kSplitTokens + token);
       });
     } else {
       each_format(a.key, [&](auto formats) {
-        read_keys([&](const Stage<Plain>& stage, int token) {
-          key_logits<T, decltype(formats)>(block, stage, fragments, scale, scores, token);
+        read_keys(formats, [&](const auto& stage, int token) {
+          key_logits<T>(block, stage, fragments, scale, scores, token);
         });
       });
     }
     const void** exact_rows = reinterpret_cast<const void**>(block.shared + a.shared.exact_rows);
-    if (!Plain && a.key.shape.retained > 0) {
+    if (!Kind && a.key.shape.retained > 0) {
       const ExactRows exact{a.key, ids, exact_rows, key_slot, blocks * a.key.shape.retained};
       exact.find_rows<T>(block);
       block.sync();
@@ -82,7 +83,7 @@ struct CompressedSplit {
     }
     softmax(block, a.problem, item, a.partials, scores);
 
-    const ExactRows exact{a.value, ids, exact_rows, value_slot, Plain ? 0 : blocks * a.value.shape.retained};
+    const ExactRows exact{a.value, ids, exact_rows, value_slot, Kind ? 0 : blocks * a.value.shape.retained};
     take_exact_weights(block, a, exact, scores, start);
     const WeightFragments weights{block.shared + a.shared.weights, fragments.parts + kConstants * kQueryTile,
                                   fragments.parts};
@@ -91,28 +92,34 @@ struct CompressedSplit {
     });
     Sums<Block> sums[kOwn];
     clear(block, sums);
+    bool offset = false;
     each_format(a.value, [&](auto formats) {
       for (int u = 0; u < blocks; ++u) {
         wait_stage(block, a.shared.stages);
-        fetch_value(u + a.shared.stages - 1);
-        const Stage<Plain> stage{a.value, next(ready)};
+        fetch_value(u + a.shared.stages - 1, formats);
+        const Stage<Kind, decltype(formats)> stage{a.value, next(ready)};
         prepare_weights<T>(block, stage, scores, start + u * kBlockSize, weights);
         block.sync();
-        add_stage<decltype(formats)>(block, stage, weights, sums);
+        add_stage(block, stage, weights, sums);
       }
+      offset = Stage<Kind, decltype(formats)>{a.value, nullptr}.template offset_codes<T>();
     });
-    if (!Plain && exact.count > 0) prepare_exact_weights(block, a, exact, weights);
+    if (!Kind && exact.count > 0) prepare_exact_weights(block, a, exact, weights);
     finish_constants(block, weights);
+    if (offset) take_offset(block, weights, sums);
     store_latent(block, a, item, weights, sums);
-    if (!Plain && exact.count > 0) store_exact(block, a, item, exact, weights, sums);
+    if (!Kind && exact.count > 0) store_exact(block, a, item, exact, weights, sums);
   }
 
  private:
   // Calls f with the formats a stream's stages have: of a plain stream the one it has.
   template <class F>
   MC_HD static void each_format(const StreamReader& reader, F f) {
-    if constexpr (Plain) {
-      with_format(reader.shape.segment[0].format, [&](auto tag) { f(OneFormat<decltype(tag)::value>{}); });
+    auto one = [&](auto tag) { f(OneFormat<decltype(tag)::value>{}); };
+    if constexpr (is_known(Kind)) {
+      with_known_format(reader.shape.segment[0].format, one);
+    } else if constexpr (Kind) {
+      with_format(reader.shape.segment[0].format, one);
     } else {
       f(AnyFormat{});
     }
@@ -138,6 +145,16 @@ struct CompressedSplit {
     float* sums = reinterpret_cast<float*>(block.shared + a.shared.sums);
     float* offset = sums + kRuns * kQueryTile;
     return {block.shared + a.shared.fragments, sums, offset + kQueryTile, offset};
+  }
+
+  MC_HD static bool offset_keys(const Arguments& a) {
+    bool result = false;
+    if constexpr (is_known(Kind)) {
+      each_format(a.key, [&](auto formats) {
+        result = Stage<Kind, decltype(formats)>{a.key, nullptr}.template offset_codes<T>();
+      });
+    }
+    return result;
   }
 
   // Queries as fragments; returns the first step of those for retained keys.
@@ -167,18 +184,18 @@ struct CompressedSplit {
       });
       step = steps;
     } else {
-      Stage<Plain>{a.key, nullptr}.each_run([&](int n) {
+      Stage<(Kind ? kPlain : kGeneral)>{a.key, nullptr}.each_run([&](int n) {
         const Segment& run = a.key.run(n);
         const float* mapped = n == kResidualRun ? a.queries.residual : a.queries.latent;
         const int width = n == kResidualRun ? shape.dim : shape.stored, start = n == kResidualRun ? 0 : run.stored;
-        fill_fragments<T>(block, fragments, n, run, step, [&](int query, int c) {
+        fill_fragments<T>(block, fragments, n, run, step, offset_keys(a), [&](int query, int c) {
           if (mapped == nullptr || query >= item.queries) return plain(query, start + c);
           return mapped[row(query) * width + start + c];
         });
         step += run.length / 16;
       });
     }
-    if (!Plain && shape.retained > 0) fill_fragments<T>(block, fragments, kExactRun, a.key.exact, step, plain);
+    if (!Kind && shape.retained > 0) fill_fragments<T>(block, fragments, kExactRun, a.key.exact, step, false, plain);
     block.each([&](Thread thread) {
       if (thread.index >= kQueryTile) return;
       const bool used = a.queries.offset != nullptr && thread.index < item.queries;
@@ -186,7 +203,8 @@ struct CompressedSplit {
     });
     block.sync();
     finish_fragments(block, fragments, [&](int n) {
-      return n == kExactRun ? shape.retained > 0 : !Rebuild && a.key.has_run(n);
+      if (n == kExactRun) return shape.retained > 0;
+      return !Rebuild && (a.key.has_run(n) || (n == QueryFragments::kOffsets && offset_keys(a)));
     });
     return step;
   }
@@ -242,6 +260,24 @@ struct CompressedSplit {
     });
   }
 
+  // What the offset of codes added to the sums of a known run. Rows g + 8 of a sum are components of odd number.
+  template <class Block>
+  MC_HD static void take_offset(Block& block, const WeightFragments& weights, Sums<Block> (&sums)[kOwn]) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int query = 2 * (thread.lane() % 4) + i;
+        const float added = kCodeOffset * weights.constant(WeightFragments::kOffsets, query);
+        MC_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          FragmentD& sum = sums[0][m](thread);
+          sum.x[i] -= added;
+          sum.x[2 + i] = (sum.x[2 + i] - added) / kOffsetStep;
+        }
+      }
+    });
+  }
+
   // `sum` to number n of `sums`, which stay in registers: n is not known when this is compiled.
   template <class Block>
   MC_HD static void add_sum(Block& block, Sums<Block> (&sums)[kOwn], int n, const Sums<Block>& sum) {
@@ -259,10 +295,10 @@ struct CompressedSplit {
   }
 
   template <class Formats, class Block>
-  MC_HD static void add_stage(Block& block, const Stage<Plain>& stage, const WeightFragments& weights,
+  MC_HD static void add_stage(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights,
                               Sums<Block> (&sums)[kOwn]) {
-    if constexpr (Plain) {
-      add_unit<Formats>(block, stage, weights, 0, 0, sums[0]);
+    if constexpr (Kind) {
+      add_unit(block, stage, weights, 0, 0, sums[0]);
     } else {
       const StreamShape& shape = stage.reader.shape;
       for (int n = 0; n < kOwn; ++n) {
@@ -272,7 +308,7 @@ struct CompressedSplit {
         Sums<Block> sum;
         block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
         stage.each_run([&](int r) {
-          if ((r == kResidualRun) == residual) add_unit<Formats>(block, stage, weights, r, first, sum);
+          if ((r == kResidualRun) == residual) add_unit(block, stage, weights, r, first, sum);
         });
         add_sum(block, sums, n, sum);
       }
@@ -281,8 +317,8 @@ struct CompressedSplit {
 
   // Run r's part of units `first` and following, one per warp.
   template <class Formats, class Block>
-  MC_HD static void add_unit(Block& block, const Stage<Plain>& stage, const WeightFragments& weights, int r, int first,
-                             Sums<Block>& sum) {
+  MC_HD static void add_unit(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights, int r,
+                             int first, Sums<Block>& sum) {
     const char* base = stage.template rows<T>(r);
     const int stride = stage.stride(r);
     auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
@@ -290,9 +326,9 @@ struct CompressedSplit {
     auto weight = [&](auto tag, int step, Thread thread) {
       return weights.template at<Element<T, decltype(tag)::value>, T>(r, step, thread.lane());
     };
-    const Segment& run = stage.run(r);
-    add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, run, Plain || r == kResidualRun ? 0 : run.stored, rows,
-                                   unit, weight, stage.words(r), stage.channel_params(r));
+    add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, stage.run(r).format, stage.length(r),
+                                            Kind || r == kResidualRun ? 0 : stage.run(r).stored, rows, unit, weight,
+                                            stage.words(r), stage.channel_scales(r), stage.channel_minima(r));
   }
 
   // Fragments of the weights of retained values, in the memory of the stages.
@@ -337,13 +373,13 @@ struct CompressedSplit {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int n = 0; n < kOwn; ++n) {
-        const bool residual = !Plain && n >= kOwnUnits;
+        const bool residual = !Kind && n >= kOwnUnits;
         const int unit = n % kOwnUnits * kDecodeWarps + thread.warp(), components = residual ? shape.dim : shape.stored;
         if (residual && !shape.has_residual()) continue;
-        const bool shared = Plain || residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
+        const bool shared = Kind || residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
         store_unit(thread, a, item, unit, shared, components, residual ? residual_vector(shape) : kRecordHead,
                    sums[n][0](thread), sums[n][1](thread), [&](int c, int query) {
-                     return weights.constant(residual ? kResidualRun : Plain ? 0 : run_of(shape, c), query);
+                     return weights.constant(residual ? kResidualRun : Kind ? 0 : run_of(shape, c), query);
                    });
       }
       if (thread.index >= item.queries) return;
@@ -382,7 +418,8 @@ struct CompressedSplit {
       auto weight = [&](auto tag, int step, Thread thread) {
         return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());
       };
-      add_values<T, RetainedFormat, 0>(block, sum, ceil_div(exact.count, 16), a.value.exact, 0, rows, unit, weight, true, nullptr);
+      add_values<T, RetainedFormat, 0>(block, sum, ceil_div(exact.count, 16), a.value.exact.format, a.value.exact.length,
+                                       0, rows, unit, weight, true, nullptr, nullptr);
       block.each([&](Thread thread) {
         store_unit(thread, a, item, unit(thread), 32 * unit(thread) + 16 >= shape.dim, shape.dim, exact_vector(shape),
                    sum[0](thread), sum[1](thread), [&](int, int query) { return weights.constant(kExactRun, query); });

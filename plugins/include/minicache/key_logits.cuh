@@ -11,8 +11,12 @@ namespace minicache {
 // (4) neighbouring components of a unit, from N t on; step s (of 16 components) of the unit takes its pairs 2 s and
 // 2 s + 1.
 struct QueryFragments {
+  static constexpr int kOffsets = 1;  // with known formats there is one run
+
   char* data;
-  float* sums;    // [kRuns][kQueryTile]: sum of a query's components of a run, as rounded
+  // [kRuns][kQueryTile]: sum of a query's components of a run, as rounded. Number kOffsets: what the offset of codes adds
+  // to the products, where codes are read with one.
+  float* sums;
   float* parts;   // [kRuns][kDecodeWarps][kQueryTile]
   float* offset;  // [kQueryTile]
 
@@ -31,35 +35,45 @@ struct QueryFragments {
   }
 };
 
-// Fills the fragments of a run from step `first` on; `number(query, component)` is the query.
+// Fills the fragments of a run from step `first` on; `number(query, component)` is the query. Offset: codes are read with
+// one, so that the components of every second pair are divided by its step.
 template <class T, class Block, class F>
 MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, const Segment& run, int first,
-                          F number) {
-  typename Block::template PerThread<float> sum;
+                          bool offset, F number) {
+  typename Block::template PerThread<float> sum, offsets;
   block.each([&](Thread thread) {
     const int lane = thread.lane();
-    float total = 0.0f;
+    float total = 0.0f, plain = 0.0f;
     for (int step = thread.warp(); step < run.length / 16; step += kDecodeWarps) {
       for (int j = 0; j < 2; ++j) {
+        const float unit = offset && j == 1 ? kOffsetStep : 1.0f;
         float x[2];
-        for (int i = 0; i < 2; ++i) x[i] = number(lane / 4, QueryFragments::component(run.length, step, lane, j, i));
+        for (int i = 0; i < 2; ++i) {
+          x[i] = number(lane / 4, QueryFragments::component(run.length, step, lane, j, i)) / unit;
+        }
         if (run.format == Format::model) {
           const Pair<T> pair = make_pair<T>(x[0], x[1]);
           put_pair(fragments.at<T, T>(first + step, lane), j, pair);
         } else {
           const Pair<Code<T>> pair = make_pair<Code<T>>(x[0], x[1]);
           put_pair(fragments.at<Code<T>, T>(first + step, lane), j, pair);
-          total += first_of(pair) + second_of(pair);
+          plain += first_of(pair) + second_of(pair);
+          total += unit * (first_of(pair) + second_of(pair));
         }
       }
     }
     sum(thread) = total;
+    offsets(thread) = kCodeOffset * plain;
   });
-  block.template reduce_add<4>(sum);
-  block.each([&](Thread thread) {
-    if (thread.lane() % 4 != 0) return;
-    fragments.parts[(n * kDecodeWarps + thread.warp()) * kQueryTile + thread.lane() / 4] = sum(thread);
-  });
+  auto store = [&](int number, typename Block::template PerThread<float>& x) {
+    block.template reduce_add<4>(x);
+    block.each([&](Thread thread) {
+      if (thread.lane() % 4 != 0) return;
+      fragments.parts[(number * kDecodeWarps + thread.warp()) * kQueryTile + thread.lane() / 4] = x(thread);
+    });
+  };
+  store(n, sum);
+  if (offset) store(QueryFragments::kOffsets, offsets);
 }
 
 // After a `sync` that follows the filling; another one must follow. `filled(n)`: whether run n has been.
@@ -74,8 +88,8 @@ MC_HD void finish_fragments(Block& block, const QueryFragments& fragments, F fil
   });
 }
 
-// One unit of N t-runs: rows lane / 4 and lane / 4 + 8 of the warp's tile, from component `at` of the run on.
-template <class T, Format F, int N, class Block, class Rows>
+// One unit of N t-runs (Offset: of codes read with one): rows lane / 4 and lane / 4 + 8 of the warp's tile, from component `at` of the run on.
+template <class T, Format F, int N, bool Offset, class Block, class Rows>
 MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
                     int step, int at, Rows rows, bool words, const Half* scales, const Half* minima) {
   using E = Element<T, F>;
@@ -84,8 +98,14 @@ MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>&
     const int index = at + N * (thread.lane() % 4);
     Pair<E> x[2][N / 2];
     MC_UNROLL
-    for (int half = 0; half < 2; ++half) read_run<T, F, N>(rows(thread, half), index, words, x[half]);
-    if constexpr (has_ranges(F)) {
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Offset) {
+        read_offset_run(rows(thread, half), index, x[half]);
+      } else {
+        read_run<T, F, N>(rows(thread, half), index, words, x[half]);
+      }
+    }
+    if constexpr (has_ranges(F) && !Offset) {
       if (scales != nullptr) {
         Pair<Half> scale[N / 2] = {}, lowest[N / 2] = {};
         read_numbers<N>(scales + index, scale);
@@ -114,34 +134,46 @@ MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>&
 }
 
 // Products of 16 rows per warp with the queries over one run. `rows(thread, half)` is row lane / 4 + 8 half of the
-// warp's tile; `params`: of the run, if its ranges are per channel, otherwise null.
-template <class T, class Formats, class Block, class Rows>
+// warp's tile; `scales`, `minima`: of the run, if its ranges are per channel, otherwise null.
+template <class T, class Formats, class Block, class Length, class Rows>
 MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
-                   int step, const Segment& run, Rows rows, bool words, const Half* params) {
-  const Half* scales = params == nullptr ? nullptr : params + run.scale;
-  const Half* minima = params == nullptr ? nullptr : params + run.minimum;
+                   int step, Format format, Length length, Rows rows, bool words, const Half* scales,
+                   const Half* minima) {
   auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
-    int at = 0;
-    MC_UNROLL_TWICE
-    for (; at + 32 <= run.length; at += 32) {
-      add_unit<T, kFormat, 8>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+    auto add = [&](auto offset, int at) {
+      add_unit<T, kFormat, 8, decltype(offset)::value>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+    };
+    using Plain = std::false_type;
+    if constexpr (std::is_same_v<Length, int>) {
+      int at = 0;
+      MC_UNROLL_TWICE
+      for (; at + 32 <= length; at += 32) add(Plain{}, at);
+      if (at == length) return;
+      add_unit<T, kFormat, 4, false>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+    } else {
+      static_assert(Length{} % 32 == 0, "whole units");
+      if (kOffsetCodes<T, kFormat> && scales == nullptr) {
+        MC_UNROLL
+        for (int at = 0; at < length; at += 32) add(std::bool_constant<kOffsetCodes<T, kFormat>>{}, at);
+      } else {
+        MC_UNROLL
+        for (int at = 0; at < length; at += 32) add(Plain{}, at);
+      }
     }
-    if (at == run.length) return;
-    add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
   };
-  Formats::with(run.format, body);
+  Formats::with(format, body);
 }
 
 // Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on.
-template <class T, class Formats, bool Plain, class Block>
-MC_HD void key_logits(Block& block, const Stage<Plain>& stage, const QueryFragments& fragments, float scale,
+template <class T, int Kind, class Formats, class Block>
+MC_HD void key_logits(Block& block, const Stage<Kind, Formats>& stage, const QueryFragments& fragments, float scale,
                       Scores scores, int token) {
   typename Block::template PerThread<FragmentD> total;
   block.each([&](Thread thread) { total(thread) = FragmentD{}; });
   int step = 0;
   stage.each_run([&](int n) {
-    const Segment& run = stage.run(n);
+    const auto length = stage.length(n);
     const char* first = stage.template rows<T>(n);
     const int stride = stage.stride(n);
     typename Block::template PerThread<FragmentD> sum;
@@ -149,11 +181,18 @@ MC_HD void key_logits(Block& block, const Stage<Plain>& stage, const QueryFragme
     auto rows = [&](Thread thread, int half) {
       return first + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
     };
-    add_run<T, Formats>(block, sum, fragments, step, run, rows, stage.words(n), stage.channel_params(n));
-    step += run.length / 16;
+    add_run<T, Formats>(block, sum, fragments, step, stage.run(n).format, length, rows, stage.words(n),
+                        stage.channel_scales(n), stage.channel_minima(n));
+    step += length / 16;
     const TokenRanges ranges = stage.token_ranges(n);
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+      if (stage.template offset_codes<T>()) {
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          sum(thread).x[i] -= fragments.sums[QueryFragments::kOffsets * kQueryTile + 2 * t + i % 2];
+        }
+      }
       MC_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float factor = ranges.scale(row + 8 * half), lowest = ranges.minimum(row + 8 * half);
@@ -190,7 +229,8 @@ MC_HD void exact_logits(Block& block, const ExactRows& exact, const QueryFragmen
     auto rows = [&](Thread thread, int half) {
       return exact.rows[exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half)];
     };
-    add_run<T, RetainedFormat>(block, sum, fragments, step, exact.reader.exact, rows, true, nullptr);
+    add_run<T, RetainedFormat>(block, sum, fragments, step, exact.reader.exact.format, exact.reader.exact.length, rows,
+                               true, nullptr, nullptr);
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4;
       for (int half = 0; half < 2; ++half) {

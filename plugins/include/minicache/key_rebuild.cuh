@@ -41,8 +41,8 @@ struct KeyRebuild {
   }
 
   // Rows of the warp's 16 tokens, dequantized: two threads a row.
-  template <class T, bool Plain, class Block>
-  MC_HD void dequantize(Block& block, const Stage<Plain>& stage) const {
+  template <class T, int Kind, class Block>
+  MC_HD void dequantize(Block& block, const Stage<Kind>& stage) const {
     const int stride = row_stride<T>(stage.reader.shape);
     int start = 0;
     stage.each_run([&](int n) {
@@ -51,7 +51,7 @@ struct KeyRebuild {
       const char* first = stage.template rows<T>(n);
       const int from = stage.stride(n);
       const bool words = stage.words(n);
-      const Half* params = stage.channel_params(n);
+      const Half *scales = stage.channel_scales(n), *minima = stage.channel_minima(n);
       with_format(run.format, [&](auto tag) {
         constexpr Format kFormat = decltype(tag)::value;
         block.each([&](Thread thread) {
@@ -65,9 +65,9 @@ struct KeyRebuild {
             for (int i = 0; i < 4; ++i) {
               float y = i < 2 ? first_of(x[i % 2]) : second_of(x[i % 2]);
               if constexpr (has_ranges(kFormat)) {
-                const float factor = params == nullptr ? scale : to_float(params[run.scale + at + i]);
+                const float factor = scales == nullptr ? scale : to_float(scales[at + i]);
                 const float constant =
-                    params == nullptr || !is_integer(kFormat) ? lowest : to_float(params[run.minimum + at + i]);
+                    scales == nullptr || !is_integer(kFormat) ? lowest : to_float(minima[at + i]);
                 y = factor * y + constant;
               }
               target[at + i] = from_float<Code<T>>(y);
@@ -80,8 +80,8 @@ struct KeyRebuild {
     block.sync_warp();
   }
 
-  template <class T, bool Plain, class Block>
-  MC_HD void logits(Block& block, const Stage<Plain>& stage, const QueryFragments& queries, float scale, Scores scores,
+  template <class T, int Kind, class Block>
+  MC_HD void logits(Block& block, const Stage<Kind>& stage, const QueryFragments& queries, float scale, Scores scores,
                     int token, int position) const {
     using E = Code<T>;
     const StreamShape& shape = stage.reader.shape;
@@ -136,8 +136,8 @@ struct KeyRebuild {
 
  private:
   // Keys as they come out of the product become fragments A of the next one: columns 8 n + 2 t + i are its k.
-  template <class T, bool Plain>
-  MC_HD void rotate(Thread thread, const Stage<Plain>& stage, const FragmentD (&sums)[4], int d, int position,
+  template <class T, int Kind>
+  MC_HD void rotate(Thread thread, const Stage<Kind>& stage, const FragmentD (&sums)[4], int d, int position,
                     FragmentA<Code<T>>& low, FragmentA<Code<T>>& high) const {
     const int dim = stage.reader.shape.dim, t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
     MC_UNROLL

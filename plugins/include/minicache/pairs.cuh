@@ -40,15 +40,15 @@ MC_HD std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b, std::uint32_
 #endif
 }
 
-// (x & Mask) | Bits, in one instruction.
+// (x & Mask) ^ Bits, in one instruction.
 template <std::uint32_t Mask, std::uint32_t Bits>
-MC_HD std::uint32_t select_bits(std::uint32_t x) {
+MC_HD std::uint32_t merge_bits(std::uint32_t x) {
 #if MC_ON_DEVICE
   std::uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "n"(Mask), "r"(Bits));
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "n"(Mask), "r"(Bits));
   return result;
 #else
-  return (x & Mask) | Bits;
+  return (x & Mask) ^ Bits;
 #endif
 }
 

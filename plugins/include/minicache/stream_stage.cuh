@@ -9,6 +9,24 @@ namespace minicache {
 // Runs of a stream's rows: its segments, the residual and the retained vectors.
 constexpr int kResidualRun = kMaxSegments, kExactRun = kMaxSegments + 1, kRuns = kMaxSegments + 2;
 
+// What is known of a layer's streams when a kernel is compiled: nothing, that they are plain (`StreamReader::plain`), or
+// also how many components their runs have, of codes of a format that `with_known_format` has.
+constexpr int kGeneral = 0, kPlain = 1;
+MC_HD constexpr bool is_known(int kind) { return kind > kPlain; }
+
+MC_HD constexpr bool has_known_format(Format format) { return format == Format::int4 || format == Format::g4; }
+template <class F>
+MC_HD void with_known_format(Format format, F f) {
+  if (format == Format::int4) return f(FormatTag<Format::int4>{});
+  return f(FormatTag<Format::g4>{});
+}
+
+// A number known when this is compiled.
+template <int N>
+struct Fixed {
+  MC_HD constexpr operator int() const { return N; }
+};
+
 // A field of a stage: where it lies, and how it is copied there. Rows of a multiple of 16 bytes keep apart, all others
 // are copied as units of 16 bytes.
 struct StageField {
@@ -25,7 +43,7 @@ struct StageLayout {
 
 // Rows of a multiple of 16 bytes get an odd number of 16-byte units, which keeps eight neighbouring rows in different
 // banks; others stay as they are stored, one after another.
-MC_HD int stage_stride(int bytes) { return bytes % 16 != 0 || bytes / 16 % 2 == 1 ? bytes : bytes + 16; }
+MC_HD constexpr int stage_stride(int bytes) { return bytes % 16 != 0 || bytes / 16 % 2 == 1 ? bytes : bytes + 16; }
 
 template <class T>
 StageLayout stage_layout(const StreamShape& shape) {
@@ -72,6 +90,13 @@ struct StreamReader {
     return shape.segments == 1 && has_run(0) && !shape.has_residual() && shape.retained == 0 &&
            shape.stored <= 32 * kDecodeWarps && shape.code_bytes % 4 == 0;
   }
+  // The number of components to compile for, with a stream `other` of the same layer; 0: none.
+  MC_HD int known_length(const StreamReader& other) const {
+    if (!plain() || !other.plain()) return 0;
+    const Segment &a = shape.segment[0], &b = other.shape.segment[0];
+    const bool known = has_known_format(a.format) && has_known_format(b.format) && a.length == b.length;
+    return known && (a.length == 64 || a.length == 128) ? a.length : 0;
+  }
   MC_HD int slot(int head) const { return maps.slots == nullptr ? head : static_cast<int>(maps.slots[head]); }
   MC_HD int map_head(int slot) const { return maps.map_heads == 1 ? 0 : slot; }
   MC_HD StreamBlock block(std::int64_t id) const { return {shape, pools, id}; }
@@ -91,8 +116,21 @@ StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, c
           row(shape.retained_format, has_ranges(shape.retained_format) ? shape.retained : 0)};
 }
 
-// Starts copying block `id` of slot `slot` to `stage`. Plain: the stream is.
-template <class T, bool Plain, class Block>
+// Starts copying 64 rows of Bytes bytes to rows `stage_stride(Bytes)` apart.
+template <int Bytes, class Block>
+MC_HD void copy_known_rows(Thread thread, char* target, const char* source) {
+  constexpr int kShift = row_shift(Bytes), kRows = kDecodeThreads >> kShift, kStride = stage_stride(Bytes);
+  const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
+  if (row >= kBlockSize || column >= Bytes) return;
+  MC_UNROLL
+  for (int i = 0; i < (kBlockSize + kRows - 1) / kRows; ++i) {
+    Block::copy_async(target + row * kStride + column + i * kRows * kStride,
+                      source + row * Bytes + column + i * kRows * Bytes);
+  }
+}
+
+// Starts copying block `id` of slot `slot` to `stage`.
+template <class T, int Kind, class Formats, class Block>
 MC_HD void fetch_stage(Block& block, const StreamReader& reader, char* stage, std::int64_t id, int slot) {
   const StreamBlock source = reader.block(id);
   const StageLayout& layout = reader.stage;
@@ -102,20 +140,27 @@ MC_HD void fetch_stage(Block& block, const StreamReader& reader, char* stage, st
       copy_rows<Block>(thread, stage + field.offset, field.stride, from, field.bytes, field.shift, field.rows,
                        field.rows);
     };
-    if constexpr (Plain) {
-      const bool codes = layout.codes.offset >= 0;
-      copy(codes ? layout.codes : layout.latent,
-           codes ? static_cast<const void*>(source.codes(slot)) : source.template latent<T>(slot));
+    // A field of at most a unit of 16 bytes per thread.
+    auto copy_units = [&](const StageField& field, const void* from) {
+      const int at = 16 * thread.index;
+      if (thread.index < field.rows) Block::copy_async(stage + field.offset + at, static_cast<const char*>(from) + at);
+    };
+    if constexpr (is_known(Kind) && !std::is_same_v<Formats, AnyFormat>) {
+      constexpr int kBytes = Kind * bits_of(Formats::format) / 8;
+      const std::int64_t first = (id * reader.shape.heads + slot) * (kBlockSize * kBytes);
+      copy_known_rows<kBytes, Block>(thread, stage, reinterpret_cast<const char*>(reader.pools.codes) + first);
+      if (layout.params.offset >= 0) copy_units(layout.params, source.params(slot));
+      if (layout.norms.offset >= 0) copy_units(layout.norms, source.norms(member, slot));
     } else {
       if (layout.codes.offset >= 0) copy(layout.codes, source.codes(slot));
-      if (layout.latent.offset >= 0) copy(layout.latent, source.template latent<T>(slot));
-      if (layout.residual.offset >= 0) {
+      if (!is_known(Kind) && layout.latent.offset >= 0) copy(layout.latent, source.template latent<T>(slot));
+      if (!Kind && layout.residual.offset >= 0) {
         copy(layout.residual, source.residual(member, slot));
         copy(layout.residual_params, source.residual_params(member, slot));
       }
+      if (layout.params.offset >= 0) copy(layout.params, source.params(slot));
+      if (layout.norms.offset >= 0) copy(layout.norms, source.norms(member, slot));
     }
-    if (layout.params.offset >= 0) copy(layout.params, source.params(slot));
-    if (layout.norms.offset >= 0) copy(layout.norms, source.norms(member, slot));
   });
 }
 
@@ -127,8 +172,8 @@ struct TokenRanges {
   MC_HD float minimum(int token) const { return minima < 0 ? 0.0f : to_float(data[minima + token]); }
 };
 
-// Reads a stage. Plain: the stream is.
-template <bool Plain>
+// Reads a stage, with what is known of the stream (`Kind`) and of the formats of its runs.
+template <int Kind, class Formats = AnyFormat>
 struct Stage {
   const StreamReader& reader;
   const char* data;
@@ -136,7 +181,7 @@ struct Stage {
   // Calls f with the number of each run that is a part of every token.
   template <class F>
   MC_HD void each_run(F f) const {
-    if constexpr (Plain) {
+    if constexpr (Kind) {
       f(0);
     } else {
       for (int n = 0; n <= kResidualRun; ++n) {
@@ -144,34 +189,70 @@ struct Stage {
       }
     }
   }
-  MC_HD const Segment& run(int n) const { return Plain ? reader.shape.segment[0] : reader.run(n); }
+  MC_HD const Segment& run(int n) const { return Kind ? reader.shape.segment[0] : reader.run(n); }
+  MC_HD auto length(int n) const {
+    if constexpr (is_known(Kind)) {
+      return Fixed<Kind>{};
+    } else {
+      return run(n).length;
+    }
+  }
 
   // Row of token 0 of run n, bytes between rows, and whether words of its codes are aligned.
   template <class T>
   MC_HD const char* rows(int n) const {
-    if (!Plain && n == kResidualRun) return data + reader.stage.residual.offset;
-    if (Plain) return data;  // the first field
+    if (Kind) return data;  // the first field
+    if (n == kResidualRun) return data + reader.stage.residual.offset;
     return run(n).format == Format::model
                ? data + reader.stage.latent.offset + run(n).storage * static_cast<int>(sizeof(T))
                : data + reader.stage.codes.offset + run(n).storage;
   }
   MC_HD int stride(int n) const {
-    if (!Plain && n == kResidualRun) return reader.stage.residual_stride;
-    return run(n).format == Format::model ? reader.stage.latent_stride : reader.stage.code_stride;
+    if constexpr (is_known(Kind)) {
+      return stage_stride(Kind * bits_of(Formats::format) / 8);
+    } else {
+      if (!Kind && n == kResidualRun) return reader.stage.residual_stride;
+      return run(n).format == Format::model ? reader.stage.latent_stride : reader.stage.code_stride;
+    }
   }
-  MC_HD bool words(int n) const { return Plain || (stride(n) | run(n).storage) % 4 == 0; }
+  MC_HD bool words(int n) const { return Kind || (stride(n) | run(n).storage) % 4 == 0; }
   // Scales and minima of run n start at its `scale` and `minimum`.
   MC_HD const Half* params(int n) const {
-    const StageField& field = !Plain && n == kResidualRun ? reader.stage.residual_params : reader.stage.params;
-    return reinterpret_cast<const Half*>(data + field.offset);
+    int offset = reader.stage.params.offset;
+    if constexpr (is_known(Kind)) {
+      offset = ceil_div(kBlockSize * stride(n), 128) * 128;  // the second field
+    } else if (!Kind && n == kResidualRun) {
+      offset = reader.stage.residual_params.offset;
+    }
+    return reinterpret_cast<const Half*>(data + offset);
   }
-  MC_HD const Half* channel_params(int n) const {
-    return run(n).channel && has_ranges(run(n).format) ? params(n) : nullptr;
+  MC_HD bool has_run_ranges(int n) const {
+    if constexpr (is_known(Kind)) return has_ranges(Formats::format);
+    return has_ranges(run(n).format);
+  }
+  MC_HD bool has_minima(int n) const {
+    if constexpr (is_known(Kind)) return is_integer(Formats::format);
+    return is_integer(run(n).format);
+  }
+  // Whether codes are read with an offset.
+  template <class T>
+  MC_HD bool offset_codes() const {
+    if constexpr (is_known(Kind) && !std::is_same_v<Formats, AnyFormat>) {
+      return kOffsetCodes<T, Formats::format> && !reader.shape.segment[0].channel;
+    }
+    return false;
+  }
+  // Of a run with ranges per channel; null: it has none.
+  MC_HD const Half* channel_scales(int n) const {
+    return has_run_ranges(n) && run(n).channel ? params(n) + (Kind ? 0 : run(n).scale) : nullptr;
+  }
+  MC_HD const Half* channel_minima(int n) const {
+    return has_run_ranges(n) && run(n).channel ? params(n) + (Kind ? length(n) : run(n).minimum) : nullptr;
   }
   MC_HD TokenRanges token_ranges(int n) const {
-    const Segment& segment = run(n);
-    const bool has = !segment.channel && has_ranges(segment.format);
-    return {params(n), has ? segment.scale : -1, has && is_integer(segment.format) ? segment.minimum : -1};
+    const bool has = has_run_ranges(n) && !run(n).channel;
+    return {params(n), has ? (Kind ? 0 : run(n).scale) : -1,
+            has && has_minima(n) ? (Kind ? kBlockSize : run(n).minimum) : -1};
   }
   // Norms of the tokens as scales.
   MC_HD TokenRanges norms() const {

@@ -17,6 +17,8 @@ struct WeightFragments {
   char* data;
   float* parts;   // [kConstants][kDecodeThreads]: a thread's sums of weights times minima; last: of weights
   float* totals;  // [kConstants][kQueryTile]
+  // Number, among the constants, of the sum of a known run's weights as rounded, where its codes are read with an offset.
+  static constexpr int kOffsets = 1;
 
   template <class E, class T>
   MC_HD FragmentB<E>& at(int n, int step, int lane) const {
@@ -42,8 +44,8 @@ struct WeightFragments {
 constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: of latent components; of residual ones
 
 // Weights of a stage's tokens, one step per warp; `token`: place of its first one in `scores`.
-template <class T, bool Plain, class Block>
-MC_HD void prepare_weights(Block& block, const Stage<Plain>& stage, Scores scores, int token,
+template <class T, int Kind, class Formats, class Block>
+MC_HD void prepare_weights(Block& block, const Stage<Kind, Formats>& stage, Scores scores, int token,
                            const WeightFragments& fragments) {
   const TokenRanges norms = stage.norms();
   block.each([&](Thread thread) {
@@ -69,6 +71,11 @@ MC_HD void prepare_weights(Block& block, const Stage<Plain>& stage, Scores score
       MC_UNROLL
       for (int i = 0; i < 4; ++i) scaled[i] = weight[i] * ranges.scale(first + i % 2 + 8 * (i / 2));
       fragments.put<T>(stage.run(n).format, n, thread.warp(), thread.lane(), scaled);
+      if (!stage.template offset_codes<T>()) return;
+      float rounded = 0.0f;
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) rounded += to_float(from_float<Code<T>>(scaled[i]));
+      fragments.part(WeightFragments::kOffsets, thread) += rounded;
     });
   });
 }
@@ -95,8 +102,8 @@ struct ColumnRanges {
   }
 };
 
-// Adds one step of 16 rows to N / 2 sums.
-template <class T, Format F, int N, class Block, class Rows, class At, class Active, class Weight, class Ranges>
+// Adds one step of 16 rows to N / 2 sums. Offset: of codes read with one.
+template <class T, Format F, int N, bool Offset, class Block, class Rows, class At, class Active, class Weight, class Ranges>
 MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int step, Rows rows, At at,
                     Active active, Weight weight, bool words, bool channel, const Ranges& ranges) {
   using E = Element<T, F>;
@@ -113,8 +120,13 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
     MC_UNROLL
     for (int k = 0; k < 2; ++k) {
       Pair<E> two[N];
-      read_columns<T, F, N>(rows(step, first + 8 * k), rows(step, first + 8 * k + 1), index, words, two);
-      if constexpr (has_ranges(F)) {
+      const void *row = rows(step, first + 8 * k), *next = rows(step, first + 8 * k + 1);
+      if constexpr (Offset) {
+        read_offset_columns(row, next, index, two);
+      } else {
+        read_columns<T, F, N>(row, next, index, words, two);
+      }
+      if constexpr (has_ranges(F) && !Offset) {
         if (channel) {
           MC_UNROLL
           for (int c = 0; c < N; ++c) two[c] = fused(two[c], ranges(thread).scale[c], ranges(thread).minimum[c]);
@@ -130,12 +142,12 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
 
 // Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(step, k)` is row k of a step; `at(thread)` the thread's
 // first component within the run; warps for which `active(thread)` is false add nothing.
-template <class T, Format F, int N, int Steps, class Block, class Rows, class At, class Active, class Weight>
+template <class T, Format F, int N, int Steps, bool Offset, class Block, class Rows, class At, class Active, class Weight>
 MC_HD void add_components(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Rows rows,
                           At at, Active active, Weight weight, bool words, const Half* scales, const Half* minima) {
   using E = Element<T, F>;
   typename Block::template PerThread<ColumnRanges<Code<T>, N>> ranges;
-  const bool channel = has_ranges(F) && scales != nullptr;
+  const bool channel = has_ranges(F) && !Offset && scales != nullptr;
   if (channel) {
     block.each([&](Thread thread) {
       MC_UNROLL
@@ -147,40 +159,47 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
   if constexpr (Steps > 0 && F == Format::int4 && N == 4) {  // others would take more registers than there are
     MC_UNROLL_TWICE
     for (int step = 0; step < Steps; ++step) {
-      add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
+      add_step<T, F, N, Offset>(block, sums, step, rows, at, active, weight, words, channel, ranges);
     }
   } else {
     MC_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
-      add_step<T, F, N>(block, sums, step, rows, at, active, weight, words, channel, ranges);
+      add_step<T, F, N, Offset>(block, sums, step, rows, at, active, weight, words, channel, ranges);
     }
   }
 }
 
-// One unit per warp of a run whose first component is number `start`: `unit(thread)` is its number, from component
+// One unit per warp of a run of `length` components from number `start` on: `unit(thread)` is its number, from component
 // 32 unit on. Steps 0: `steps` of them, of retained vectors.
-template <class T, class Formats, int Steps, class Block, class Rows, class Unit, class Weight>
-MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps,
-                      const Segment& run, int start, Rows rows, Unit unit, Weight weight, bool words,
-                      const Half* params) {
-  const Half* scales = params == nullptr ? nullptr : params + run.scale;
-  const Half* minima = params == nullptr ? nullptr : params + run.minimum;
+template <class T, class Formats, int Steps, class Block, class Length, class Rows, class Unit, class Weight>
+MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Format format,
+                      Length length, int start, Rows rows, Unit unit, Weight weight, bool words, const Half* scales,
+                      const Half* minima) {
   // Components of the run in front of the unit's half m; a half belongs to the run if that is one of its components.
   auto before = [&](Thread thread, int m) { return 32 * unit(thread) + 16 * m - start; };
-  auto has = [&](Thread thread, int m) { return before(thread, m) >= 0 && before(thread, m) < run.length; };
+  auto has = [&](Thread thread, int m) { return before(thread, m) >= 0 && before(thread, m) < length; };
   auto whole = [&](Thread thread) { return has(thread, 0) && has(thread, 1); };
   auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
     if (block.any_warp(whole)) {
       auto at = [&](Thread thread) { return before(thread, 0) + 4 * (thread.lane() / 4); };
-      add_components<T, kFormat, 4, Steps>(block, sums, steps, rows, at, whole, weight, words, scales, minima);
+      auto add = [&](auto offset) {
+        add_components<T, kFormat, 4, Steps, decltype(offset)::value>(block, sums, steps, rows, at, whole, weight, words, scales,
+                                                       minima);
+      };
+      constexpr bool kOffset = !std::is_same_v<Length, int> && kOffsetCodes<T, kFormat>;
+      if (kOffset && scales == nullptr) {
+        add(std::bool_constant<kOffset>{});
+      } else {
+        add(std::false_type{});
+      }
     }
     auto part = [&](Thread thread) { return has(thread, 0) != has(thread, 1); };
     if (!block.any_warp(part)) return;
     typename Block::template PerThread<FragmentD> sum[2];
     block.each([&](Thread thread) { sum[0](thread) = FragmentD{}; });
     auto at = [&](Thread thread) { return before(thread, has(thread, 1)) + 2 * (thread.lane() / 4); };
-    add_components<T, kFormat, 2, Steps>(block, sum, steps, rows, at, part, weight, words, scales, minima);
+    add_components<T, kFormat, 2, Steps, false>(block, sum, steps, rows, at, part, weight, words, scales, minima);
     block.each([&](Thread thread) {
       if (!part(thread)) return;
       MC_UNROLL
@@ -190,7 +209,7 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
       }
     });
   };
-  Formats::with(run.format, body);
+  Formats::with(format, body);
 }
 
 // Component of row lane / 4 + 8 j of sum m of unit `unit`; `shared_unit`: more than one run has components in it.
