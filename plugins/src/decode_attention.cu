@@ -250,13 +250,19 @@ struct DecodeAttention {
     std::int32_t status = ok;
     if (sizes.maps_query()) status = map_queries();
     if (status == ok && sizes.rebuilt()) {
-      const MapFragmentsArguments<T> arguments{key.shape, key.maps, workspace + layout.map_fragments};
-      const int blocks = static_cast<int>((rebuild_fragments<T>(key.shape) + kDecodeThreads - 1) / kDecodeThreads);
-      status = start<MapFragments<T>>({blocks, key.shape.heads, 1}, 0, arguments, stream);
+      const MapFragmentsArguments<T> arguments{key.shape,
+                                               key.maps,
+                                               a.shape.inverse_frequencies,
+                                               key.known_length(value) > 0,
+                                               workspace + layout.map_fragments,
+                                               workspace + layout.turns};
+      const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::turns(key.shape));
+      const int blocks = static_cast<int>((most + kDecodeThreads - 1) / kDecodeThreads);
+      status = start<MapFragments<T>>({blocks, key.shape.heads + 1, 1}, 0, arguments, stream);
     }
     CompressedSplitArguments<T> arguments{
         problem, key, value, {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)},
-        at(layout.map_fragments), {}, compressed()};
+        at(layout.map_fragments), workspace + layout.turns, {}, compressed()};
     if (status == ok) status = choose_shared(arguments.shared);
     if (status != ok) return status;
     const Grid grid = splits(sizes.compressed_splits);
@@ -265,15 +271,18 @@ struct DecodeAttention {
 
   // The kernel for these streams.
   auto splitter() const {
-    const bool plain = key.plain() && value.plain();
-    if (sizes.rebuilt()) return plain ? launch_split<true, kPlain> : launch_split<true, kGeneral>;
+    return sizes.rebuilt() ? splitter_of<true>() : splitter_of<false>();
+  }
+
+  template <bool Rebuild>
+  auto splitter_of() const {
     switch (key.known_length(value)) {
       case 64:
-        return launch_split<false, 64>;
+        return launch_split<Rebuild, 64>;
       case 128:
-        return launch_split<false, 128>;
+        return launch_split<Rebuild, 128>;
       default:
-        return plain ? launch_split<false, kPlain> : launch_split<false, kGeneral>;
+        return key.plain() && value.plain() ? launch_split<Rebuild, kPlain> : launch_split<Rebuild, kGeneral>;
     }
   }
 

@@ -10,7 +10,7 @@ from minicache_trt.config import ModelConfig
 from minicache_trt.runtime.batch import Batch
 from tests.gpu.cases import Case, assert_agrees, model
 from tests.gpu.conftest import Kernels
-from tests.support.plans import all_plans
+from tests.support.plans import all_plans, single_run_plans
 from tests.support.steps import step
 
 TYPES = [torch.float16, torch.bfloat16]
@@ -35,6 +35,17 @@ def test_every_plan(kernels: Kernels, plan: str, dtype: torch.dtype) -> None:
 def test_shapes(kernels: Kernels, method: str, dim: int, group: int, dtype: torch.dtype) -> None:
     config = model(dim, 2, group)
     assert_agrees(kernels, Case.random(kernels, config, make_plan(config, method), mixed_step(method != "full"), dtype))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("plan", single_run_plans(model()))
+def test_streams_of_one_run(kernels: Kernels, plan: str, dim: int, dtype: torch.dtype) -> None:
+    config = model(dim)
+    batch = step([(70, 64, 1), (700, 576, 1)])
+    case = Case.random(kernels, config, single_run_plans(config)[plan], batch, dtype)
+    for layer in (0, 3):
+        assert_agrees(kernels, case, layer)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 511, 512, 513, 1000])

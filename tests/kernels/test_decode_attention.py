@@ -24,7 +24,7 @@ from minicache_trt.model.maps import plan_maps
 from minicache_trt.model.rope import inverse_frequencies
 from minicache_trt.model.torch_attention import Pools, paged_attention
 from minicache_trt.runtime.batch import Batch
-from tests.support.plans import all_plans, completed, lossless_plan
+from tests.support.plans import all_plans, completed, lossless_plan, single_run_plans
 from tests.support.steps import random_pools, step
 
 POISON = -77.0
@@ -195,6 +195,18 @@ def test_16_bit_types(host_library: KernelLibrary, name: str, dtype: torch.dtype
     pools = random_pools(CONFIG, plan, 12, 6, dtype)
     batch = step(sequences_of(plan, [(70, 64, 1), (200, 128, 1)]), 0, 12, 6)
     for layer in range(CONFIG.num_layers):
+        check(host_library, pools, batch, layer, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", single_run_plans(config_of(64, 4, 2)))
+def test_streams_of_one_run(host_library: KernelLibrary, name: str, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    config = config_of(dim, 4, 2)
+    pools = random_pools(config, single_run_plans(config)[name], 24, 12, dtype)
+    batch = step([(70, 64, 1), (700, 576, 1)], 0, 24, 12)
+    for layer in (0, 3):
         check(host_library, pools, batch, layer, TOLERANCE[dtype])
 
 

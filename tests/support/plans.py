@@ -70,6 +70,31 @@ def completed(config: ModelConfig, *streams: Stream, seed: int = 0) -> Compressi
     return replace(plan, matrices=random_matrices(plan, config, seed)).validate(config)
 
 
+def single_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """Streams of one run of 64 or 128 components, for which decode attention has kernels of its own."""
+    layers, pairs = [(layer,) for layer in range(config.num_layers)], [(0, 1), (2, 3)]
+
+    def plan(length: int, key: str, value: str, axis: str = "token", basis: str = "post_rope") -> CompressionPlan:
+        merge = "none" if length == config.head_dim and basis == "post_rope" else "linear"
+        streams = (
+            Stream(part, group, (Segment(length, format, axis),), merge=merge, basis=own)  # type: ignore[arg-type]
+            for part, format, own in (("key", key, basis), ("value", value, "post_rope"))
+            for group in (layers if merge == "none" else pairs)
+        )
+        return completed(config, *streams)
+
+    rank = 192 - config.head_dim
+    return {
+        "int4": plan(config.head_dim, "int4", "int4"),
+        "int4 channels": plan(config.head_dim, "int4", "int4", "channel"),
+        "int4 and g4 pairs": plan(rank, "int4", "g4"),
+        "g4 and int4 pairs": plan(rank, "g4", "int4"),
+        "g4 pairs before RoPE": plan(rank, "g4", "g4", basis="pre_rope"),
+        "int4 pairs before RoPE": plan(rank, "int4", "int4", basis="pre_rope"),
+        "int4 channels before RoPE": plan(config.head_dim, "int4", "g4", "channel", "pre_rope"),
+    }
+
+
 def full_codec_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     """Handcrafted plans of four layers and at least 64 components a head; each is a group of options of the codec."""
     assert config.num_layers == 4 and config.head_dim >= 64

@@ -16,7 +16,7 @@ struct MappedQueries {
 // Where things lie in a thread block's shared memory: byte offsets.
 struct CompressedShared {
   std::int32_t stage_bytes, stages;
-  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map, table, bytes;
+  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map, turns, offset, bases, table, bytes;
   bool map_in_shared;
 };
 
@@ -32,7 +32,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
     return offset;
   };
   constexpr int kStep = QueryFragments::step_bytes<T>();
-  const int mapped = rebuilt ? 2 * padded_half(k.dim) / 16 : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
+  const int mapped = rebuilt ? 4 * padded_half(k.dim) / 16 : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
   shared.stage_bytes = maximum(maximum(key.stage.bytes, value.stage.bytes),
                                v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
   shared.stage_bytes = ceil_div(shared.stage_bytes, 128) * 128;
@@ -48,6 +48,9 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.rows = field(rebuilt ? kBlockSize * KeyRebuild::row_stride<T>(k) : 0);
   shared.map_in_shared = rebuilt && map_in_shared;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
+  shared.turns = field(rebuilt ? kBlockSize * KeyRebuild::turn_stride<Code<T>>(k.dim) : 0);
+  shared.offset = field(rebuilt ? 2 * padded_half(k.dim) * 4 : 0);
+  shared.bases = field(rebuilt ? kSplitBlocks * padded_half(k.dim) * 8 : 0);
   shared.table = field(kSplitBlocks * 4);
   shared.bytes = bytes;
   return shared;
@@ -59,6 +62,7 @@ struct CompressedSplitArguments {
   StreamReader key, value;
   MappedQueries queries;
   const void* map_fragments;  // of every slot, for keys that are rebuilt
+  const char* turns;          // KeyRebuild's table, for them
   CompressedShared shared;
   Partials partials;  // vectors: latent sums [stored], residual ones [D], retained values [D]; as far as there are any
 };

@@ -13,7 +13,7 @@ struct CompressedSplit {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
   static constexpr int kMinBlocks = 3;  // for four, registers would spill here
 #else
-  static constexpr int kMinBlocks = 4;
+  static constexpr int kMinBlocks = Kind ? 4 : 3;
 #endif
   using Arguments = CompressedSplitArguments<T>;
   // Units of a warp: of latent components, then of residual ones.
@@ -64,9 +64,22 @@ struct CompressedSplit {
       }
     };
     if constexpr (Rebuild) {
-      read_keys(AnyFormat{}, [&](const auto& stage, int token) {
-        rebuild.template logits<T>(block, stage, fragments, scale, scores, token, item.split * kSplitTokens + token);
-      });
+      fill_bases(block, a, item.split * kSplitTokens + start, blocks);
+      block.sync();
+      auto turn = [&](int u) { turn_queries(block, a, item, fragments, u % 2 * turned_steps(a.key.shape), u); };
+      turn(0);
+      auto read = [&](auto formats) {
+        read_keys(formats, [&](const auto& stage, int token) {
+          const int u = (token - start) / kBlockSize, first = u % 2 * turned_steps(a.key.shape);
+          rebuild.template logits<T>(block, stage, fragments, first, scale, scores, token);
+          if (u + 1 < blocks) turn(u + 1);
+        });
+      };
+      if constexpr (is_known(Kind)) {
+        each_format(a.key, read);
+      } else {
+        read(AnyFormat{});
+      }
     } else {
       each_format(a.key, [&](auto formats) {
         read_keys(formats, [&](const auto& stage, int token) {
@@ -168,21 +181,7 @@ struct CompressedSplit {
     };
     int step = 0;
     if constexpr (Rebuild) {
-      const int steps = 2 * padded_half(shape.dim) / 16;
-      block.each([&](Thread thread) {
-        const int query = thread.lane() / 4;
-        for (int n = thread.warp(); n < steps; n += kDecodeWarps) {
-          for (int j = 0; j < 2; ++j) {
-            float x[2];
-            for (int i = 0; i < 2; ++i) {
-              const int c = KeyRebuild::component(shape.dim, 16 * n + 2 * (thread.lane() % 4) + 8 * j + i);
-              x[i] = c < 0 ? 0.0f : plain(query, c);
-            }
-            put_pair(fragments.template at<Code<T>, T>(n, thread.lane()), j, make_pair<Code<T>>(x[0], x[1]));
-          }
-        }
-      });
-      step = steps;
+      step = 2 * turned_steps(shape);
     } else {
       Stage<(Kind ? kPlain : kGeneral)>{a.key, nullptr}.each_run([&](int n) {
         const Segment& run = a.key.run(n);
@@ -209,26 +208,93 @@ struct CompressedSplit {
     return step;
   }
 
+  // Steps of 16 components of a turned query.
+  MC_HD static int turned_steps(const StreamShape& shape) { return 2 * padded_half(shape.dim) / 16; }
+
+  // Cosine and sine of the position of each of the split's cache blocks, by component of half a padded key.
+  struct Base {
+    float cosine, sine;
+  };
+  MC_HD static Base* bases_of(char* shared, const Arguments& a, int u) {
+    return reinterpret_cast<Base*>(shared + a.shared.bases) + u * padded_half(a.key.shape.dim);
+  }
+  template <class Block>
+  MC_HD static void fill_bases(Block& block, const Arguments& a, int first, int blocks) {
+    const int dim = a.key.shape.dim, half = padded_half(dim);
+    const float* const frequencies = a.problem.shape.inverse_frequencies;
+    block.each([&](Thread thread) {
+      for (int k = thread.index; k < blocks * half; k += kThreads) {
+        const int u = k / half, c = k % half;
+        Base base{1.0f, 0.0f};
+        if (c < dim / 2) {
+          const float place = static_cast<float>(first + u * kBlockSize);
+          sine_and_cosine(multiply(place, frequencies[c]), base.sine, base.cosine);
+        }
+        bases_of(block.shared, a, u)[c] = base;
+      }
+    });
+  }
+
+  // Queries turned back by the position of block u, from step `first` of the fragments on: their products with keys
+  // turned by the rest of their own positions are those of the queries with the keys.
+  template <class Block>
+  MC_HD static void turn_queries(Block& block, const Arguments& a, const SplitItem& item,
+                                 const QueryFragments& fragments, int first, int u) {
+    using E = Code<T>;
+    const int dim = a.key.shape.dim, steps = padded_half(dim) / 16;
+    const Base* const bases = bases_of(block.shared, a, u);
+    block.each([&](Thread thread) {
+      const int query = thread.lane() / 4;
+      const bool used = query < item.queries;
+      const T* const row = a.problem.query(item.sequence, item.query + (used ? query : 0));
+      for (int n = thread.warp(); n < steps; n += kDecodeWarps) {
+        MC_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float x[2] = {}, y[2] = {};
+          MC_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int c = 16 * n + 2 * (thread.lane() % 4) + 8 * j + i;
+            if (c >= dim / 2 || !used) continue;
+            const float p = to_float(row[c]), q = to_float(row[c + dim / 2]);
+            const Base base = bases[c];
+            x[i] = p * base.cosine + q * base.sine;
+            y[i] = q * base.cosine - p * base.sine;
+          }
+          put_pair(fragments.template at<E, T>(first + n, thread.lane()), j, make_pair<E>(x[0], x[1]));
+          put_pair(fragments.template at<E, T>(first + steps + n, thread.lane()), j, make_pair<E>(y[0], y[1]));
+        }
+      }
+    });
+  }
+
   template <class Block>
   MC_HD static KeyRebuild prepare_rebuild(Block& block, const Arguments& a, int slot) {
     KeyRebuild rebuild{};
     if constexpr (Rebuild) {
       const StreamShape& shape = a.key.shape;
       const int bytes = static_cast<int>(rebuild_fragments<T>(shape) * sizeof(FragmentB<Code<T>>));
-      const char* map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
-      rebuild.map = map;
+      const char* const map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
+      rebuild.map = a.shared.map_in_shared ? block.shared + a.shared.map : map;
       rebuild.rows = block.shared + a.shared.rows;
-      rebuild.inverse_frequencies = a.problem.shape.inverse_frequencies;
-      rebuild.offset = a.key.maps.offset == nullptr ? nullptr : a.key.maps.offset + slot * shape.dim;
-      if (a.shared.map_in_shared) {
-        char* target = block.shared + a.shared.map;
-        block.each([&](Thread thread) {
-          for (int at = thread.index * 16; at < bytes; at += kThreads * 16) Block::copy_async(target + at, map + at);
-        });
-        Block::commit_async();
-        Block::template wait_async<0>();
-        rebuild.map = target;
-      }
+      rebuild.turns = block.shared + a.shared.turns;
+      rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
+      const float* const offset = a.key.maps.offset == nullptr ? nullptr : a.key.maps.offset + slot * shape.dim;
+      const int turn_bytes = kBlockSize * KeyRebuild::turn_stride<Code<T>>(shape.dim);
+      block.each([&](Thread thread) {
+        auto copy = [&](std::int32_t target, const char* source, int size) {
+          for (int at = thread.index * 16; at < size; at += kThreads * 16) {
+            Block::copy_async(block.shared + target + at, source + at);
+          }
+        };
+        copy(a.shared.turns, a.turns, turn_bytes);
+        if (a.shared.map_in_shared) copy(a.shared.map, map, bytes);
+        for (int c = thread.index; c < 2 * padded_half(shape.dim); c += kThreads) {
+          const int d = KeyRebuild::component(shape.dim, c);
+          rebuild.offset[c] = offset == nullptr || d < 0 ? 0.0f : offset[d];
+        }
+      });
+      Block::commit_async();
+      Block::template wait_async<0>();
     }
     return rebuild;
   }

@@ -15,7 +15,7 @@ namespace minicache {
 struct DecodeWorkspace {
   std::int64_t full, compressed;                        // partial results
   std::int64_t query_latent, query_residual, query_offset;
-  std::int64_t map_fragments;
+  std::int64_t map_fragments, turns;
   std::int64_t sums, residual_sums, plain;
   std::int64_t bytes;
 };
@@ -50,7 +50,7 @@ DecodeWorkspace decode_workspace(const DecodeSizes& sizes) {
   workspace.full = field(true, row * sizes.full_splits * (kRecordHead + sizes.dim));
   if (!sizes.compressed()) {
     workspace.compressed = workspace.query_latent = workspace.query_residual = workspace.query_offset = -1;
-    workspace.map_fragments = workspace.sums = workspace.residual_sums = workspace.plain = -1;
+    workspace.map_fragments = workspace.turns = workspace.sums = workspace.residual_sums = workspace.plain = -1;
     return workspace;
   }
   const StreamShape &key = *sizes.key, &value = *sizes.value;
@@ -59,8 +59,8 @@ DecodeWorkspace decode_workspace(const DecodeSizes& sizes) {
   workspace.query_latent = field(query && sizes.key_maps->map != nullptr, row * key.stored);
   workspace.query_residual = field(query && sizes.key_maps->residual_map != nullptr, row * key.dim);
   workspace.query_offset = field(query && sizes.key_maps->offset != nullptr, row);
-  workspace.map_fragments =
-      field(sizes.rebuilt(), sizes.rebuilt() ? key.heads * rebuild_fragments<T>(key) * sizeof(FragmentB<Code<T>>) : 0);
+  workspace.map_fragments = field(sizes.rebuilt(), MapFragmentsArguments<T>::bytes(key));
+  workspace.turns = field(sizes.rebuilt(), kBlockSize * KeyRebuild::turn_stride<Code<T>>(key.dim));
   workspace.sums = field(output, row * value.stored);
   workspace.residual_sums = field(output && value.has_residual(), row * value.dim);
   workspace.plain = field(output, row * value.dim);

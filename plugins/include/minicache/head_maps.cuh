@@ -161,23 +161,49 @@ template <class T>
 struct MapFragmentsArguments {
   StreamShape shape;
   ReadMaps maps;
-  void* out;  // [slots][rebuild_fragments]
+  const float* inverse_frequencies;
+  bool by_unit;  // components of y in the order of `QueryFragments::component`, not their own
+  void* out;     // [slots][rebuild_fragments]
+  char* turns;   // KeyRebuild's table
+
+  static std::int64_t bytes(const StreamShape& shape) {
+    return shape.heads * rebuild_fragments<T>(shape) * static_cast<std::int64_t>(sizeof(FragmentB<Code<T>>));
+  }
 };
 
-// [P | A]^T of every slot as KeyRebuild takes it; null maps are the identity. Thread block: (128 fragments, slot).
+// What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, and the turns of a block's places. Thread
+// block: (128 fragments or turns, slot; behind the last one the turns).
 template <class T>
 struct MapFragments {
   static constexpr int kThreads = kDecodeThreads;
+  using E = Code<T>;
+
+  MC_HD static std::int64_t turns(const StreamShape& shape) { return kBlockSize * padded_half(shape.dim) / 2; }
 
   template <class Block>
   MC_HD static void run(Block& block, const MapFragmentsArguments<T>& a) {
-    using E = Code<T>;
+    block.each([&](Thread thread) {
+      const std::int64_t n = static_cast<std::int64_t>(block.x()) * kThreads + thread.index;
+      if (block.y() < a.shape.heads) {
+        if (n < rebuild_fragments<T>(a.shape)) fill(a, block.y(), n);
+      } else if (n < turns(a.shape)) {
+        const int dim = a.shape.dim, pairs = padded_half(dim) / 2;
+        const int place = static_cast<int>(n) / pairs, pair = static_cast<int>(n) % pairs;
+        auto* const row = reinterpret_cast<KeyRebuild::Turn<E>*>(a.turns + place * KeyRebuild::turn_stride<E>(dim));
+        row[pair] = KeyRebuild::turn_of<E>(dim, a.inverse_frequencies, place, pair);
+      }
+    });
+  }
+
+ private:
+  MC_HD static void fill(const MapFragmentsArguments<T>& a, int slot, std::int64_t n) {
     const StreamShape& shape = a.shape;
-    const int steps = rebuild_steps(shape), slot = block.y();
-    const std::int64_t count = rebuild_fragments<T>(shape);
+    const int steps = rebuild_steps(shape), lane = static_cast<int>(n % kWarp);
+    const int step = static_cast<int>(n / kWarp % steps);
+    const int d = KeyRebuild::component(shape.dim, static_cast<int>(n / kWarp / steps) * 8 + lane / 4);
     const HeadMatrix map{a.maps.map, a.maps.map_heads, shape.stored};
     const HeadMatrix residual{a.maps.residual_map, shape.heads, shape.dim};
-    auto number = [&](int d, int c) {
+    auto number = [&](int c) {
       const bool own = c < shape.stored;
       const HeadMatrix matrix = own ? map : residual;
       const int column = own ? c : c - shape.stored;
@@ -185,17 +211,14 @@ struct MapFragments {
       if (matrix.data == nullptr) return static_cast<float>(column == d);
       return matrix.of(slot, shape.dim)[static_cast<std::int64_t>(d) * matrix.columns + column];
     };
-    block.each([&](Thread thread) {
-      const std::int64_t n = static_cast<std::int64_t>(block.x()) * kThreads + thread.index;
-      if (n >= count) return;
-      const int lane = static_cast<int>(n % kWarp), step = static_cast<int>(n / kWarp % steps);
-      const int d = KeyRebuild::component(shape.dim, static_cast<int>(n / kWarp / steps) * 8 + lane / 4);
-      FragmentB<E>& target = static_cast<FragmentB<E>*>(a.out)[slot * count + n];
-      for (int j = 0; j < 2; ++j) {
-        const int c = 16 * step + 2 * (lane % 4) + 8 * j;
-        put_pair(target, j, make_pair<E>(number(d, c), number(d, c + 1)));
-      }
-    });
+    FragmentB<E>& target = static_cast<FragmentB<E>*>(a.out)[slot * rebuild_fragments<T>(shape) + n];
+    for (int j = 0; j < 2; ++j) {
+      auto component = [&](int i) {
+        return a.by_unit ? QueryFragments::component(shape.stored, step, lane, j, i)
+                         : 16 * step + 2 * (lane % 4) + 8 * j + i;
+      };
+      put_pair(target, j, make_pair<E>(number(component(0)), number(component(1))));
+    }
   }
 };
 

@@ -88,42 +88,54 @@ MC_HD void finish_fragments(Block& block, const QueryFragments& fragments, F fil
   });
 }
 
-// One unit of N t-runs (Offset: of codes read with one): rows lane / 4 and lane / 4 + 8 of the warp's tile, from component `at` of the run on.
+// The thread's part of a unit of N t-runs (Offset: of codes read with one) as fragments A: rows lane / 4 and lane / 4 + 8
+// of the warp's tile, from component `at` of the run on.
+template <class T, Format F, int N, bool Offset, class Rows>
+MC_HD void read_unit(Thread thread, int at, Rows rows, bool words, const Half* scales, const Half* minima,
+                     FragmentA<Element<T, F>>* keys) {
+  using E = Element<T, F>;
+  const int index = at + N * (thread.lane() % 4);
+  Pair<E> x[2][N / 2];
+  MC_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (Offset) {
+      read_offset_run(rows(thread, half), index, x[half]);
+    } else {
+      read_run<T, F, N>(rows(thread, half), index, words, x[half]);
+    }
+  }
+  if constexpr (has_ranges(F) && !Offset) {
+    if (scales != nullptr) {
+      Pair<Half> scale[N / 2] = {}, lowest[N / 2] = {};
+      read_numbers<N>(scales + index, scale);
+      if constexpr (is_integer(F)) read_numbers<N>(minima + index, lowest);
+      MC_UNROLL
+      for (int p = 0; p < N / 2; ++p) {
+        const Pair<E> factor = convert<E>(scale[p]);
+        const Pair<E> constant = is_integer(F) ? convert<E>(lowest[p]) : make_pair<E>(-0.0f, -0.0f);
+        MC_UNROLL
+        for (int half = 0; half < 2; ++half) x[half][p] = fused(x[half][p], factor, constant);
+      }
+    }
+  }
+  MC_UNROLL
+  for (int s = 0; s < N / 4; ++s) {
+    MC_UNROLL
+    for (int j = 0; j < 4; ++j) put_pair(keys[s], j, x[j % 2][2 * s + j / 2]);
+  }
+}
+
+// Adds a unit's products with the queries.
 template <class T, Format F, int N, bool Offset, class Block, class Rows>
 MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
                     int step, int at, Rows rows, bool words, const Half* scales, const Half* minima) {
   using E = Element<T, F>;
   typename Block::template PerThread<FragmentA<E>> keys[N / 4];
   block.each([&](Thread thread) {
-    const int index = at + N * (thread.lane() % 4);
-    Pair<E> x[2][N / 2];
+    FragmentA<E> own[N / 4];
+    read_unit<T, F, N, Offset>(thread, at, rows, words, scales, minima, own);
     MC_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (Offset) {
-        read_offset_run(rows(thread, half), index, x[half]);
-      } else {
-        read_run<T, F, N>(rows(thread, half), index, words, x[half]);
-      }
-    }
-    if constexpr (has_ranges(F) && !Offset) {
-      if (scales != nullptr) {
-        Pair<Half> scale[N / 2] = {}, lowest[N / 2] = {};
-        read_numbers<N>(scales + index, scale);
-        if constexpr (is_integer(F)) read_numbers<N>(minima + index, lowest);
-        MC_UNROLL
-        for (int p = 0; p < N / 2; ++p) {
-          const Pair<E> factor = convert<E>(scale[p]);
-          const Pair<E> constant = is_integer(F) ? convert<E>(lowest[p]) : make_pair<E>(-0.0f, -0.0f);
-          MC_UNROLL
-          for (int half = 0; half < 2; ++half) x[half][p] = fused(x[half][p], factor, constant);
-        }
-      }
-    }
-    MC_UNROLL
-    for (int s = 0; s < N / 4; ++s) {
-      MC_UNROLL
-      for (int j = 0; j < 4; ++j) put_pair(keys[s](thread), j, x[j % 2][2 * s + j / 2]);
-    }
+    for (int s = 0; s < N / 4; ++s) keys[s](thread) = own[s];
   });
   MC_UNROLL
   for (int s = 0; s < N / 4; ++s) {

@@ -1,6 +1,8 @@
 // Pairs of numbers as fragments of a matrix product hold them: two 16-bit numbers in a word, or two floats.
 #pragma once
 
+#include <type_traits>
+
 #include "minicache/block.cuh"
 
 namespace minicache {
@@ -108,7 +110,21 @@ MC_HD Pair<E> convert(Pair<Half> x) {
   }
 }
 
+MC_HD Pair<Half> negated(Pair<Half> x) { return Pair<Half>{x.bits ^ 0x80008000u}; }
+MC_HD Pair<float> negated(Pair<float> x) { return Pair<float>{{-x.x[0], -x.x[1]}}; }
+
 // Numbers 2 j and 2 j + 1 of a fragment.
+template <class Fragment>
+MC_HD auto pair_of(const Fragment& fragment, int j) {
+  using E = std::remove_cv_t<std::remove_reference_t<decltype(fragment.x[0])>>;
+  Pair<E> pair;
+#if MC_ON_DEVICE
+  pair = reinterpret_cast<const Pair<E>*>(fragment.x)[j];
+#else
+  std::memcpy(&pair, &fragment.x[2 * j], sizeof(pair));
+#endif
+  return pair;
+}
 template <class Fragment, class E>
 MC_HD void put_pair(Fragment& fragment, int j, Pair<E> pair) {
   static_assert(sizeof(pair) == 2 * sizeof(fragment.x[0]), "types differ");
