@@ -310,6 +310,13 @@ MC_HD void read_columns(const void* a, const void* b, int index, bool words, Pai
                                      permute_bytes(first[0], second[0], 0x7632)};
     MC_UNROLL
     for (int c = 0; c < N; ++c) out[c] = detail::integer_column<kBits, N>(joined, c);
+  } else if constexpr (is_gaussian(F) && sizeof(T) == 2 && N == 4) {
+    constexpr int kBits = bits_of(F);
+    std::uint32_t first[2], second[2];
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), index, words, first);
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), index, words, second);
+    constexpr std::uint32_t kMask = (1u << (4 * kBits)) - 1u;
+    detail::level_pairs<kBits>((first[0] & kMask) | second[0] << (4 * kBits), out);
   } else {
     Pair<Element<T, F>> x[N / 2], y[N / 2];
     read_run<T, F, N>(a, index, words, x);

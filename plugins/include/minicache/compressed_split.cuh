@@ -125,14 +125,12 @@ struct CompressedSplit {
   }
 
  private:
-  // Calls f with the formats a stream's stages have: of a plain stream the one it has.
+  // Calls f with the formats a stream's stages have: of a known stream the one it has.
   template <class F>
   MC_HD static void each_format(const StreamReader& reader, F f) {
     auto one = [&](auto tag) { f(OneFormat<decltype(tag)::value>{}); };
     if constexpr (is_known(Kind)) {
       with_known_format(reader.shape.segment[0].format, one);
-    } else if constexpr (Kind) {
-      with_format(reader.shape.segment[0].format, one);
     } else {
       f(AnyFormat{});
     }
@@ -183,18 +181,19 @@ struct CompressedSplit {
     if constexpr (Rebuild) {
       step = 2 * turned_steps(shape);
     } else {
-      Stage<(Kind ? kPlain : kGeneral)>{a.key, nullptr}.each_run([&](int n) {
-        const Segment& run = a.key.run(n);
+      Stage<Kind>{a.key, nullptr}.each_run([&](int n) {
+        const StageRun& run = a.key.runs[n];
         const float* mapped = n == kResidualRun ? a.queries.residual : a.queries.latent;
         const int width = n == kResidualRun ? shape.dim : shape.stored, start = n == kResidualRun ? 0 : run.stored;
-        fill_fragments<T>(block, fragments, n, run, step, offset_keys(a), [&](int query, int c) {
+        fill_fragments<T>(block, fragments, n, run.format, run.length, step, offset_keys(a), [&](int query, int c) {
           if (mapped == nullptr || query >= item.queries) return plain(query, start + c);
           return mapped[row(query) * width + start + c];
         });
         step += run.length / 16;
       });
     }
-    if (!Kind && shape.retained > 0) fill_fragments<T>(block, fragments, kExactRun, a.key.exact, step, false, plain);
+    if (!Kind && shape.retained > 0)
+      fill_fragments<T>(block, fragments, kExactRun, shape.retained_format, shape.dim, step, false, plain);
     block.each([&](Thread thread) {
       if (thread.index >= kQueryTile) return;
       const bool used = a.queries.offset != nullptr && thread.index < item.queries;
@@ -364,7 +363,7 @@ struct CompressedSplit {
   MC_HD static void add_stage(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights,
                               Sums<Block> (&sums)[kOwn]) {
     if constexpr (Kind) {
-      add_unit(block, stage, weights, 0, 0, sums[0]);
+      stage.each_run([&](int r) { add_unit(block, stage, weights, r, 0, sums[0]); });
     } else {
       const StreamShape& shape = stage.reader.shape;
       for (int n = 0; n < kOwn; ++n) {
@@ -385,7 +384,7 @@ struct CompressedSplit {
   template <class Formats, class Block>
   MC_HD static void add_unit(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights, int r,
                              int first, Sums<Block>& sum) {
-    const char* base = stage.template rows<T>(r);
+    const char* base = stage.rows(r);
     const int stride = stage.stride(r);
     auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
     auto unit = [&](Thread thread) { return first + thread.warp(); };
@@ -393,7 +392,7 @@ struct CompressedSplit {
       return weights.template at<Element<T, decltype(tag)::value>, T>(r, step, thread.lane());
     };
     add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, stage.run(r).format, stage.length(r),
-                                            Kind || r == kResidualRun ? 0 : stage.run(r).stored, rows, unit, weight,
+                                            is_known(Kind) ? 0 : stage.run(r).stored, rows, unit, weight,
                                             stage.words(r), stage.channel_scales(r), stage.channel_minima(r));
   }
 
@@ -414,7 +413,7 @@ struct CompressedSplit {
           scaled[i] = weight * exact.scale(row);
           weights.part(kExactRun, thread) += weight * exact.minimum(row);
         }
-        target.put<T>(exact.reader.exact.format, 0, step, thread.lane(), scaled);
+        target.put<T>(exact.reader.shape.retained_format, 0, step, thread.lane(), scaled);
       }
     });
   }
@@ -442,10 +441,11 @@ struct CompressedSplit {
         const bool residual = !Kind && n >= kOwnUnits;
         const int unit = n % kOwnUnits * kDecodeWarps + thread.warp(), components = residual ? shape.dim : shape.stored;
         if (residual && !shape.has_residual()) continue;
-        const bool shared = Kind || residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
+        const bool shared =
+            is_known(Kind) || residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
         store_unit(thread, a, item, unit, shared, components, residual ? residual_vector(shape) : kRecordHead,
                    sums[n][0](thread), sums[n][1](thread), [&](int c, int query) {
-                     return weights.constant(residual ? kResidualRun : Kind ? 0 : run_of(shape, c), query);
+                     return weights.constant(residual ? kResidualRun : is_known(Kind) ? 0 : run_of(shape, c), query);
                    });
       }
       if (thread.index >= item.queries) return;
@@ -484,7 +484,7 @@ struct CompressedSplit {
       auto weight = [&](auto tag, int step, Thread thread) {
         return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());
       };
-      add_values<T, RetainedFormat, 0>(block, sum, ceil_div(exact.count, 16), a.value.exact.format, a.value.exact.length,
+      add_values<T, RetainedFormat, 0>(block, sum, ceil_div(exact.count, 16), shape.retained_format, shape.dim,
                                        0, rows, unit, weight, true, nullptr, nullptr);
       block.each([&](Thread thread) {
         store_unit(thread, a, item, unit(thread), 32 * unit(thread) + 16 >= shape.dim, shape.dim, exact_vector(shape),

@@ -38,20 +38,20 @@ struct QueryFragments {
 // Fills the fragments of a run from step `first` on; `number(query, component)` is the query. Offset: codes are read with
 // one, so that the components of every second pair are divided by its step.
 template <class T, class Block, class F>
-MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, const Segment& run, int first,
-                          bool offset, F number) {
+MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, Format format, int length,
+                          int first, bool offset, F number) {
   typename Block::template PerThread<float> sum, offsets;
   block.each([&](Thread thread) {
     const int lane = thread.lane();
     float total = 0.0f, plain = 0.0f;
-    for (int step = thread.warp(); step < run.length / 16; step += kDecodeWarps) {
+    for (int step = thread.warp(); step < length / 16; step += kDecodeWarps) {
       for (int j = 0; j < 2; ++j) {
         const float unit = offset && j == 1 ? kOffsetStep : 1.0f;
         float x[2];
         for (int i = 0; i < 2; ++i) {
-          x[i] = number(lane / 4, QueryFragments::component(run.length, step, lane, j, i)) / unit;
+          x[i] = number(lane / 4, QueryFragments::component(length, step, lane, j, i)) / unit;
         }
-        if (run.format == Format::model) {
+        if (format == Format::model) {
           const Pair<T> pair = make_pair<T>(x[0], x[1]);
           put_pair(fragments.at<T, T>(first + step, lane), j, pair);
         } else {
@@ -186,7 +186,7 @@ MC_HD void key_logits(Block& block, const Stage<Kind, Formats>& stage, const Que
   int step = 0;
   stage.each_run([&](int n) {
     const auto length = stage.length(n);
-    const char* first = stage.template rows<T>(n);
+    const char* first = stage.rows(n);
     const int stride = stage.stride(n);
     typename Block::template PerThread<FragmentD> sum;
     block.each([&](Thread thread) { sum(thread) = FragmentD{}; });
@@ -241,8 +241,8 @@ MC_HD void exact_logits(Block& block, const ExactRows& exact, const QueryFragmen
     auto rows = [&](Thread thread, int half) {
       return exact.rows[exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half)];
     };
-    add_run<T, RetainedFormat>(block, sum, fragments, step, exact.reader.exact.format, exact.reader.exact.length, rows,
-                               true, nullptr, nullptr);
+    add_run<T, RetainedFormat>(block, sum, fragments, step, exact.reader.shape.retained_format, exact.reader.shape.dim,
+                               rows, true, nullptr, nullptr);
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4;
       for (int half = 0; half < 2; ++half) {

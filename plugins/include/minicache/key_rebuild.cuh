@@ -74,9 +74,9 @@ struct KeyRebuild {
     const int stride = row_stride<T>(stage.reader.shape);
     int start = 0;
     stage.each_run([&](int n) {
-      const Segment& run = stage.run(n);
+      const StageRun& run = stage.run(n);
       const TokenRanges ranges = stage.token_ranges(n);
-      const char* first = stage.template rows<T>(n);
+      const char* first = stage.rows(n);
       const int from = stage.stride(n);
       const bool words = stage.words(n);
       const Half *scales = stage.channel_scales(n), *minima = stage.channel_minima(n);
@@ -185,7 +185,7 @@ struct KeyRebuild {
                               typename Block::template PerThread<FragmentA<Code<T>>> (&y)[Kind / 16]) {
     using E = Code<T>;
     constexpr Format kFormat = Formats::format;
-    const char* const base = stage.template rows<T>(0);
+    const char* const base = stage.rows(0);
     const TokenRanges ranges = stage.token_ranges(0);
     block.each([&](Thread thread) {
       const int own = 16 * thread.warp() + thread.lane() / 4;

@@ -34,7 +34,7 @@ MC_HD constexpr std::uint32_t level_bytes(int bits, int first, int byte) {
 // Four codes of `Bits` bits, one every 4 bits.
 template <int Bits>
 MC_HD std::uint32_t spread_codes(std::uint32_t x) {
-  if constexpr (Bits == 4) return x & 0xffffu;
+  if constexpr (Bits == 4) return x;
   if constexpr (Bits == 3) return (x & 0x7u) | (x & 0x38u) << 1 | (x & 0x1c0u) << 2 | (x & 0xe00u) << 3;
   if constexpr (Bits == 2) {
     x = ((x & 0xffu) | x << 4) & 0x0f0fu;
@@ -57,29 +57,57 @@ MC_HD void look_up(std::uint32_t four, std::uint32_t& low, std::uint32_t& high) 
   low = permute_bytes(kLow0, kLow1, index);
   high = permute_bytes(kHigh0, kHigh1, index);
   if constexpr (Bits == 4) {
-    const std::uint32_t two = (negative | negative << 8) & 0x00880088u;
-    high ^= ((two & 0x00080008u) << 4) | ((two & 0x00800080u) << 8);
+    const std::uint32_t twice = permute_bytes(negative, 0, 0x1100);
+    high ^= (twice << 4 & 0x00800080u) ^ (twice & 0x80008000u);
+  }
+}
+
+// Levels of eight codes as pairs of codes p and p + 4.
+template <int Bits>
+MC_HD void level_pairs(std::uint32_t codes, Pair<Half> (&out)[4]) {
+  constexpr std::uint32_t kLow0 = level_bytes(Bits, 0, 0), kLow1 = level_bytes(Bits, 4, 0);
+  constexpr std::uint32_t kHigh0 = level_bytes(Bits, 0, 1), kHigh1 = level_bytes(Bits, 4, 1);
+  if constexpr (Bits <= 2) {  // both bytes of a level are among eight
+    // Codes p + 4 from bit 8 on.
+    if constexpr (Bits == 1) codes = (codes & 0xfu) | (codes << 4 & 0xf00u);
+    MC_UNROLL
+    for (int p = 0; p < 4; ++p) {
+      const std::uint32_t two = codes >> (Bits * p) & ((1u << Bits) - 1u) * 0x101u;
+      out[p].bits = permute_bytes(kLow0, kHigh0, two * 0x11u + 0x4040u);
+    }
+  } else if constexpr (Bits == 3) {
+    MC_UNROLL
+    for (int p = 0; p < 4; p += 2) {  // codes p, p + 4, p + 1, p + 5
+      const std::uint32_t x = codes >> (3 * p);
+      const std::uint32_t index = (x & 0x7u) | (x >> 8 & 0x70u) | (x << 5 & 0x700u) | (x >> 3 & 0x7000u);
+      const std::uint32_t low = permute_bytes(kLow0, kLow1, index), high = permute_bytes(kHigh0, kHigh1, index);
+      out[p].bits = permute_bytes(low, high, 0x5140);
+      out[p + 1].bits = permute_bytes(low, high, 0x7362);
+    }
+  } else {
+    const std::uint32_t ordered = permute_bytes(codes, 0, 0x3120);  // codes 0, 1, 4, 5, then 2, 3, 6, 7
+    MC_UNROLL
+    for (int p = 0; p < 4; p += 2) {
+      std::uint32_t low, high;
+      look_up<4>(ordered >> (8 * p), low, high);
+      out[p].bits = permute_bytes(low, high, 0x6240);
+      out[p + 1].bits = permute_bytes(low, high, 0x7351);
+    }
   }
 }
 
 template <int Bits, int N>
 MC_HD void gaussian_pairs(const std::uint32_t (&codes)[2], Pair<Half> (&out)[N / 2]) {
-  std::uint32_t low, high;
-  look_up<Bits>(codes[0], low, high);
-  if constexpr (N == 2) out[0].bits = permute_bytes(low, high, 0x5140);
-  if constexpr (N == 4) {
-    out[0].bits = permute_bytes(low, high, 0x6240);
-    out[1].bits = permute_bytes(low, high, 0x7351);
-  }
   if constexpr (N == 8) {
-    std::uint32_t low2, high2;
-    look_up<Bits>(codes[0] >> (4 * Bits), low2, high2);
-    const Pair<Half> a{permute_bytes(low, high, 0x5140)}, b{permute_bytes(low2, high2, 0x5140)};
-    const Pair<Half> c{permute_bytes(low, high, 0x7362)}, d{permute_bytes(low2, high2, 0x7362)};
-    out[0] = firsts(a, b);
-    out[1] = seconds(a, b);
-    out[2] = firsts(c, d);
-    out[3] = seconds(c, d);
+    level_pairs<Bits>(codes[0], out);
+  } else {
+    std::uint32_t low, high;
+    look_up<Bits>(codes[0], low, high);
+    if constexpr (N == 2) out[0].bits = permute_bytes(low, high, 0x5140);
+    if constexpr (N == 4) {
+      out[0].bits = permute_bytes(low, high, 0x6240);
+      out[1].bits = permute_bytes(low, high, 0x7351);
+    }
   }
 }
 

@@ -69,33 +69,41 @@ StageLayout stage_layout(const StreamShape& shape) {
   return layout;
 }
 
+// A run of a stage's rows. Offsets are bytes from the stage's start; -1: it has no such ranges.
+struct StageRun {
+  Format format;
+  std::int32_t length, stored;  // components, and the first one's number among the stored ones
+  std::int32_t rows, stride;    // row of token 0, bytes between the rows of two tokens
+  std::int32_t token_scales, token_minima, channel_scales, channel_minima;
+  bool words;                   // whether words of its codes are aligned
+};
+
 // A stream as the kernels read it: of one layer.
 struct StreamReader {
   StreamShape shape;
   StreamPools pools;
   ReadMaps maps;
   StageLayout stage;
-  Segment residual, exact;
+  StageRun runs[kResidualRun + 1];
+  std::int32_t parts[kResidualRun + 1], part_count;  // numbers of the runs that are a part of every token
 
-  MC_HD const Segment& run(int n) const {
-    return n == kResidualRun ? residual : n == kExactRun ? exact : shape.segment[n];
-  }
-  // Whether run number n is a part of every token.
   MC_HD bool has_run(int n) const {
     if (n == kResidualRun) return shape.has_residual();
     return n < shape.segments && shape.segment[n].format != Format::drop;
   }
-  // Whether the stream is one run and nothing beside it but norms, with a unit of 32 components or less for each warp.
+  // Whether there is nothing beside runs of segments and norms, and a unit of 32 components or less for each warp.
   MC_HD bool plain() const {
-    return shape.segments == 1 && has_run(0) && !shape.has_residual() && shape.retained == 0 &&
-           shape.stored <= 32 * kDecodeWarps && shape.code_bytes % 4 == 0;
+    return !shape.has_residual() && shape.retained == 0 && shape.stored <= 32 * kDecodeWarps;
   }
   // The number of components to compile for, with a stream `other` of the same layer; 0: none.
   MC_HD int known_length(const StreamReader& other) const {
-    if (!plain() || !other.plain()) return 0;
-    const Segment &a = shape.segment[0], &b = other.shape.segment[0];
-    const bool known = has_known_format(a.format) && has_known_format(b.format) && a.length == b.length;
-    return known && (a.length == 64 || a.length == 128) ? a.length : 0;
+    const int length = own_known_length();
+    return length == other.own_known_length() ? length : 0;
+  }
+  MC_HD int own_known_length() const {
+    const Segment& only = shape.segment[0];
+    if (!plain() || shape.segments != 1 || !has_known_format(only.format)) return 0;
+    return only.length == 64 || only.length == 128 ? only.length : 0;
   }
   MC_HD int slot(int head) const { return maps.slots == nullptr ? head : static_cast<int>(maps.slots[head]); }
   MC_HD int map_head(int slot) const { return maps.map_heads == 1 ? 0 : slot; }
@@ -103,17 +111,48 @@ struct StreamReader {
 };
 
 template <class T>
-StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, const ReadMaps& maps) {
-  auto row = [&](Format format, int ranges) {
-    Segment run{};
+StageRun stage_run(const StreamShape& shape, const StageLayout& stage, int n) {
+  StageRun run{};
+  int params = stage.params.offset, scale = 0, minimum = kBlockSize;
+  bool channel = false;
+  if (n == kResidualRun) {
+    run.format = shape.residual;
     run.length = shape.dim;
-    run.format = format;
-    run.minimum = ranges;
-    run.ranges = ranges;
-    return run;
-  };
-  return {shape, pools, maps, stage_layout<T>(shape), row(shape.residual, kBlockSize),
-          row(shape.retained_format, has_ranges(shape.retained_format) ? shape.retained : 0)};
+    run.rows = stage.residual.offset;
+    run.stride = stage.residual_stride;
+    params = stage.residual_params.offset;
+  } else {
+    const Segment& segment = shape.segment[n];
+    const bool model = segment.format == Format::model;
+    run.format = segment.format;
+    run.length = segment.length;
+    run.stored = segment.stored;
+    run.rows = model ? stage.latent.offset + segment.storage * static_cast<int>(sizeof(T))
+                     : stage.codes.offset + segment.storage;
+    run.stride = model ? stage.latent_stride : stage.code_stride;
+    scale = segment.scale;
+    minimum = segment.minimum;
+    channel = segment.channel;
+  }
+  const int scales = has_ranges(run.format) ? params + 2 * scale : -1;
+  const int minima = is_integer(run.format) ? params + 2 * minimum : -1;
+  run.token_scales = channel ? -1 : scales;
+  run.token_minima = channel ? -1 : minima;
+  run.channel_scales = channel ? scales : -1;
+  run.channel_minima = channel ? minima : -1;
+  run.words = (run.stride | run.rows) % 4 == 0;
+  return run;
+}
+
+template <class T>
+StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, const ReadMaps& maps) {
+  StreamReader reader{shape, pools, maps, stage_layout<T>(shape), {}, {}, 0};
+  for (int n = 0; n <= kResidualRun; ++n) {
+    if (!reader.has_run(n)) continue;
+    reader.runs[n] = stage_run<T>(shape, reader.stage, n);
+    reader.parts[reader.part_count++] = n;
+  }
+  return reader;
 }
 
 // Starts copying 64 rows of Bytes bytes to rows `stage_stride(Bytes)` apart.
@@ -164,12 +203,15 @@ MC_HD void fetch_stage(Block& block, const StreamReader& reader, char* stage, st
   });
 }
 
-// Ranges that a run has for each token of a stage: where they begin; -1: 1 and 0.
+// Numbers that a stage has for each of its tokens: bytes from its start; -1: scales are 1, minima 0.
 struct TokenRanges {
-  const Half* data;
+  const char* data;
   int scales, minima;
-  MC_HD float scale(int token) const { return scales < 0 ? 1.0f : to_float(data[scales + token]); }
-  MC_HD float minimum(int token) const { return minima < 0 ? 0.0f : to_float(data[minima + token]); }
+  MC_HD float scale(int token) const { return scales < 0 ? 1.0f : at(scales, token); }
+  MC_HD float minimum(int token) const { return minima < 0 ? 0.0f : at(minima, token); }
+
+ private:
+  MC_HD float at(int offset, int token) const { return to_float(reinterpret_cast<const Half*>(data + offset)[token]); }
 };
 
 // Reads a stage, with what is known of the stream (`Kind`) and of the formats of its runs.
@@ -181,15 +223,14 @@ struct Stage {
   // Calls f with the number of each run that is a part of every token.
   template <class F>
   MC_HD void each_run(F f) const {
-    if constexpr (Kind) {
+    if constexpr (is_known(Kind)) {
       f(0);
     } else {
-      for (int n = 0; n <= kResidualRun; ++n) {
-        if (reader.has_run(n)) f(n);
-      }
+      MC_NO_UNROLL
+      for (int i = 0; i < reader.part_count; ++i) f(reader.parts[i]);
     }
   }
-  MC_HD const Segment& run(int n) const { return Kind ? reader.shape.segment[0] : reader.run(n); }
+  MC_HD const StageRun& run(int n) const { return reader.runs[n]; }
   MC_HD auto length(int n) const {
     if constexpr (is_known(Kind)) {
       return Fixed<Kind>{};
@@ -197,67 +238,51 @@ struct Stage {
       return run(n).length;
     }
   }
-
-  // Row of token 0 of run n, bytes between rows, and whether words of its codes are aligned.
-  template <class T>
-  MC_HD const char* rows(int n) const {
-    if (Kind) return data;  // the first field
-    if (n == kResidualRun) return data + reader.stage.residual.offset;
-    return run(n).format == Format::model
-               ? data + reader.stage.latent.offset + run(n).storage * static_cast<int>(sizeof(T))
-               : data + reader.stage.codes.offset + run(n).storage;
-  }
+  MC_HD const char* rows(int n) const { return is_known(Kind) ? data : data + run(n).rows; }
   MC_HD int stride(int n) const {
-    if constexpr (is_known(Kind)) {
+    if constexpr (kCodes) {
       return stage_stride(Kind * bits_of(Formats::format) / 8);
     } else {
-      if (!Kind && n == kResidualRun) return reader.stage.residual_stride;
-      return run(n).format == Format::model ? reader.stage.latent_stride : reader.stage.code_stride;
+      return run(n).stride;
     }
   }
-  MC_HD bool words(int n) const { return Kind || (stride(n) | run(n).storage) % 4 == 0; }
-  // Scales and minima of run n start at its `scale` and `minimum`.
-  MC_HD const Half* params(int n) const {
-    int offset = reader.stage.params.offset;
-    if constexpr (is_known(Kind)) {
-      offset = ceil_div(kBlockSize * stride(n), 128) * 128;  // the second field
-    } else if (!Kind && n == kResidualRun) {
-      offset = reader.stage.residual_params.offset;
-    }
-    return reinterpret_cast<const Half*>(data + offset);
-  }
-  MC_HD bool has_run_ranges(int n) const {
-    if constexpr (is_known(Kind)) return has_ranges(Formats::format);
-    return has_ranges(run(n).format);
-  }
-  MC_HD bool has_minima(int n) const {
-    if constexpr (is_known(Kind)) return is_integer(Formats::format);
-    return is_integer(run(n).format);
-  }
+  MC_HD bool words(int n) const { return is_known(Kind) || run(n).words; }
   // Whether codes are read with an offset.
   template <class T>
   MC_HD bool offset_codes() const {
-    if constexpr (is_known(Kind) && !std::is_same_v<Formats, AnyFormat>) {
-      return kOffsetCodes<T, Formats::format> && !reader.shape.segment[0].channel;
-    }
+    if constexpr (kCodes) return kOffsetCodes<T, Formats::format> && run(0).channel_scales < 0;
     return false;
   }
   // Of a run with ranges per channel; null: it has none.
-  MC_HD const Half* channel_scales(int n) const {
-    return has_run_ranges(n) && run(n).channel ? params(n) + (Kind ? 0 : run(n).scale) : nullptr;
-  }
-  MC_HD const Half* channel_minima(int n) const {
-    return has_run_ranges(n) && run(n).channel ? params(n) + (Kind ? length(n) : run(n).minimum) : nullptr;
-  }
+  MC_HD const Half* channel_scales(int n) const { return channel(n, run(n).channel_scales, 0); }
+  MC_HD const Half* channel_minima(int n) const { return channel(n, run(n).channel_minima, length(n)); }
   MC_HD TokenRanges token_ranges(int n) const {
-    const bool has = has_run_ranges(n) && !run(n).channel;
-    return {params(n), has ? (Kind ? 0 : run(n).scale) : -1,
-            has && has_minima(n) ? (Kind ? kBlockSize : run(n).minimum) : -1};
+    if constexpr (kCodes) {  // the ranges are the second field
+      const int scales = run(n).token_scales < 0 || !has_ranges(Formats::format) ? -1 : kParams;
+      return {data, scales, scales < 0 || !is_integer(Formats::format) ? -1 : kParams + 2 * kBlockSize};
+    } else {
+      return {data, run(n).token_scales, run(n).token_minima};
+    }
   }
   // Norms of the tokens as scales.
-  MC_HD TokenRanges norms() const {
-    const int offset = reader.stage.norms.offset;
-    return {reinterpret_cast<const Half*>(data), offset < 0 ? -1 : offset / 2, -1};
+  MC_HD TokenRanges norms() const { return {data, reader.stage.norms.offset, -1}; }
+
+ private:
+  static constexpr bool kCodes = is_known(Kind) && !std::is_same_v<Formats, AnyFormat>;
+  static constexpr int params_of_known() {
+    if constexpr (kCodes) return (kBlockSize * stage_stride(Kind * bits_of(Formats::format) / 8) + 127) / 128 * 128;
+    return 0;
+  }
+  static constexpr int kParams = params_of_known();
+
+  // Numbers `offset` bytes from the stage's start, or number `first` of the ranges of a known run.
+  MC_HD const Half* channel(int n, int offset, int first) const {
+    if constexpr (kCodes) {
+      if (!has_ranges(Formats::format)) return nullptr;
+      return run(n).channel_scales < 0 ? nullptr : reinterpret_cast<const Half*>(data + kParams) + first;
+    } else {
+      return offset < 0 ? nullptr : reinterpret_cast<const Half*>(data + offset);
+    }
   }
 };
 
@@ -292,12 +317,13 @@ struct ExactRows {
     return offset < 0 ? -1 : n / reader.shape.retained * kBlockSize + offset;
   }
   MC_HD float scale(int n) const {
-    if (!has_ranges(reader.exact.format)) return 1.0f;
+    if (!has_ranges(reader.shape.retained_format)) return 1.0f;
     return to_float(block(n).exact_params(reader.shape.member, slot)[n % reader.shape.retained]);
   }
   MC_HD float minimum(int n) const {
-    if (!is_integer(reader.exact.format)) return 0.0f;
-    return to_float(block(n).exact_params(reader.shape.member, slot)[reader.exact.minimum + n % reader.shape.retained]);
+    const int capacity = reader.shape.retained;
+    if (!is_integer(reader.shape.retained_format)) return 0.0f;
+    return to_float(block(n).exact_params(reader.shape.member, slot)[capacity + n % capacity]);
   }
 };
 
