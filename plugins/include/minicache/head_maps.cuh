@@ -162,7 +162,6 @@ struct MapFragmentsArguments {
   StreamShape shape;
   ReadMaps maps;
   const float* inverse_frequencies;
-  bool by_unit;  // components of y in the order of `QueryFragments::component`, not their own
   void* out;     // [slots][rebuild_fragments]
   char* turns;   // KeyRebuild's table
 
@@ -171,8 +170,8 @@ struct MapFragmentsArguments {
   }
 };
 
-// What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, and the turns of a block's places. Thread
-// block: (128 fragments or turns, slot; behind the last one the turns).
+// What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the order
+// of `QueryFragments::component`, run by run; and the turns of a block's places. Thread block: (128 fragments or turns, slot; behind the last one the turns).
 template <class T>
 struct MapFragments {
   static constexpr int kThreads = kDecodeThreads;
@@ -212,11 +211,16 @@ struct MapFragments {
       return matrix.of(slot, shape.dim)[static_cast<std::int64_t>(d) * matrix.columns + column];
     };
     FragmentB<E>& target = static_cast<FragmentB<E>*>(a.out)[slot * rebuild_fragments<T>(shape) + n];
+    int first = shape.stored, length = shape.dim;  // of the run that the step belongs to
+    for (int s = 0; s < shape.segments; ++s) {
+      const Segment& segment = shape.segment[s];
+      if (segment.format == Format::drop || 16 * step < segment.stored) continue;
+      if (16 * step >= segment.stored + segment.length) continue;
+      first = segment.stored;
+      length = segment.length;
+    }
     for (int j = 0; j < 2; ++j) {
-      auto component = [&](int i) {
-        return a.by_unit ? QueryFragments::component(shape.stored, step, lane, j, i)
-                         : 16 * step + 2 * (lane % 4) + 8 * j + i;
-      };
+      auto component = [&](int i) { return first + QueryFragments::component(length, step - first / 16, lane, j, i); };
       put_pair(target, j, make_pair<E>(number(component(0)), number(component(1))));
     }
   }

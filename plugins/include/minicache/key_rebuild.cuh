@@ -26,7 +26,7 @@ MC_HD std::int64_t rebuild_fragments(const StreamShape& shape) {
 
 struct KeyRebuild {
   const void* map;  // fragments, in shared memory if they fit
-  char* rows;       // [kDecodeWarps][16] rows of [y | residual]
+  char* rows;       // [y | residual] of the warps' tokens, as fragments A that only their own threads use
   char* turns;      // [kBlockSize][padded half / 2] `Turn`s
   float* offset;    // c of the slot by component of the padded key
 
@@ -57,55 +57,20 @@ struct KeyRebuild {
     return {make_pair<E>(cosine[0], cosine[1]), make_pair<E>(sine[0], sine[1])};
   }
 
+  // Bytes of the rows of all warps as fragments A: [kDecodeWarps][steps][lanes].
   template <class T>
-  MC_HD static int row_stride(const StreamShape& shape) {
-    return stage_stride(rebuild_steps(shape) * 16 * static_cast<int>(sizeof(Code<T>)));
+  MC_HD static int row_bytes(const StreamShape& shape) {
+    return kDecodeThreads * rebuild_steps(shape) * static_cast<int>(sizeof(FragmentA<Code<T>>));
+  }
+  template <class E>
+  MC_HD FragmentA<E>& row(Thread thread, int steps, int step) const {
+    return reinterpret_cast<FragmentA<E>*>(rows)[(thread.warp() * steps + step) * kWarp + thread.lane()];
   }
 
   // Component of the padded key's component d, -1 in the padding.
   MC_HD static int component(int dim, int d) {
     const int half = padded_half(dim), place = d % half;
     return place < dim / 2 ? place + d / half * (dim / 2) : -1;
-  }
-
-  // Rows of the warp's 16 tokens, dequantized: two threads a row.
-  template <class T, int Kind, class Formats, class Block>
-  MC_HD void dequantize(Block& block, const Stage<Kind, Formats>& stage) const {
-    const int stride = row_stride<T>(stage.reader.shape);
-    int start = 0;
-    stage.each_run([&](int n) {
-      const StageRun& run = stage.run(n);
-      const TokenRanges ranges = stage.token_ranges(n);
-      const char* first = stage.rows(n);
-      const int from = stage.stride(n);
-      const bool words = stage.words(n);
-      const Half *scales = stage.channel_scales(n), *minima = stage.channel_minima(n);
-      with_format(run.format, [&](auto tag) {
-        constexpr Format kFormat = decltype(tag)::value;
-        block.each([&](Thread thread) {
-          const int row = thread.index / 2, token = row;
-          Code<T>* target = reinterpret_cast<Code<T>*>(rows + row * stride) + start;
-          const float scale = ranges.scale(token), lowest = ranges.minimum(token);
-          for (int at = thread.index % 2 * 4; at < run.length; at += 8) {
-            Pair<Element<T, kFormat>> x[2];
-            read_run<T, kFormat, 4>(first + row * from, at, words, x);
-            MC_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              float y = i < 2 ? first_of(x[i % 2]) : second_of(x[i % 2]);
-              if constexpr (has_ranges(kFormat)) {
-                const float factor = scales == nullptr ? scale : to_float(scales[at + i]);
-                const float constant =
-                    scales == nullptr || !is_integer(kFormat) ? lowest : to_float(minima[at + i]);
-                y = factor * y + constant;
-              }
-              target[at + i] = from_float<Code<T>>(y);
-            }
-          }
-        });
-      });
-      start += run.length;
-    });
-    block.sync_warp();
   }
 
   // `first`: step of the fragments from which on the queries lie that are turned back by the stage's position.
@@ -116,14 +81,12 @@ struct KeyRebuild {
     constexpr bool kOwn = is_known(Kind);  // the products' operands stay in registers
     constexpr int kSteps = kOwn ? Kind / 16 : 1;
     const StreamShape& shape = stage.reader.shape;
-    const int stride = row_stride<T>(shape), steps = kOwn ? kSteps : rebuild_steps(shape);
-    const int half = padded_half(shape.dim);
+    const int steps = kOwn ? kSteps : rebuild_steps(shape), half = padded_half(shape.dim);
     typename Block::template PerThread<FragmentA<E>> y[kSteps];
     if constexpr (kOwn) {
       read_rows<T>(block, stage, y);
     } else {
-      block.sync_warp();
-      dequantize<T>(block, stage);
+      store_rows<T>(block, stage, steps);
     }
     typename Block::template PerThread<FragmentD> logit;
     block.each([&](Thread thread) { logit(thread) = FragmentD{}; });
@@ -150,10 +113,7 @@ struct KeyRebuild {
         for (int step = 0; step < kSteps; ++step) add(step, y[step]);
       } else {
         for (int step = 0; step < steps; ++step) {
-          block.template load_matrices<false>(y[0], [&](Thread thread) -> const void* {
-            const int l = thread.lane(), row = 16 * thread.warp() + l % 8 + 8 * (l / 8 % 2);
-            return rows + row * stride + (16 * step + 8 * (l / 16)) * static_cast<int>(sizeof(E));
-          });
+          block.each([&](Thread thread) { y[0](thread) = row<E>(thread, steps, step); });
           add(step, y[0]);
         }
       }
@@ -179,37 +139,73 @@ struct KeyRebuild {
   }
 
  private:
-  // Rows of the warp's 16 tokens as fragments A, components in the order of `QueryFragments::component`.
+  // A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
+  template <class T, Format F, int N, int Kind, class Formats>
+  MC_HD static void dequantize(Thread thread, const Stage<Kind, Formats>& stage, int n, int at,
+                               FragmentA<Code<T>>* out) {
+    using E = Code<T>;
+    const char* const base = stage.rows(n);
+    const int own = 16 * thread.warp() + thread.lane() / 4, stride = stage.stride(n);
+    auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
+    FragmentA<Element<T, F>> unit[N / 4];
+    read_unit<T, F, N, false>(thread, at, rows, stage.words(n), stage.channel_scales(n), stage.channel_minima(n), unit);
+    const TokenRanges ranges = stage.token_ranges(n);
+    MC_UNROLL
+    for (int s = 0; s < N / 4; ++s) {
+      MC_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (has_ranges(F)) {
+          const float scale = ranges.scale(own + 8 * (j % 2)), lowest = ranges.minimum(own + 8 * (j % 2));
+          const Pair<E> x = pair_of(unit[s], j);
+          put_pair(out[s], j,
+                   ranges.scales < 0 ? x : fused(x, make_pair<E>(scale, scale), make_pair<E>(lowest, lowest)));
+        } else if constexpr (std::is_same_v<Element<T, F>, E>) {
+          put_pair(out[s], j, pair_of(unit[s], j));
+        } else {
+          const auto x = pair_of(unit[s], j);
+          put_pair(out[s], j, make_pair<E>(first_of(x), second_of(x)));
+        }
+      }
+    }
+  }
+
+  // Rows of the warp's 16 tokens, components in the order of `QueryFragments::component`: in registers,
   template <class T, int Kind, class Formats, class Block>
   MC_HD static void read_rows(Block& block, const Stage<Kind, Formats>& stage,
                               typename Block::template PerThread<FragmentA<Code<T>>> (&y)[Kind / 16]) {
-    using E = Code<T>;
-    constexpr Format kFormat = Formats::format;
-    const char* const base = stage.rows(0);
-    const TokenRanges ranges = stage.token_ranges(0);
     block.each([&](Thread thread) {
-      const int own = 16 * thread.warp() + thread.lane() / 4;
-      auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stage.stride(0); };
       MC_UNROLL
       for (int at = 0; at < Kind; at += 32) {
-        FragmentA<E> unit[2];
-        read_unit<T, kFormat, 8, false>(thread, at, rows, true, stage.channel_scales(0), stage.channel_minima(0), unit);
+        FragmentA<Code<T>> unit[2];
+        dequantize<T, Formats::format, 8>(thread, stage, 0, at, unit);
         y[at / 16](thread) = unit[0];
         y[at / 16 + 1](thread) = unit[1];
       }
-      if (ranges.scales < 0) return;
-      MC_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float scale = ranges.scale(own + 8 * half), lowest = ranges.minimum(own + 8 * half);
-        const Pair<E> factor = make_pair<E>(scale, scale), constant = make_pair<E>(lowest, lowest);
-        MC_UNROLL
-        for (int step = 0; step < Kind / 16; ++step) {
-          MC_UNROLL
-          for (int j = half; j < 4; j += 2) {
-            put_pair(y[step](thread), j, fused(pair_of(y[step](thread), j), factor, constant));
+    });
+  }
+
+  // or in `rows`, run by run.
+  template <class T, int Kind, class Formats, class Block>
+  MC_HD void store_rows(Block& block, const Stage<Kind, Formats>& stage, int steps) const {
+    using E = Code<T>;
+    stage.each_run([&](int n) {
+      const int length = stage.length(n);
+      const int first = (n == kResidualRun ? stage.reader.shape.stored : stage.run(n).stored) / 16;
+      Formats::with(stage.run(n).format, [&](auto tag) {
+        constexpr Format kFormat = decltype(tag)::value;
+        block.each([&](Thread thread) {
+          FragmentA<E> unit[2];
+          int at = 0;
+          for (; at + 32 <= length; at += 32) {
+            dequantize<T, kFormat, 8>(thread, stage, n, at, unit);
+            row<E>(thread, steps, first + at / 16) = unit[0];
+            row<E>(thread, steps, first + at / 16 + 1) = unit[1];
           }
-        }
-      }
+          if (at == length) return;
+          dequantize<T, kFormat, 4>(thread, stage, n, at, unit);
+          row<E>(thread, steps, first + at / 16) = unit[0];
+        });
+      });
     });
   }
 
