@@ -54,7 +54,7 @@ struct Program {
   std::vector<char> file;  // initial registers: constants in place, the rest poison
   std::uint32_t thread_index = 0, block_index = 0, block_size = 0, grid_size = 0, lane = 0;  // slots, 3 in a row each
   std::int64_t shared_bytes = 0, local_bytes = 0, parameter_bytes = 0;
-  std::vector<char> parameters;  // where instructions look for them
+  std::vector<char> parameters;        // where instructions look for them
   std::vector<std::int64_t> executed;  // by warps, of each instruction, since it was last added up
 };
 

@@ -161,6 +161,8 @@ void run(Runtime& state, Kernel& kernel, dim3 grid, dim3 block, void** arguments
   Block machine(program, blocks, {block.x, block.y, block.z}, static_cast<std::int64_t>(shared), allowed,
                 kernel.statistics);
   ++kernel.statistics.launches;
+  kernel.statistics.shared_bytes =
+      std::max(kernel.statistics.shared_bytes, program.shared_bytes + static_cast<std::int64_t>(shared));
   for (std::int64_t n = 0; n < blocks.count(); ++n) {
     const std::int64_t place = state.reverse ? blocks.count() - 1 - n : n;
     machine.run({static_cast<unsigned>(place % grid.x), static_cast<unsigned>(place / grid.x % grid.y),
@@ -273,9 +275,16 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return failed(cudaErrorInvalidValue);
-  *value = static_cast<int>(emulator::kSharedMost);
-  return cudaSuccess;
+  switch (attribute) {  // of Hopper
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(emulator::kSharedMost);
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(emulator::kSharedMost) + 1024;
+      return cudaSuccess;
+    default:
+      return failed(cudaErrorInvalidValue);
+  }
 }
 
 cudaError_t cudaGetLastError() {

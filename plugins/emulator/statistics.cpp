@@ -8,11 +8,11 @@ std::string Statistics::json() const {
   static const char* const names[kinds] = {"integer", "floating", "conversion", "special", "tensor",
                                            "shuffle", "memory",   "control",    "other"};
   std::ostringstream out;
-  out << "{\"launches\": " << launches << ", \"blocks\": " << blocks << ", \"lanes\": " << lanes
-      << ", \"shared_accesses\": " << shared_accesses << ", \"shared_wavefronts\": " << shared_wavefronts
-      << ", \"shared_ideal\": " << shared_ideal << ", \"global_accesses\": " << global_accesses
-      << ", \"global_sectors\": " << global_sectors << ", \"global_bytes\": " << global_bytes
-      << ", \"instructions\": {";
+  out << "{\"launches\": " << launches << ", \"blocks\": " << blocks << ", \"shared_bytes\": " << shared_bytes
+      << ", \"lanes\": " << lanes << ", \"shared_accesses\": " << shared_accesses
+      << ", \"shared_wavefronts\": " << shared_wavefronts << ", \"shared_ideal\": " << shared_ideal
+      << ", \"global_accesses\": " << global_accesses << ", \"global_sectors\": " << global_sectors
+      << ", \"global_bytes\": " << global_bytes << ", \"instructions\": {";
   for (int kind = 0; kind < kinds; ++kind)
     out << (kind == 0 ? "" : ", ") << '"' << names[kind] << "\": " << instructions[kind];
   out << "}, \"places\": {";

@@ -11,6 +11,7 @@ struct Statistics {
   enum Kind { integer, floating, conversion, special, tensor, shuffle, memory, control, other, kinds };
 
   std::int64_t launches = 0, blocks = 0;
+  std::int64_t shared_bytes = 0;          // of a thread block, at most
   std::int64_t instructions[kinds] = {};  // of warps
   std::int64_t lanes = 0;                 // threads that took part in them
   std::int64_t shared_accesses = 0, shared_wavefronts = 0, shared_ideal = 0;

@@ -25,15 +25,23 @@ std::int32_t start(Grid grid, int shared, const Arguments& arguments, Stream str
 #endif
 }
 
-// Shared memory a thread block may have.
-std::int32_t shared_limit(int& bytes) {
+// Bytes of shared memory that a thread block may have, and that a multiprocessor has.
+struct SharedLimits {
+  int block, processor;
+};
+
+std::int32_t shared_limits(SharedLimits& limits) {
 #if defined(__CUDACC__)
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  auto ask = [&](int& bytes, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, attribute, device);
+  };
+  ask(limits.block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(limits.processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   return finish(kName, error);
 #else
-  bytes = 1 << 30;
+  limits = {1 << 30, 228 * 1024};
   return ok;
 #endif
 }
@@ -290,18 +298,21 @@ struct DecodeAttention {
     return start<CompressedSplit<T, Rebuild, Kind>>(grid, arguments.shared.bytes, arguments, stream);
   }
 
-  // As many stages as leave room for two thread blocks or more, then what fits at all.
+  // As many stages as leave room for the thread blocks that registers leave room for (half of them for keys before RoPE,
+  // whose tables every thread block has), then what fits at all.
   std::int32_t choose_shared(CompressedShared& shared) const {
-    int limit = 0;
-    if (const std::int32_t status = shared_limit(limit)) return status;
+    SharedLimits limits{};
+    if (const std::int32_t status = shared_limits(limits)) return status;
+    constexpr int kReserved = 1024;  // of each thread block
+    const int preferred = limits.processor / (sizes.rebuilt() ? 2 : 4) - kReserved;
     for (const bool resident : {true, false}) {
       for (int stages = 4; stages >= 2; --stages) {
         shared = compressed_shared<T>(key, value, stages, resident);
-        if (shared.bytes <= (stages == 2 ? limit : minimum(limit, 48 * 1024))) return ok;
+        if (shared.bytes <= (stages == 2 ? limits.block : minimum(limits.block, preferred))) return ok;
       }
     }
     return fail(unsupported, "%s: a block of these streams takes %d bytes of shared memory, the device has %d", kName,
-                shared.bytes, limit);
+                shared.bytes, limits.block);
   }
 
   std::int32_t combine() const {

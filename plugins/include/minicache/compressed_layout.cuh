@@ -42,10 +42,11 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.fragments = field((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep);
   // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
   shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + kConstants * kDecodeThreads) * 4);
-  shared.weights = field((kResidualRun + 1) * (kBlockSize / 16) * kStep);
+  const bool known = key.known_length(value) > 0;  // one run, which stays in registers
+  shared.weights = field((known ? 1 : kResidualRun + 1) * (kBlockSize / 16) * kStep);
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
   shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
-  shared.rows = field(rebuilt ? KeyRebuild::row_bytes<T>(k) : 0);
+  shared.rows = field(rebuilt && !known ? KeyRebuild::row_bytes<T>(k) : 0);
   shared.map_in_shared = rebuilt && map_in_shared;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
   shared.turns = field(rebuilt ? kBlockSize * KeyRebuild::turn_stride<Code<T>>(k.dim) : 0);
