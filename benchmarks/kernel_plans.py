@@ -21,7 +21,15 @@ MODELS = {
     "Llama-2-7B 32/32/128": ModelConfig("llama", 2, 4096, 11008, 32, 32, 128, 32000, 1 << 17),
     "Llama-3-8B 32/8/128": ModelConfig("llama", 2, 4096, 14336, 32, 8, 128, 128256, 1 << 17),
 }
-PLANS = ("full", "kivi4", "int4 pairs", "KLT pairs post_rope", "KLT pairs pre_rope")
+PLANS = (
+    "full",
+    "kivi4",
+    "int4 pairs",
+    "KLT pairs post_rope",
+    "KLT pairs pre_rope",
+    "KLT runs post_rope",
+    "KLT runs pre_rope",
+)
 
 
 def plan_of(name: str, config: ModelConfig) -> CompressionPlan:
@@ -30,13 +38,17 @@ def plan_of(name: str, config: ModelConfig) -> CompressionPlan:
 
 
 def plan_of_pairs(name: str, config: ModelConfig) -> CompressionPlan:
-    """Pairs of layers joined by a linear map: half the components in 4 bits, or a quarter of them in g4."""
+    """Pairs of layers joined by a linear map: half the components in 4 bits, a quarter of them in g4, or half of them in runs
+    of g4, g3 and g2, as calibration allots them."""
     if name not in PLANS or name in METHODS:
         raise UserError(f"unknown plan {name!r}", f"plans: {', '.join((*METHODS, *PLANS))}")
     dim = config.head_dim
     segments = (Segment(dim, "int4", transform="hadamard"),)
-    if name != "int4 pairs":
+    if name.startswith("KLT pairs"):
         segments = (Segment(dim // 2, "g4", transform="hadamard"),)
+    elif name.startswith("KLT runs"):
+        lengths = {"g4": dim // 4, "g3": dim // 4, "g2": dim // 2}
+        segments = tuple(Segment(length, format, transform="hadamard") for format, length in lengths.items())
     basis = "pre_rope" if name.endswith("pre_rope") else "post_rope"
     streams = tuple(
         Stream(part, (first, first + 1), segments, merge="linear", basis=basis if part == "key" else "post_rope")

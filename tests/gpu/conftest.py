@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minicache_trt.kernels.emulated import EmulatedRuntime
 from minicache_trt.kernels.library import KernelLibrary
 from minicache_trt.kernels.locate import LIBRARY_VARIABLE
-from tests.support.emulator import Emulator
+from tests.support.emulator import only_tensors
 from tests.support.plugin_build import EMULATED_OUTPUT, NVCC, ROOT, build_plugins
 
 GPU_OUTPUT = ROOT / "build" / "plugins-gpu"
@@ -69,8 +70,7 @@ def emulated_memory(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterat
     if kernels.kind != "emulated":
         yield
         return
-    emulator = Emulator(kernels.library.path)
-    with emulator.only_tensors(monkeypatch):
+    with only_tensors(EmulatedRuntime(kernels.library.path), monkeypatch):
         yield
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.emulator import Emulator
+from minicache_trt.kernels.emulated import EmulatedRuntime
+from tests.support.emulator import only_tensors
 from tests.support.plugin_build import EMULATED_OUTPUT, NVCC, build_plugins
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +23,7 @@ class Cases:
     """Kernels of ``plugins/emulator/cases``; each call returns what went wrong, or nothing."""
 
     def __init__(self, library: Path) -> None:
-        self.emulator = Emulator(library)
+        self.runtime = EmulatedRuntime(library)
         self._functions = ctypes.CDLL(str(library))
 
     def __call__(self, name: str, *arguments: np.ndarray | int) -> str:
@@ -189,7 +190,7 @@ DEFECTS = [
 @pytest.mark.parametrize("defect", range(len(DEFECTS)), ids=lambda n: f"{n} {DEFECTS[n][:40]}")
 def test_defects_are_reported(cases: Cases, monkeypatch: pytest.MonkeyPatch, defect: int) -> None:
     inputs, out = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
-    with cases.emulator.only_tensors(monkeypatch):
+    with only_tensors(cases.runtime, monkeypatch):
         inputs.data_ptr(), out.data_ptr()
         mended = cases("defect", defect, 1, inputs.numpy(), out.numpy())
         fault = cases("defect", defect, 0, inputs.numpy(), out.numpy())
@@ -208,3 +209,27 @@ def test_defects_are_reported(cases: Cases, monkeypatch: pytest.MonkeyPatch, def
 )
 def test_launches_a_gpu_refuses(cases: Cases, blocks: int, threads: int, shared: int, error: str) -> None:
     assert cases("launch", blocks, threads, shared) == error
+
+
+def test_what_a_kernel_did_is_counted(cases: Cases) -> None:
+    cases.runtime.reset()
+    out = np.zeros((4, 32), np.uint32)
+    assert cases("shuffles", out) == ""
+    ((name, counts),) = cases.runtime.statistics().items()
+    assert "shuffles" in name and (counts["launches"], counts["blocks"]) == (1, 1)
+    assert counts["instructions"]["shuffle"] == 4
+    assert (counts["global_accesses"], counts["global_bytes"], counts["global_sectors"]) == (4, 4 * 128, 4 * 4)
+    assert sum(counts["instructions"].values()) == sum(counts["places"].values())
+
+
+def test_blocks_in_reverse(cases: Cases) -> None:
+    """The result is the same: blocks here do not depend on one another."""
+    rng = np.random.default_rng(5)
+    a, b, c = rng.integers(0, 1 << 32, (3, COUNT), dtype=np.uint32)
+    made = []
+    for reverse in (False, True):
+        cases.runtime.run_blocks_in_reverse(reverse)
+        made.append(np.zeros((24, COUNT), np.uint32))
+        assert cases("integers", a, b, c, made[-1], COUNT) == ""
+    cases.runtime.run_blocks_in_reverse(False)
+    np.testing.assert_array_equal(*made)

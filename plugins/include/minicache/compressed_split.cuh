@@ -363,7 +363,14 @@ struct CompressedSplit {
   MC_HD static void add_stage(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights,
                               Sums<Block> (&sums)[kOwn]) {
     if constexpr (Kind) {
-      stage.each_run([&](int r) { add_unit(block, stage, weights, r, 0, sums[0]); });
+      stage.each_run([&](int r) {
+        // A warp's unit belongs to few of the runs.
+        const bool any = block.any_warp([&](Thread thread) {
+          const StageRun& run = stage.run(r);
+          return is_known(Kind) || (32 * thread.warp() + 31 >= run.stored && 32 * thread.warp() < run.stored + run.length);
+        });
+        if (any) add_unit(block, stage, weights, r, 0, sums[0]);
+      });
     } else {
       const StreamShape& shape = stage.reader.shape;
       for (int n = 0; n < kOwn; ++n) {
@@ -389,7 +396,7 @@ struct CompressedSplit {
     auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
     auto unit = [&](Thread thread) { return first + thread.warp(); };
     auto weight = [&](auto tag, int step, Thread thread) {
-      return weights.template at<Element<T, decltype(tag)::value>, T>(r, step, thread.lane());
+      return weights.template at<Element<T, decltype(tag)::value>, T>(stage.run(r).weights, step, thread.lane());
     };
     add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, stage.run(r).format, stage.length(r),
                                             is_known(Kind) ? 0 : stage.run(r).stored, rows, unit, weight,

@@ -159,7 +159,7 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
     using Plain = std::false_type;
     if constexpr (std::is_same_v<Length, int>) {
       int at = 0;
-      MC_UNROLL_TWICE
+      MC_NO_UNROLL
       for (; at + 32 <= length; at += 32) add(Plain{}, at);
       if (at == length) return;
       add_unit<T, kFormat, 4, false>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
@@ -188,17 +188,22 @@ MC_HD void key_logits(Block& block, const Stage<Kind, Formats>& stage, const Que
     const auto length = stage.length(n);
     const char* first = stage.rows(n);
     const int stride = stage.stride(n);
+    // Runs without ranges per token add to the total as they are.
+    const TokenRanges ranges = stage.token_ranges(n);
     typename Block::template PerThread<FragmentD> sum;
-    block.each([&](Thread thread) { sum(thread) = FragmentD{}; });
+    block.each([&](Thread thread) { sum(thread) = ranges.scales < 0 ? total(thread) : FragmentD{}; });
     auto rows = [&](Thread thread, int half) {
       return first + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
     };
     add_run<T, Formats>(block, sum, fragments, step, stage.run(n).format, length, rows, stage.words(n),
                         stage.channel_scales(n), stage.channel_minima(n));
     step += length / 16;
-    const TokenRanges ranges = stage.token_ranges(n);
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+      if (ranges.scales < 0) {
+        total(thread) = sum(thread);
+        return;
+      }
       if (stage.template offset_codes<T>()) {
         MC_UNROLL
         for (int i = 0; i < 4; ++i) {

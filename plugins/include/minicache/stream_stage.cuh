@@ -75,6 +75,7 @@ struct StageRun {
   std::int32_t length, stored;  // components, and the first one's number among the stored ones
   std::int32_t rows, stride;    // row of token 0, bytes between the rows of two tokens
   std::int32_t token_scales, token_minima, channel_scales, channel_minima;
+  std::int32_t weights;         // the first run whose weights, of values, are the same
   bool words;                   // whether words of its codes are aligned
 };
 
@@ -149,7 +150,16 @@ StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, c
   StreamReader reader{shape, pools, maps, stage_layout<T>(shape), {}, {}, 0};
   for (int n = 0; n <= kResidualRun; ++n) {
     if (!reader.has_run(n)) continue;
-    reader.runs[n] = stage_run<T>(shape, reader.stage, n);
+    StageRun& run = reader.runs[n];
+    run = stage_run<T>(shape, reader.stage, n);
+    run.weights = n;
+    for (int m = n - 1; m >= 0; --m) {
+      const StageRun& other = reader.runs[m];
+      if (reader.has_run(m) && run.token_scales < 0 && other.token_scales < 0 &&
+          (run.format == Format::model) == (other.format == Format::model)) {
+        run.weights = m;
+      }
+    }
     reader.parts[reader.part_count++] = n;
   }
   return reader;

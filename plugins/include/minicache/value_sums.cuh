@@ -60,6 +60,7 @@ MC_HD void prepare_weights(Block& block, const Stage<Kind, Formats>& stage, Scor
     }
     fragments.part(kRuns, thread) += sum;
     stage.each_run([&](int n) {
+      if (stage.run(n).weights != n) return;
       const TokenRanges ranges = stage.token_ranges(n);
       float constant = 0.0f;
       if (ranges.minima >= 0) {
