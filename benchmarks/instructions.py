@@ -1,6 +1,6 @@
 """How much of a GPU's bandwidth do the kernels' instructions leave within reach?
 
-Runs the PTX of the kernels on the emulated GPU, which counts what it runs: nothing here is a time, and no GPU is needed.
+Runs the PTX of the kernels on the emulated GPU, which counts what it runs: nothing is timed, and no GPU is needed.
 A multiprocessor issues four instructions of warps a cycle at most, so a kernel that needs one instruction for B bytes
 reaches at most ``4 x B x multiprocessors x clock`` bytes per second, however fast the memory is. Instructions are those
 of PTX, of which ptxas makes fewer.
@@ -158,13 +158,14 @@ def main(
         "kernel",
         "instructions",
         "bytes each",
-        f"GB/s at most ({multiprocessors} x {clock} GHz)",
-        "turns per turn without conflicts",
+        "GB/s at most",
+        "conflicts",
         "shared KiB",
     )
     cells = [row.cells(multiprocessors, clock * 1e9) for row in rows]
     results = {"library": counter.library.version, "rows": [asdict(row) for row in rows]}
-    write_report("Instructions of the kernels' PTX, fp16, one layer", columns, cells, results, json_file)
+    title = f"Instructions of the kernels' PTX, fp16, one layer; GB/s at most: {multiprocessors} x {clock} GHz"
+    write_report(title, columns, cells, results, json_file)
 
 
 if __name__ == "__main__":

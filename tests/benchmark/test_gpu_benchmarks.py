@@ -15,6 +15,7 @@ import torch
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import plan_layout
 from minicache_trt.kernels.library import KernelLibrary
+from tests.support.plugin_build import NVCC
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -111,3 +112,19 @@ def test_the_budget_goes_to_the_cache(module: Any) -> None:
     end_to_end = module("end_to_end")
     config = end_to_end.cache_config(80 * 10**9, 14 * 10**9, 256)
     assert config.max_bytes == int(0.9 * 66 * 10**9) and config.active_prefills * 6 >= 256
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc: install the CUDA toolkit (12.8 or later) and put it on PATH")
+def test_instructions_are_counted(module: Any) -> None:
+    script = module("instructions")
+    counter, model = script.Counter.built(), "Llama-3-8B 32/8/128"
+    rows = [*script.decode_rows(counter, model, "kivi4", 128), *script.codec_rows(counter, model, "kivi4", 1)]
+    kernels = ["FullSplit", "CompressedSplit", "CombineSplits", *2 * ["RestoreKernel", "CompressKernel"]]
+    assert [row.kernel for row in rows] == kernels
+    assert all(row.instructions > 1000 and row.shared_turns >= row.shared_turns_at_best for row in rows)
+    # Twice the history, twice the splits' work and little more: one more split of the same size would be too much.
+    short, long = (
+        {row.kernel: row.instructions for row in script.decode_rows(counter, model, "full", tokens)}
+        for tokens in (512, 1024)
+    )
+    assert 1.99 < long["FullSplit"] / short["FullSplit"] < 2.01
