@@ -38,8 +38,7 @@ def plan_of(name: str, config: ModelConfig) -> CompressionPlan:
 
 
 def plan_of_pairs(name: str, config: ModelConfig) -> CompressionPlan:
-    """Pairs of layers joined by a linear map: half the components in 4 bits, a quarter in g4, or half in runs of g4, g3 and
-    g2, as calibration allots them."""
+    """Pairs of layers joined by a linear map: half the numbers in int4, a quarter in g4, or half in g4, g3 and g2."""
     if name not in PLANS or name in METHODS:
         raise UserError(f"unknown plan {name!r}", f"plans: {', '.join((*METHODS, *PLANS))}")
     dim = config.head_dim
