@@ -208,7 +208,6 @@ struct DecodeAttention {
     return {at(layout.compressed), sizes.compressed_splits, compressed_record(value.shape)};
   }
   Grid splits(int count) const { return {count, a.shape.heads * problem.tiles, a.step.decodes}; }
-  int map_tiles() const { return ceil_div(a.step.decodes * problem.group, kMapRows); }
 
   std::int32_t run() const {
     std::int32_t status = run_full();
@@ -239,6 +238,9 @@ struct DecodeAttention {
     }
   }
 
+  // Rows that maps are applied to.
+  int map_rows() const { return a.step.decodes * problem.group; }
+
   std::int32_t map_queries() const {
     const ReadMaps& maps = key.maps;
     const StreamShape& shape = key.shape;
@@ -249,9 +251,15 @@ struct DecodeAttention {
          {maps.residual_map, shape.heads, shape.dim},
          {maps.offset, shape.heads, 1}},
         {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)}};
+    return map_rows() <= kFewMapRows ? map_queries<kFewMapRows>(arguments) : map_queries<kMapRows>(arguments);
+  }
+
+  template <int Rows>
+  std::int32_t map_queries(const QueryMapArguments<T>& arguments) const {
+    using Kernel = QueryMap<T, Rows>;
     int tiles = 0;
-    for (int n = 0; n < kQueryMaps; ++n) tiles += QueryMap<T>::tiles(arguments, n);
-    return start<QueryMap<T>>({tiles, map_tiles(), shape.heads}, QueryMap<T>::kShared, arguments, stream);
+    for (int n = 0; n < kQueryMaps; ++n) tiles += Kernel::tiles(arguments, n);
+    return start<Kernel>({tiles, ceil_div(map_rows(), Rows), a.shape.heads}, Kernel::kShared, arguments, stream);
   }
 
   std::int32_t run_compressed() const {
@@ -334,8 +342,14 @@ struct DecodeAttention {
                                     at(layout.plain),
                                     out,
                                     a.out_stride};
-    return start<OutputMap<T>>({shape.dim / OutputMap<T>::kComponents, map_tiles(), shape.heads}, OutputMap<T>::kShared,
-                               map, stream);
+    return map_rows() <= kFewMapRows ? map_output<kFewMapRows>(map) : map_output<kMapRows>(map);
+  }
+
+  template <int Rows>
+  std::int32_t map_output(const OutputMapArguments<T>& map) const {
+    using Kernel = OutputMap<T, Rows>;
+    return start<Kernel>({a.shape.dim / Kernel::kComponents, ceil_div(map_rows(), Rows), a.shape.heads},
+                         Kernel::kShared, map, stream);
   }
 };
 

@@ -7,7 +7,7 @@
 
 namespace minicache {
 
-constexpr int kMapRows = 16;  // query rows of a thread block
+constexpr int kMapRows = 16, kFewMapRows = 4;  // query rows of a thread block; where there are no more, of a smaller one
 
 // One matrix per slot, [heads, D, columns] row-major; heads is H, or 1: the same for all. Null: none.
 struct HeadMatrix {
@@ -35,11 +35,11 @@ struct QueryMapArguments {
   float* out[kQueryMaps];  // [query rows, columns]
 };
 
-// q M for each matrix. Thread block: (128 columns of one matrix, kMapRows rows, KV head).
-template <class T>
+// q M for each matrix. Thread block: (128 columns of one matrix, Rows rows, KV head).
+template <class T, int Rows>
 struct QueryMap {
   static constexpr int kThreads = kDecodeThreads;
-  static constexpr int kShared = kMapRows * kMaxHeadDim * 4;
+  static constexpr int kShared = Rows * kMaxHeadDim * 4;
 
   MC_HD static int tiles(const QueryMapArguments<T>& a, int n) {
     return a.matrix[n].data == nullptr ? 0 : ceil_div(a.matrix[n].columns, kThreads);
@@ -49,15 +49,15 @@ struct QueryMap {
   MC_HD static void run(Block& block, const QueryMapArguments<T>& a) {
     int n = 0, tile = block.x();
     for (; n < kQueryMaps - 1 && tile >= tiles(a, n); ++n) tile -= tiles(a, n);
-    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * kMapRows;
-    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, kMapRows);
-    float* query = reinterpret_cast<float*>(block.shared);  // [D][kMapRows]
+    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * Rows;
+    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, Rows);
+    float* query = reinterpret_cast<float*>(block.shared);  // [D][Rows]
     block.each([&](Thread thread) {
-      for (int i = thread.index; i < kMapRows * dim; i += kThreads) {
+      for (int i = thread.index; i < Rows * dim; i += kThreads) {
         const int row = i / dim, c = i % dim;
         int sequence, number;
         map_row(a.problem, head, first + minimum(row, rows - 1), sequence, number);
-        query[c * kMapRows + row] = to_float(a.problem.query(sequence, number)[c]);
+        query[c * Rows + row] = to_float(a.problem.query(sequence, number)[c]);
       }
     });
     block.sync();
@@ -66,14 +66,14 @@ struct QueryMap {
     block.each([&](Thread thread) {
       const int column = tile * kThreads + thread.index;
       if (column >= columns) return;
-      float sum[kMapRows] = {};
+      float sum[Rows] = {};
       for (int d = 0; d < dim; ++d) {
         const float x = matrix[static_cast<std::int64_t>(d) * columns + column];
         MC_UNROLL
-        for (int row = 0; row < kMapRows; ++row) sum[row] += x * query[d * kMapRows + row];
+        for (int row = 0; row < Rows; ++row) sum[row] += x * query[d * Rows + row];
       }
       MC_UNROLL
-      for (int row = 0; row < kMapRows; ++row) {
+      for (int row = 0; row < Rows; ++row) {
         if (row >= rows) continue;
         int sequence, number;
         map_row(a.problem, head, first + row, sequence, number);
@@ -93,31 +93,31 @@ struct OutputMapArguments {
   std::int64_t out_stride;
 };
 
-// plain + sums P^T + residual_sums A^T. Thread block: (16 components, kMapRows rows, KV head).
-template <class T>
+// plain + sums P^T + residual_sums A^T. Thread block: (16 components, Rows rows, KV head).
+template <class T, int Rows>
 struct OutputMap {
   static constexpr int kThreads = kDecodeThreads;
   static constexpr int kLanes = 8;  // of one component
   static constexpr int kComponents = kThreads / kLanes;
-  static constexpr int kShared = kMapRows * kMaxRank * 4;
+  static constexpr int kShared = Rows * kMaxRank * 4;
 
   template <class Block>
   MC_HD static void run(Block& block, const OutputMapArguments<T>& a) {
-    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * kMapRows;
-    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, kMapRows);
+    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * Rows;
+    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, Rows);
     const int slot = a.slots == nullptr ? head : static_cast<int>(a.slots[head]);
-    typename Block::template PerThread<float> total[kMapRows];
+    typename Block::template PerThread<float> total[Rows];
     block.each([&](Thread thread) {
       MC_UNROLL
-      for (int row = 0; row < kMapRows; ++row) total[row](thread) = 0.0f;
+      for (int row = 0; row < Rows; ++row) total[row](thread) = 0.0f;
     });
     auto add = [&](const HeadMatrix& matrix, const float* sums) {
       if (sums == nullptr) return;
       const int columns = matrix.columns;
-      float* x = reinterpret_cast<float*>(block.shared);  // [kMapRows][columns]
+      float* x = reinterpret_cast<float*>(block.shared);  // [Rows][columns]
       block.sync();
       block.each([&](Thread thread) {
-        for (int i = thread.index; i < kMapRows * columns; i += kThreads) {
+        for (int i = thread.index; i < Rows * columns; i += kThreads) {
           int sequence, number;
           map_row(a.problem, head, first + minimum(i / columns, rows - 1), sequence, number);
           x[i] = sums[a.problem.query_row(sequence, number) * columns + i % columns];
@@ -132,7 +132,7 @@ struct OutputMap {
           for (int i = 0; i < 4; ++i) {
             const float factor = line == nullptr ? static_cast<float>(c + i == component) : line[c + i];
             MC_UNROLL
-            for (int row = 0; row < kMapRows; ++row) total[row](thread) += factor * x[row * columns + c + i];
+            for (int row = 0; row < Rows; ++row) total[row](thread) += factor * x[row * columns + c + i];
           }
         }
       });
@@ -140,12 +140,12 @@ struct OutputMap {
     add(a.latent, a.sums);
     add(a.residual, a.residual_sums);
     MC_UNROLL
-    for (int row = 0; row < kMapRows; ++row) block.template reduce_add<kLanes>(total[row]);
+    for (int row = 0; row < Rows; ++row) block.template reduce_add<kLanes>(total[row]);
     block.each([&](Thread thread) {
       const int component = block.x() * kComponents + thread.index / kLanes;
       if (thread.index % kLanes != 0) return;
       MC_UNROLL
-      for (int row = 0; row < kMapRows; ++row) {
+      for (int row = 0; row < Rows; ++row) {
         if (row >= rows) continue;
         int sequence, number;
         map_row(a.problem, head, first + row, sequence, number);
