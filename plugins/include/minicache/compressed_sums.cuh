@@ -1,0 +1,201 @@
+// Sums of a split's values: by unit of 32 components in registers, then in the split's record.
+#pragma once
+
+#include "minicache/compressed_layout.cuh"
+
+namespace minicache {
+
+template <class T, int Kind>
+struct CompressedSums {
+  using Arguments = CompressedSplitArguments<T>;
+  // Units of a warp: of latent components, then of residual ones.
+  static constexpr int kOwn = Kind ? 1 : 2 * kOwnUnits;
+
+  template <class Block>
+  using Sums = typename Block::template PerThread<FragmentD>[2];
+
+  template <class Block>
+  MC_HD static void clear(Block& block, Sums<Block> (&sums)[kOwn]) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < kOwn; ++n) sums[n][0](thread) = sums[n][1](thread) = FragmentD{};
+    });
+  }
+
+  // What the offset of codes added to the sums of a known run. Rows g + 8 of a sum are components of odd number.
+  template <class Block>
+  MC_HD static void take_offset(Block& block, const WeightFragments& weights, Sums<Block> (&sums)[kOwn]) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int query = 2 * (thread.lane() % 4) + i;
+        const float added = kCodeOffset * weights.constant(WeightFragments::kOffsets, query);
+        MC_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          FragmentD& sum = sums[0][m](thread);
+          sum.x[i] -= added;
+          sum.x[2 + i] = (sum.x[2 + i] - added) / kOffsetStep;
+        }
+      }
+    });
+  }
+
+  // `sum` to number n of `sums`, which stay in registers: n is not known when this is compiled.
+  template <class Block>
+  MC_HD static void add_sum(Block& block, Sums<Block> (&sums)[kOwn], int n, const Sums<Block>& sum) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int k = 0; k < kOwn; ++k) {
+        if (k != n) continue;
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          sums[k][0](thread).x[i] += sum[0](thread).x[i];
+          sums[k][1](thread).x[i] += sum[1](thread).x[i];
+        }
+      }
+    });
+  }
+
+  template <class Formats, class Block>
+  MC_HD static void add_stage(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights,
+                              Sums<Block> (&sums)[kOwn]) {
+    if constexpr (Kind) {
+      stage.each_run([&](int r) {
+        // A warp's unit belongs to few of the runs.
+        const bool any = block.any_warp([&](Thread thread) {
+          const StageRun& run = stage.run(r);
+          return is_known(Kind) || (32 * thread.warp() + 31 >= run.stored && 32 * thread.warp() < run.stored + run.length);
+        });
+        if (any) add_unit(block, stage, weights, r, 0, sums[0]);
+      });
+    } else {
+      const StreamShape& shape = stage.reader.shape;
+      for (int n = 0; n < kOwn; ++n) {
+        const bool residual = n >= kOwnUnits;
+        const int first = n % kOwnUnits * kDecodeWarps, components = residual ? shape.dim : shape.stored;
+        if (32 * first >= components || (residual && !shape.has_residual())) continue;
+        Sums<Block> sum;
+        block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
+        stage.each_run([&](int r) {
+          if ((r == kResidualRun) == residual) add_unit(block, stage, weights, r, first, sum);
+        });
+        add_sum(block, sums, n, sum);
+      }
+    }
+  }
+
+  // Run r's part of units `first` and following, one per warp.
+  template <class Formats, class Block>
+  MC_HD static void add_unit(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights, int r,
+                             int first, Sums<Block>& sum) {
+    const char* base = stage.rows(r);
+    const int stride = stage.stride(r);
+    auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
+    auto unit = [&](Thread thread) { return first + thread.warp(); };
+    auto weight = [&](auto tag, int step, Thread thread) {
+      return weights.template at<Element<T, decltype(tag)::value>, T>(stage.run(r).weights, step, thread.lane());
+    };
+    add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, stage.run(r).format, stage.length(r),
+                                            is_known(Kind) ? 0 : stage.run(r).stored, rows, unit, weight,
+                                            stage.words(r), stage.channel_scales(r), stage.channel_minima(r));
+  }
+
+  // Fragments of the weights of retained values, in the memory of the stages.
+  template <class Block>
+  MC_HD static void prepare_exact_weights(Block& block, const Arguments& a, const ExactRows& exact,
+                                          const WeightFragments& weights) {
+    const float* list = reinterpret_cast<const float*>(block.shared + a.shared.exact_weights);
+    const WeightFragments target{block.shared, nullptr, nullptr};
+    block.sync();
+    block.each([&](Thread thread) {
+      const int query = thread.lane() / 4;
+      for (int step = thread.warp(); step < ceil_div(exact.count, 16); step += kDecodeWarps) {
+        float scaled[4];
+        for (int i = 0; i < 4; ++i) {
+          const int n = 16 * step + 2 * (thread.lane() % 4) + i % 2 + 8 * (i / 2), row = exact.clamped(n);
+          const float weight = n < exact.count ? list[query * exact.count + n] : 0.0f;
+          scaled[i] = weight * exact.scale(row);
+          weights.part(kExactRun, thread) += weight * exact.minimum(row);
+        }
+        target.put<T>(exact.reader.shape.retained_format, 0, step, thread.lane(), scaled);
+      }
+    });
+  }
+
+  template <class Block>
+  MC_HD static void finish_constants(Block& block, const WeightFragments& weights) {
+    block.sync();
+    block.each([&](Thread thread) {
+      if (thread.index >= kConstants * kQueryTile) return;
+      const int n = thread.index / kQueryTile, query = thread.index % kQueryTile;
+      float sum = 0.0f;
+      for (int i = 0; i < 4 * kDecodeWarps; ++i) sum += weights.part(n, Thread{i / 4 * kWarp + 4 * query + i % 4});
+      weights.totals[thread.index] = sum;
+    });
+    block.sync();
+  }
+
+  template <class Block>
+  MC_HD static void store_latent(Block& block, const Arguments& a, const SplitItem& item,
+                                 const WeightFragments& weights, const Sums<Block> (&sums)[kOwn]) {
+    const StreamShape& shape = a.value.shape;
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < kOwn; ++n) {
+        const bool residual = !Kind && n >= kOwnUnits;
+        const int unit = n % kOwnUnits * kDecodeWarps + thread.warp(), components = residual ? shape.dim : shape.stored;
+        if (residual && !shape.has_residual()) continue;
+        const bool shared =
+            is_known(Kind) || residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
+        store_unit(thread, a, item, unit, shared, components, residual ? residual_vector(shape) : kRecordHead,
+                   sums[n][0](thread), sums[n][1](thread), [&](int c, int query) {
+                     return weights.constant(residual ? kResidualRun : is_known(Kind) ? 0 : run_of(shape, c), query);
+                   });
+      }
+      if (thread.index >= item.queries) return;
+      const std::int64_t row = a.problem.query_row(item.sequence, item.query + thread.index);
+      a.partials.at(row, item.split)[2] = weights.constant(kRuns, thread.index);
+    });
+  }
+
+  template <class Constant>
+  MC_HD static void store_unit(Thread thread, const Arguments& a, const SplitItem& item, int unit, bool shared,
+                               int components, int vector, const FragmentD& first, const FragmentD& second,
+                               Constant constant) {
+    MC_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int c = unit_component(unit, shared, m, thread.lane(), i / 2), query = 2 * (thread.lane() % 4) + i % 2;
+        if (c >= components || query >= item.queries) continue;
+        const std::int64_t row = a.problem.query_row(item.sequence, item.query + query);
+        a.partials.at(row, item.split)[vector + c] = (m == 0 ? first : second).x[i] + constant(c, query);
+      }
+    }
+  }
+
+  // Sums of retained values, after their weights are prepared.
+  template <class Block>
+  MC_HD static void store_exact(Block& block, const Arguments& a, const SplitItem& item, const ExactRows& exact,
+                                const WeightFragments& weights, Sums<Block> (&sums)[kOwn]) {
+    const StreamShape& shape = a.value.shape;
+    const WeightFragments own{block.shared, nullptr, nullptr};
+    for (int n = 0; n < kOwnUnits && 32 * kDecodeWarps * n < shape.dim; ++n) {
+      Sums<Block>& sum = sums[0];
+      block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
+      auto rows = [&](int step, int k) { return exact.rows[exact.clamped(16 * step + k)]; };
+      auto unit = [&](Thread thread) { return n * kDecodeWarps + thread.warp(); };
+      auto weight = [&](auto tag, int step, Thread thread) {
+        return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());
+      };
+      add_values<T, RetainedFormat, 0>(block, sum, ceil_div(exact.count, 16), shape.retained_format, shape.dim,
+                                       0, rows, unit, weight, true, nullptr, nullptr);
+      block.each([&](Thread thread) {
+        store_unit(thread, a, item, unit(thread), 32 * unit(thread) + 16 >= shape.dim, shape.dim, exact_vector(shape),
+                   sum[0](thread), sum[1](thread), [&](int, int query) { return weights.constant(kExactRun, query); });
+      });
+    }
+  }
+};
+
+}  // namespace minicache
