@@ -14,7 +14,7 @@ bool check_maps(const StreamShape& shape, const ReadMaps& maps) {
     Required required;
   } all[] = {
       {products, {"maps.map", maps.map, 16}},
-      {linear, {"maps.offset", maps.offset, 4}},
+      {linear, {"maps.offset", maps.offset, 16}},
       {shape.align && shape.has_residual(), {"maps.residual_map", maps.residual_map, 16}},
       {shape.match_heads, {"maps.slots", maps.slots, 8}},
   };

@@ -146,9 +146,12 @@ struct RestoreKernel {
     const float* offset;
 
     MC_HD void apply(float (&x)[kChunk], int row, int component) const {
+      if (norms == nullptr && offset == nullptr) return;
       const float norm = norms == nullptr ? 1.0f : to_float(norms[row]);
+      float constant[kChunk] = {};
+      if (offset != nullptr) load_chunk(constant, offset + component);
       MC_UNROLL
-      for (int e = 0; e < kChunk; ++e) x[e] = x[e] * norm + (offset == nullptr ? 0.0f : offset[component + e]);
+      for (int e = 0; e < kChunk; ++e) x[e] = x[e] * norm + constant[e];
     }
   };
 
@@ -179,6 +182,13 @@ struct RestoreKernel {
         turn_row(thread, rotation, load, store);
         return;
       }
+      if (place < 0 && !shared && !shape.has_residual() && shape.segments == 1 && has_ranges(shape.segment[0].format)) {
+        write_numbers(thread, from, slot, [&](float(&x)[kChunk], int component) {
+          affine.apply(x, row, component);
+          store(x, component);
+        });
+        return;
+      }
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
         float x[kChunk];
@@ -187,6 +197,41 @@ struct RestoreKernel {
         } else {
           load(x, component);
         }
+        store(x, component);
+      }
+    });
+  }
+
+  // A row's chunks, where one segment of codes with ranges is all there is.
+  template <class Store>
+  MC_HD static void write_numbers(Thread thread, const StreamBlock& from, int slot, Store store) {
+    const Segment& segment = from.shape.segment[0];
+    const int row = row_of(thread), dim = from.shape.dim;
+    const bool channel = segment.channel, integer = is_integer(segment.format), fp8 = segment.format == Format::fp8;
+    const Half* const scales = from.params(slot) + segment.scale;
+    const Half* const minima = from.params(slot) + segment.minimum;
+    const float scale = channel ? 0.0f : to_float(scales[row]);
+    const float lowest = channel || !integer ? 0.0f : to_float(minima[row]);
+    with_range_bits(segment.format, [&](auto bits) {
+      constexpr int kWidth = decltype(bits)::value;
+      const std::int8_t* const codes = from.codes(slot) + row * from.shape.code_bytes;
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
+        const PackedCodes packed = load_codes<kWidth>(codes + component / kChunk * kWidth);
+        float x[kChunk], factor[kChunk], low[kChunk];
+        MC_UNROLL
+        for (int e = 0; e < kChunk; ++e) {
+          const std::uint32_t code = packed.template get<kWidth>(e);
+          x[e] = kWidth == 8 && fp8 ? fp8_to_float(static_cast<std::uint8_t>(code)) : static_cast<float>(code);
+          factor[e] = scale;
+          low[e] = lowest;
+        }
+        if (channel) {
+          load_chunk(factor, scales + component);
+          if (integer) load_chunk(low, minima + component);
+        }
+        MC_UNROLL
+        for (int e = 0; e < kChunk; ++e) x[e] = x[e] * factor[e] + low[e];
         store(x, component);
       }
     });

@@ -5,7 +5,7 @@
 // four neighbouring lanes. Segments begin and end at multiples of 16 components, so a chunk lies in one segment.
 #pragma once
 
-#include "minicache/block.cuh"
+#include "minicache/fragments.cuh"
 #include "minicache/layout.cuh"
 
 namespace minicache {
@@ -79,7 +79,7 @@ MC_HD void store_chunk(T* to, const float (&x)[kChunk]) {
     Bytes16 bytes;
     MC_UNROLL
     for (int i = 0; i < 4; ++i) {
-      bytes.words[i] = from_float<T>(x[2 * i]).bits | static_cast<std::uint32_t>(from_float<T>(x[2 * i + 1]).bits) << 16;
+      bytes.words[i] = round_pair<T>(x[2 * i], x[2 * i + 1]).bits;
     }
     store_as(to, bytes);
   } else {
