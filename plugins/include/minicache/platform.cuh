@@ -166,4 +166,20 @@ MC_HD T maximum(T a, T b) {
   return a < b ? b : a;
 }
 
+// Of floats in one instruction. Neither may be NaN: on a GPU the other one is the result.
+MC_HD float minimum(float a, float b) {
+#if MC_ON_DEVICE
+  return fminf(a, b);
+#else
+  return b < a ? b : a;
+#endif
+}
+MC_HD float maximum(float a, float b) {
+#if MC_ON_DEVICE
+  return fmaxf(a, b);
+#else
+  return a < b ? b : a;
+#endif
+}
+
 }  // namespace minicache

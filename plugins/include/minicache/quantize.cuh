@@ -28,9 +28,10 @@ struct Range {
 #endif
   }
 
+  // All codes are 0 without it.
+  MC_HD bool has_extent() const { return scale > 0.0f; }
   template <int Width>
   MC_HD std::uint32_t code(Format format, float y) const {
-    if (!(scale > 0.0f)) return 0;
     if (Width == 8 && format == Format::fp8) return float_to_fp8(ratio(y));
     const float levels = static_cast<float>((1 << Width) - 1);
     return static_cast<std::uint32_t>(minimum(maximum(round_even(ratio(y)), 0.0f), levels));
@@ -52,13 +53,21 @@ struct Extent {
     return format == Format::fp8 ? Extent{0.0f, 0.0f} : Extent{-kInfinity, kInfinity};
   }
   MC_HD void take(Format format, float y) {
-    const bool magnitudes = format == Format::fp8;
-    most = maximum(most, magnitudes && y < 0.0f ? -y : y);
-    if (!magnitudes) least = minimum(least, y);
+    const float magnitude = y < 0.0f ? -y : y, x = format == Format::fp8 ? magnitude : y;
+    most = maximum(most, x);
+    least = minimum(least, x);  // of magnitudes it stays 0
   }
   MC_HD void take(Format format, const float (&y)[kChunk]) {
+    if (format == Format::fp8) {
+      MC_UNROLL
+      for (int e = 0; e < kChunk; ++e) most = maximum(most, y[e] < 0.0f ? -y[e] : y[e]);
+      return;
+    }
     MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) take(format, y[e]);
+    for (int e = 0; e < kChunk; ++e) {
+      most = maximum(most, y[e]);
+      least = minimum(least, y[e]);
+    }
   }
 };
 
@@ -82,8 +91,10 @@ MC_HD void store_range(const RowTarget& to, const Range& range) {
 template <int Width>
 MC_HD void store_chunk_codes(std::int8_t* to, Format format, const Range& range, const float (&y)[kChunk]) {
   PackedCodes codes;
-  MC_UNROLL
-  for (int e = 0; e < kChunk; ++e) codes.template put<Width>(e, range.template code<Width>(format, y[e]));
+  if (range.has_extent()) {
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) codes.template put<Width>(e, range.template code<Width>(format, y[e]));
+  }
   store_codes<Width>(to, codes);
 }
 
@@ -196,6 +207,7 @@ MC_HD void quantize_columns(Block& block, const typename Block::template PerThre
           for (int e = 0; e < kChunk; ++e) {
             const int own = column + e;
             const Range range{ranges[own], ranges[kMaxRank + own], ranges[2 * kMaxRank + own]};
+            if (!range.has_extent()) continue;
             packed.template put<kWidth>(e, range.template code<kWidth>(format, tile(thread).x[j][e]));
           }
         }
