@@ -56,22 +56,30 @@ def start(engine: Path) -> Iterator[Start]:
 async def under_load(
     url: str, act: Callable[[], None], during: Callable[[httpx.AsyncClient], Awaitable[None]]
 ) -> list[Record]:
-    """Streams, more than run at a time; ``act`` when some run, then ``during``; what became of the streams."""
+    """Streams, more than run at a time; ``act`` when some run and all have come, then ``during``; what became of all."""
     endpoint = Endpoint(url, APIS["openai"], "engine", Sampling(ignore_eos=True), timeout=WAIT)
     requests = [Request(f"the dog {index} sat on", 150) for index in range(24)]
     async with open_client() as client:
         streams = asyncio.create_task(send_all(client, endpoint, requests, [0.0] * len(requests)))
-        while not _running((await client.get(f"{url}/metrics", timeout=WAIT)).text):
-            assert not streams.done(), "all ended before any was seen running"
+        while True:
+            load = _load((await client.get(f"{url}/metrics", timeout=WAIT)).text)
+            if load["running"] > 0 and sum(load.values()) == len(requests):
+                break
+            assert not streams.done(), "all ended before they were seen together"
             await asyncio.sleep(0.01)
         act()
         await during(client)
         return await streams
 
 
-def _running(metrics: str) -> bool:
-    values = [line.split()[-1] for line in metrics.splitlines() if line.startswith("minicache_requests_running{")]
-    return bool(values) and float(values[0]) > 0
+def _load(metrics: str) -> dict[str, float]:
+    """Requests by what became of them so far."""
+    found = {"running": 0.0, "waiting": 0.0, "finished": 0.0}
+    for line in metrics.splitlines():
+        for name in found:
+            if line.startswith((f"minicache_requests_{name}{{", f"minicache_requests_{name}_total{{")):
+                found[name] += float(line.split()[-1])
+    return found
 
 
 def test_stopping_under_load_loses_nothing(start: Start, port: int) -> None:
