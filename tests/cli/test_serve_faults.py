@@ -56,14 +56,19 @@ def start(engine: Path) -> Iterator[Start]:
 async def under_load(
     url: str, act: Callable[[], None], during: Callable[[httpx.AsyncClient], Awaitable[None]]
 ) -> list[Record]:
-    """Streams, more than run at a time; ``act`` when some run and all have come, then ``during``; what became of all."""
+    """Streams, more than run at a time; ``act`` when some run and all have come, then ``during``; what became of it."""
     endpoint = Endpoint(url, APIS["openai"], "engine", Sampling(ignore_eos=True), timeout=WAIT)
     requests = [Request(f"the dog {index} sat on", 150) for index in range(24)]
     async with open_client() as client:
+
+        async def load() -> dict[str, float]:
+            return _load((await client.get(f"{url}/metrics", timeout=WAIT)).text)
+
+        before = sum((await load()).values())
         streams = asyncio.create_task(send_all(client, endpoint, requests, [0.0] * len(requests)))
         while True:
-            load = _load((await client.get(f"{url}/metrics", timeout=WAIT)).text)
-            if load["running"] > 0 and sum(load.values()) == len(requests):
+            now = await load()
+            if now["running"] > 0 and sum(now.values()) == before + len(requests):
                 break
             assert not streams.done(), "all ended before they were seen together"
             await asyncio.sleep(0.01)
