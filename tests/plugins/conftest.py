@@ -28,4 +28,4 @@ def harness(host_plugins: Path) -> Harness:
 @pytest.fixture(scope="session")
 def kernels(harness: Harness) -> Kernels:
     """The kernels inside the plugin library, by their own C ABI."""
-    return Kernels(KernelLibrary(harness.library), torch.device("cpu"))
+    return Kernels(KernelLibrary(harness.library), torch.device("cpu"), "host")
