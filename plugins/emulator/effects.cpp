@@ -39,13 +39,12 @@ void multiply_matrices(Block&, Warp& warp, const Instruction& i, u32) {
 
 template <bool To, Space Where>
 void convert_address(Block& block, Warp& warp, const Instruction& i, u32 mask) {
-  for (u32 left = mask; left != 0; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
+  each_lane(mask, [&](int lane) {
     const u64 base =
         reinterpret_cast<u64>(Where == Space::shared ? block.shared() : block.local(warp.index * kWarp + lane));
     u64& d = warp.at<u64>(i.x[0])[lane];
     d = To ? warp.at<u64>(i.x[1])[lane] - base : warp.at<u64>(i.x[1])[lane] + base;
-  }
+  });
 }
 
 }  // namespace
@@ -53,8 +52,7 @@ void convert_address(Block& block, Warp& warp, const Instruction& i, u32 mask) {
 void load(Block& block, Warp& warp, const Instruction& i, u32 mask) {
   const int bytes = size_of_x(i, 8), width = size_of_x(i, 9);
   char* addresses[kWarp];
-  for (u32 left = mask; left != 0; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
+  each_lane(mask, [&](int lane) {
     addresses[lane] = block.access(warp, i, lane, block.address_of(warp, i, lane), bytes * i.count, false);
     for (int n = 0; n < i.count; ++n) {
       char* const target = warp.file + i.x[n] + static_cast<std::size_t>(lane) * width;
@@ -64,28 +62,26 @@ void load(Block& block, Warp& warp, const Instruction& i, u32 mask) {
         value = static_cast<u64>(static_cast<s64>(value << (64 - 8 * bytes)) >> (64 - 8 * bytes));
       std::memcpy(target, &value, static_cast<std::size_t>(width));
     }
-  }
-  if (i.space != Space::param && i.space != Space::local) block.count_access(warp, i, addresses, mask, bytes * i.count);
+  });
+  if (i.space != Space::param && i.space != Space::local) block.count_access(addresses, mask, bytes * i.count);
 }
 
 void store(Block& block, Warp& warp, const Instruction& i, u32 mask) {
   const int bytes = size_of_x(i, 8), width = size_of_x(i, 9);
   char* addresses[kWarp];
-  for (u32 left = mask; left != 0; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
+  each_lane(mask, [&](int lane) {
     addresses[lane] = block.access(warp, i, lane, block.address_of(warp, i, lane), bytes * i.count, true);
     for (int n = 0; n < i.count; ++n) {
       std::memcpy(addresses[lane] + n * bytes, warp.file + i.x[n] + static_cast<std::size_t>(lane) * width,
                   static_cast<std::size_t>(bytes));
     }
-  }
-  if (i.space != Space::local) block.count_access(warp, i, addresses, mask, bytes * i.count);
+  });
+  if (i.space != Space::local) block.count_access(addresses, mask, bytes * i.count);
 }
 
 void copy_async(Block& block, Warp& warp, const Instruction& i, u32 mask) {
   char* addresses[kWarp];
-  for (u32 left = mask; left != 0; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
+  each_lane(mask, [&](int lane) {
     const u64 target = i.variant & 1 ? warp.at<u64>(i.x[0])[lane] : warp.at<u32>(i.x[0])[lane];
     const char* const source = block.address_of(warp, i, lane);
     const int bytes = size_of_x(i, 8);
@@ -94,17 +90,16 @@ void copy_async(Block& block, Warp& warp, const Instruction& i, u32 mask) {
                      static_cast<u32>(target + static_cast<u64>(static_cast<s64>(static_cast<s32>(i.x[2])))), source,
                      bytes, valid);
     addresses[lane] = const_cast<char*>(source);
-  }
-  block.count_access(warp, i, addresses, mask, size_of_x(i, 8));
+  });
+  block.count_access(addresses, mask, size_of_x(i, 8));
 }
 
 void commit_copies(Block& block, Warp& warp, const Instruction&, u32 mask) {
-  for (u32 left = mask; left != 0; left &= left - 1) block.commit_copies(warp, __builtin_ctz(left));
+  each_lane(mask, [&](int lane) { block.commit_copies(warp, lane); });
 }
 
 void wait_copies(Block& block, Warp& warp, const Instruction& i, u32 mask) {
-  for (u32 left = mask; left != 0; left &= left - 1)
-    block.wait_copies(warp, i, __builtin_ctz(left), static_cast<int>(i.x[0]));
+  each_lane(mask, [&](int lane) { block.wait_copies(warp, lane, static_cast<int>(i.x[0])); });
 }
 
 void warp_barrier(Block&, Warp& warp, const Instruction&, u32) { ++warp.epoch; }
@@ -161,7 +156,7 @@ void load_matrices(Block& block, Warp& warp, const Instruction& i, u32) {
       d[lane] = low | static_cast<u32>(high) << 16;
     }
   }
-  block.count_access(warp, i, addresses, i.count == 4 ? ~0u : (1u << 8 * i.count) - 1, 16);
+  block.count_access(addresses, i.count == 4 ? ~0u : (1u << 8 * i.count) - 1, 16);
 }
 
 void multiply_halves(Block& block, Warp& warp, const Instruction& i, u32 mask) {

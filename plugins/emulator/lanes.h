@@ -19,10 +19,7 @@ struct Apply {
     if (mask == ~0u) {
       for (int lane = 0; lane < kWarp; ++lane) d[lane] = static_cast<D>(F{}(std::get<I>(sources)[lane]...));
     } else {
-      for (u32 left = mask; left != 0; left &= left - 1) {
-        const int lane = __builtin_ctz(left);
-        d[lane] = static_cast<D>(F{}(std::get<I>(sources)[lane]...));
-      }
+      each_lane(mask, [&](int lane) { d[lane] = static_cast<D>(F{}(std::get<I>(sources)[lane]...)); });
     }
   }
   static void run(Block&, Warp& warp, const Instruction& i, u32 mask) {

@@ -307,7 +307,7 @@ char* Block::access(Warp& warp, const Instruction& instruction, int lane, char* 
   return address;
 }
 
-void Block::count_access(Warp&, const Instruction&, char* const* addresses, std::uint32_t mask, int bytes) {
+void Block::count_access(char* const* addresses, std::uint32_t mask, int bytes) {
   char* const first = addresses[__builtin_ctz(mask)];
   if (in_shared(first)) {
     // Lanes are served in groups of 128 bytes; a group takes as many turns as a bank has words to give.
@@ -369,7 +369,7 @@ void Block::commit_copies(Warp& warp, int lane) {
 }
 
 // Data arrives as late as it may: when its thread waits for it.
-void Block::wait_copies(Warp& warp, const Instruction&, int lane, int pending) {
+void Block::wait_copies(Warp& warp, int lane, int pending) {
   const int thread = warp.index * kWarp + lane;
   Copies& copies = copies_[thread];
   while (static_cast<int>(copies.groups.size()) > pending) {

@@ -72,6 +72,12 @@ struct Warp {
   std::uint32_t& predicate(std::uint32_t offset) { return *at<std::uint32_t>(offset); }
 };
 
+// Calls f with each lane of a mask.
+template <class F>
+void each_lane(std::uint32_t mask, F f) {
+  for (; mask != 0; mask &= mask - 1) f(__builtin_ctz(mask));
+}
+
 // What a GPU reports, or would leave undefined.
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -96,11 +102,11 @@ class Block {
   char* address_of(Warp& warp, const Instruction& instruction, int lane);
   // Access of a lane to `bytes` at an address of the instruction's space: checked, as a host pointer.
   char* access(Warp& warp, const Instruction& instruction, int lane, char* address, int bytes, bool write);
-  void count_access(Warp& warp, const Instruction& instruction, char* const* addresses, std::uint32_t mask, int bytes);
+  void count_access(char* const* addresses, std::uint32_t mask, int bytes);
   void begin_copy(Warp& warp, const Instruction& instruction, int lane, std::uint32_t target, const char* source,
                   int bytes, int valid);
   void commit_copies(Warp& warp, int lane);
-  void wait_copies(Warp& warp, const Instruction& instruction, int lane, int pending);
+  void wait_copies(Warp& warp, int lane, int pending);
   char* shared() { return shared_.data(); }
   bool in_shared(const char* address) const {
     return address >= shared_.data() && address < shared_.data() + shared_.size();

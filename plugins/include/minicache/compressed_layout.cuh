@@ -16,7 +16,9 @@ struct MappedQueries {
 // Where things lie in a thread block's shared memory: byte offsets.
 struct CompressedShared {
   std::int32_t stage_bytes, stages;
-  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map, turns, offset, bases, table, bytes;
+  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map;
+  std::int32_t turns, offset, bases;  // of keys that are rebuilt
+  std::int32_t table, bytes;
   bool map_in_shared;
 };
 
@@ -32,7 +34,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
     return offset;
   };
   constexpr int kStep = QueryFragments::step_bytes<T>();
-  const int mapped = rebuilt ? 4 * padded_half(k.dim) / 16 : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
+  const int mapped = rebuilt ? 2 * turned_steps(k.dim) : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
   shared.stage_bytes = maximum(maximum(key.stage.bytes, value.stage.bytes),
                                v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
   shared.stage_bytes = ceil_div(shared.stage_bytes, 128) * 128;
@@ -51,7 +53,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
   shared.turns = field(rebuilt ? kBlockSize * KeyRebuild::turn_stride<Code<T>>(k.dim) : 0);
   shared.offset = field(rebuilt ? 2 * padded_half(k.dim) * 4 : 0);
-  shared.bases = field(rebuilt ? kSplitBlocks * padded_half(k.dim) * 8 : 0);
+  shared.bases = field(rebuilt ? kSplitBlocks * padded_half(k.dim) * sizeof(KeyRebuild::Base) : 0);
   shared.table = field(kSplitBlocks * 4);
   shared.bytes = bytes;
   return shared;

@@ -65,20 +65,15 @@ struct CompressedSplit {
     if constexpr (Rebuild) {
       Turned::fill_bases(block, a, item.split * kSplitTokens + start, blocks);
       block.sync();
-      auto turn = [&](int u) { Turned::turn(block, a, item, fragments, u % 2 * Turned::steps(a.key.shape), u); };
+      auto turn = [&](int u) { Turned::turn(block, a, item, fragments, u % 2 * turned_steps(a.key.shape.dim), u); };
       turn(0);
-      auto read = [&](auto formats) {
+      each_format(a.key, [&](auto formats) {
         read_keys(formats, [&](const auto& stage, int token) {
-          const int u = (token - start) / kBlockSize, first = u % 2 * Turned::steps(a.key.shape);
+          const int u = (token - start) / kBlockSize, first = u % 2 * turned_steps(a.key.shape.dim);
           rebuild.template logits<T>(block, stage, fragments, first, scale, scores, token);
           if (u + 1 < blocks) turn(u + 1);
         });
-      };
-      if constexpr (is_known(Kind)) {
-        each_format(a.key, read);
-      } else {
-        read(AnyFormat{});
-      }
+      });
     } else {
       each_format(a.key, [&](auto formats) {
         read_keys(formats, [&](const auto& stage, int token) {
@@ -104,7 +99,6 @@ struct CompressedSplit {
     });
     typename Own::template Sums<Block> sums[Own::kOwn];
     Own::clear(block, sums);
-    bool offset = false;
     each_format(a.value, [&](auto formats) {
       for (int u = 0; u < blocks; ++u) {
         wait_stage(block, a.shared.stages);
@@ -114,11 +108,10 @@ struct CompressedSplit {
         block.sync();
         Own::add_stage(block, stage, weights, sums);
       }
-      offset = Stage<Kind, decltype(formats)>{a.value, nullptr}.template offset_codes<T>();
     });
     if (!Kind && exact.count > 0) Own::prepare_exact_weights(block, a, exact, weights);
     Own::finish_constants(block, weights);
-    if (offset) Own::take_offset(block, weights, sums);
+    if (offset_codes(a.value)) Own::take_offset(block, weights, sums);
     Own::store_latent(block, a, item, weights, sums);
     if (!Kind && exact.count > 0) Own::store_exact(block, a, item, exact, weights, sums);
   }
@@ -157,13 +150,12 @@ struct CompressedSplit {
     return {block.shared + a.shared.fragments, sums, offset + kQueryTile, offset};
   }
 
-  MC_HD static bool offset_keys(const Arguments& a) {
+  // Whether a stream's codes are read with an offset.
+  MC_HD static bool offset_codes(const StreamReader& reader) {
     bool result = false;
-    if constexpr (is_known(Kind)) {
-      each_format(a.key, [&](auto formats) {
-        result = Stage<Kind, decltype(formats)>{a.key, nullptr}.template offset_codes<T>();
-      });
-    }
+    each_format(reader, [&](auto formats) {
+      result = Stage<Kind, decltype(formats)>{reader, nullptr}.template offset_codes<T>();
+    });
     return result;
   }
 
@@ -178,13 +170,13 @@ struct CompressedSplit {
     };
     int step = 0;
     if constexpr (Rebuild) {
-      step = 2 * Turned::steps(shape);
+      step = 2 * turned_steps(shape.dim);
     } else {
       Stage<Kind>{a.key, nullptr}.each_run([&](int n) {
         const StageRun& run = a.key.runs[n];
         const float* mapped = n == kResidualRun ? a.queries.residual : a.queries.latent;
         const int width = n == kResidualRun ? shape.dim : shape.stored, start = n == kResidualRun ? 0 : run.stored;
-        fill_fragments<T>(block, fragments, n, run.format, run.length, step, offset_keys(a), [&](int query, int c) {
+        fill_fragments<T>(block, fragments, n, run.format, run.length, step, offset_codes(a.key), [&](int query, int c) {
           if (mapped == nullptr || query >= item.queries) return plain(query, start + c);
           return mapped[row(query) * width + start + c];
         });
@@ -201,7 +193,7 @@ struct CompressedSplit {
     block.sync();
     finish_fragments(block, fragments, [&](int n) {
       if (n == kExactRun) return shape.retained > 0;
-      return !Rebuild && (a.key.has_run(n) || (n == QueryFragments::kOffsets && offset_keys(a)));
+      return !Rebuild && (a.key.has_run(n) || (n == QueryFragments::kOffsets && offset_codes(a.key)));
     });
     return step;
   }
@@ -224,7 +216,6 @@ struct CompressedSplit {
     });
     block.sync();
   }
-
 };
 
 }  // namespace minicache

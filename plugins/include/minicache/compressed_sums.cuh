@@ -64,7 +64,8 @@ struct CompressedSums {
         // A warp's unit belongs to few of the runs.
         const bool any = block.any_warp([&](Thread thread) {
           const StageRun& run = stage.run(r);
-          return is_known(Kind) || (32 * thread.warp() + 31 >= run.stored && 32 * thread.warp() < run.stored + run.length);
+          const int first = 32 * thread.warp();
+          return is_known(Kind) || (first + 31 >= run.stored && first < run.stored + run.length);
         });
         if (any) add_unit(block, stage, weights, r, 0, sums[0]);
       });

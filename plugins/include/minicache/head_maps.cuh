@@ -7,7 +7,8 @@
 
 namespace minicache {
 
-constexpr int kMapRows = 16, kFewMapRows = 4;  // query rows of a thread block; where there are no more, of a smaller one
+// Query rows of a thread block, and of one where there are no more.
+constexpr int kMapRows = 16, kFewMapRows = 4;
 
 // One matrix per slot, [heads, D, columns] row-major; heads is H, or 1: the same for all. Null: none.
 struct HeadMatrix {
@@ -162,8 +163,8 @@ struct MapFragmentsArguments {
   StreamShape shape;
   ReadMaps maps;
   const float* inverse_frequencies;
-  void* out;     // [slots][rebuild_fragments]
-  char* turns;   // KeyRebuild's table
+  void* out;    // [slots][rebuild_fragments]
+  char* turns;  // KeyRebuild's table
 
   static std::int64_t bytes(const StreamShape& shape) {
     return shape.heads * rebuild_fragments<T>(shape) * static_cast<std::int64_t>(sizeof(FragmentB<Code<T>>));
@@ -171,7 +172,8 @@ struct MapFragmentsArguments {
 };
 
 // What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the order
-// of `QueryFragments::component`, run by run; and the turns of a block's places. Thread block: (128 fragments or turns, slot; behind the last one the turns).
+// of `QueryFragments::component`, run by run; and the turns of a block's places. Thread block: (128 fragments, slot), behind the last slot 128
+// turns.
 template <class T>
 struct MapFragments {
   static constexpr int kThreads = kDecodeThreads;

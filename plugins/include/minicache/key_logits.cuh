@@ -38,8 +38,8 @@ struct QueryFragments {
 // Fills the fragments of a run from step `first` on; `number(query, component)` is the query. Offset: codes are read with
 // one, so that the components of every second pair are divided by its step.
 template <class T, class Block, class F>
-MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, Format format, int length,
-                          int first, bool offset, F number) {
+MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, Format format, int length, int first,
+                          bool offset, F number) {
   typename Block::template PerThread<float> sum, offsets;
   block.each([&](Thread thread) {
     const int lane = thread.lane();
@@ -154,7 +154,8 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
   auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
     auto add = [&](auto offset, int at) {
-      add_unit<T, kFormat, 8, decltype(offset)::value>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+      constexpr bool kOffset = decltype(offset)::value;
+      add_unit<T, kFormat, 8, kOffset>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
     };
     using Plain = std::false_type;
     if constexpr (std::is_same_v<Length, int>) {

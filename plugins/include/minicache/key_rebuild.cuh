@@ -13,6 +13,9 @@ namespace minicache {
 
 MC_HD int padded_half(int dim) { return ceil_div(dim / 2, 16) * 16; }
 
+// Steps of 16 components of a turned query.
+MC_HD int turned_steps(int dim) { return 2 * padded_half(dim) / 16; }
+
 // Steps of 16 components of [y | residual].
 MC_HD int rebuild_steps(const StreamShape& shape) {
   return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
@@ -30,6 +33,10 @@ struct KeyRebuild {
   char* turns;      // [kBlockSize][padded half / 2] `Turn`s
   float* offset;    // c of the slot by component of the padded key
 
+  // Cosine and sine of a cache block's position, for one component of half a padded key.
+  struct Base {
+    float cosine, sine;
+  };
   // Cosines and sines of components 2 n and 2 n + 1 of a place in a cache block, [kBlockSize] rows of `turn_stride` bytes.
   template <class E>
   struct alignas(2 * sizeof(Pair<E>)) Turn {

@@ -207,7 +207,7 @@ struct RestoreKernel {
   MC_HD static void write_numbers(Thread thread, const StreamBlock& from, int slot, Store store) {
     const Segment& segment = from.shape.segment[0];
     const int row = row_of(thread), dim = from.shape.dim;
-    const bool channel = segment.channel, integer = is_integer(segment.format), fp8 = segment.format == Format::fp8;
+    const bool channel = segment.channel, integer = is_integer(segment.format);
     const Half* const scales = from.params(slot) + segment.scale;
     const Half* const minima = from.params(slot) + segment.minimum;
     const float scale = channel ? 0.0f : to_float(scales[row]);
@@ -217,12 +217,10 @@ struct RestoreKernel {
       const std::int8_t* const codes = from.codes(slot) + row * from.shape.code_bytes;
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
-        const PackedCodes packed = load_codes<kWidth>(codes + component / kChunk * kWidth);
         float x[kChunk], factor[kChunk], low[kChunk];
+        load_numbers<kWidth>(x, segment.format, codes + component / kChunk * kWidth);
         MC_UNROLL
         for (int e = 0; e < kChunk; ++e) {
-          const std::uint32_t code = packed.template get<kWidth>(e);
-          x[e] = kWidth == 8 && fp8 ? fp8_to_float(static_cast<std::uint8_t>(code)) : static_cast<float>(code);
           factor[e] = scale;
           low[e] = lowest;
         }

@@ -6,15 +6,6 @@
 
 namespace minicache {
 
-// Neither is NaN.
-MC_HD float larger(float a, float b) {
-#if MC_ON_DEVICE
-  return fmaxf(a, b);
-#else
-  return a < b ? b : a;
-#endif
-}
-
 // Row of the warps' 16 Rows rows that number j = 0, 1 of the thread's fragment D [m] belongs to.
 template <int Rows>
 MC_HD int fragment_row(Thread thread, int m, int j) {
@@ -61,7 +52,7 @@ struct OnlineSoftmax {
         MC_UNROLL
         for (int n = 0; n < Columns; ++n) {
           const FragmentD& logit = logits[i / 2][n](thread);
-          highest = larger(highest, larger(logit.x[2 * (i % 2)], logit.x[2 * (i % 2) + 1]));
+          highest = minicache::maximum(highest, minicache::maximum(logit.x[2 * (i % 2)], logit.x[2 * (i % 2) + 1]));
         }
         top[i / 2][i % 2](thread) = highest;
       }

@@ -107,7 +107,6 @@ struct StreamReader {
     return only.length == 64 || only.length == 128 ? only.length : 0;
   }
   MC_HD int slot(int head) const { return maps.slots == nullptr ? head : static_cast<int>(maps.slots[head]); }
-  MC_HD int map_head(int slot) const { return maps.map_heads == 1 ? 0 : slot; }
   MC_HD StreamBlock block(std::int64_t id) const { return {shape, pools, id}; }
 };
 

@@ -6,18 +6,18 @@
 
 namespace minicache {
 
-// Eight codes of a format with ranges as numbers, before scale and minimum.
+// Eight codes of a format with ranges, of `Width` bits, as numbers before scale and minimum.
+template <int Width>
 MC_HD void load_numbers(float (&x)[kChunk], Format format, const std::int8_t* codes) {
-  with_range_bits(format, [&](auto bits) {
-    constexpr int kWidth = decltype(bits)::value;
-    const PackedCodes packed = load_codes<kWidth>(codes);
-    MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) {
-      const std::uint32_t code = packed.template get<kWidth>(e);
-      x[e] = kWidth == 8 && format == Format::fp8 ? fp8_to_float(static_cast<std::uint8_t>(code))
-                                                  : static_cast<float>(code);
-    }
-  });
+  const PackedCodes packed = load_codes<Width>(codes);
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) {
+    const std::uint32_t code = packed.template get<Width>(e);
+    x[e] = Width == 8 && format == Format::fp8 ? fp8_to_float(static_cast<std::uint8_t>(code)) : static_cast<float>(code);
+  }
+}
+MC_HD void load_numbers(float (&x)[kChunk], Format format, const std::int8_t* codes) {
+  with_range_bits(format, [&](auto bits) { load_numbers<decltype(bits)::value>(x, format, codes); });
 }
 
 // A code's level by selection among constants: a table that threads index differently would live in memory.

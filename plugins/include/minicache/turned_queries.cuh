@@ -9,13 +9,9 @@ template <class T>
 struct TurnedQueries {
   using Arguments = CompressedSplitArguments<T>;
 
-  // Steps of 16 components of a turned query.
-  MC_HD static int steps(const StreamShape& shape) { return 2 * padded_half(shape.dim) / 16; }
+  using Base = KeyRebuild::Base;
 
-  // Cosine and sine of the position of each of the split's cache blocks, by component of half a padded key.
-  struct Base {
-    float cosine, sine;
-  };
+  // Of the split's cache block number u.
   MC_HD static Base* bases_of(char* shared, const Arguments& a, int u) {
     return reinterpret_cast<Base*>(shared + a.shared.bases) + u * padded_half(a.key.shape.dim);
   }
@@ -39,8 +35,8 @@ struct TurnedQueries {
   // Queries turned back by the position of block u, from step `first` of the fragments on: their products with keys
   // turned by the rest of their own positions are those of the queries with the keys.
   template <class Block>
-  MC_HD static void turn(Block& block, const Arguments& a, const SplitItem& item,
-                                 const QueryFragments& fragments, int first, int u) {
+  MC_HD static void turn(Block& block, const Arguments& a, const SplitItem& item, const QueryFragments& fragments,
+                         int first, int u) {
     using E = Code<T>;
     const int dim = a.key.shape.dim, steps = padded_half(dim) / 16;
     const Base* const bases = bases_of(block.shared, a, u);

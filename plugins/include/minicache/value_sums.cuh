@@ -104,7 +104,8 @@ struct ColumnRanges {
 };
 
 // Adds one step of 16 rows to N / 2 sums. Offset: of codes read with one.
-template <class T, Format F, int N, bool Offset, class Block, class Rows, class At, class Active, class Weight, class Ranges>
+template <class T, Format F, int N, bool Offset, class Block, class Rows, class At, class Active, class Weight,
+          class Ranges>
 MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int step, Rows rows, At at,
                     Active active, Weight weight, bool words, bool channel, const Ranges& ranges) {
   using E = Element<T, F>;
@@ -143,7 +144,8 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
 
 // Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(step, k)` is row k of a step; `at(thread)` the thread's
 // first component within the run; warps for which `active(thread)` is false add nothing.
-template <class T, Format F, int N, int Steps, bool Offset, class Block, class Rows, class At, class Active, class Weight>
+template <class T, Format F, int N, int Steps, bool Offset, class Block, class Rows, class At, class Active,
+          class Weight>
 MC_HD void add_components(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Rows rows,
                           At at, Active active, Weight weight, bool words, const Half* scales, const Half* minima) {
   using E = Element<T, F>;
@@ -185,8 +187,8 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
     if (block.any_warp(whole)) {
       auto at = [&](Thread thread) { return before(thread, 0) + 4 * (thread.lane() / 4); };
       auto add = [&](auto offset) {
-        add_components<T, kFormat, 4, Steps, decltype(offset)::value>(block, sums, steps, rows, at, whole, weight, words, scales,
-                                                       minima);
+        constexpr bool kRead = decltype(offset)::value;
+        add_components<T, kFormat, 4, Steps, kRead>(block, sums, steps, rows, at, whole, weight, words, scales, minima);
       };
       constexpr bool kOffset = !std::is_same_v<Length, int> && kOffsetCodes<T, kFormat>;
       if (kOffset && scales == nullptr) {
