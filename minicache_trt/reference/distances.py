@@ -57,11 +57,11 @@ def range_slack(
     yield own.minimum, theirs.minimum, tolerance * scale + noise
 
 
-def code_distances(own: EncodedSegment, codes: Tensor, norm: Tensor | None, noise: Tensor) -> Tensor:
-    """Distance of each number beyond the cell of its code, ``[..., B, length]``; 0 inside.
+def code_distances(own: EncodedSegment, codes: Tensor, norm: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of each number beyond the cell of its code, 0 inside, less the noise; and the noise.
 
-    In quantization steps (``fp8``: in spacings of e4m3 numbers at the number; gaussian: in units of the norm), less
-    the noise.
+    Both ``[..., B, length]``, in quantization steps (``fp8``: in spacings of e4m3 numbers at the number; gaussian: in
+    units of the norm).
 
     Parameters
     ----------
@@ -85,7 +85,8 @@ def code_distances(own: EncodedSegment, codes: Tensor, norm: Tensor | None, nois
             size = size * spacing
         else:
             distance = (grid.clamp(0, 2**own.segment.bits - 1) - codes).abs() - 0.5
-    return (distance - torch.where(size > 0, noise[..., None] / size, 0.0)).clamp(min=0.0)
+    blur = torch.where(size > 0, noise[..., None] / size, 0.0).expand(distance.shape)
+    return (distance - blur).clamp(min=0.0), blur
 
 
 def _outside(grid: Tensor, cells: Tensor, edges: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ class Ties:
     codes, retained : int
         Codes and retained positions compared.
     differing_codes, differing_retained : int
+    uncertain_codes : float
+        Codes likely to differ because float32 leaves open where a number lies: each code counts by the part of its
+        quantization step that is noise, both ways, noise being a sixteenth of its bound. Next to nothing unless
+        ranges are themselves near the noise, as of residuals of a layer that is all but the merged one.
     farthest : float
         Largest distance of a differing decision from its boundary, less what float32 leaves uncertain (see
         `distances`).
@@ -52,6 +56,7 @@ class Ties:
     retained: int = 0
     differing_codes: int = 0
     differing_retained: int = 0
+    uncertain_codes: float = 0.0
     farthest: float = 0.0
     disagreements: int = 0
 
@@ -61,6 +66,7 @@ class Ties:
         self.retained += other.retained
         self.differing_codes += other.differing_codes
         self.differing_retained += other.differing_retained
+        self.uncertain_codes += other.uncertain_codes
         self.farthest = max(self.farthest, other.farthest)
         self.disagreements += other.disagreements
 
@@ -188,12 +194,13 @@ def _adopt_numbers(
         for mine, other, slack in range_slack(own, theirs, noise, TOLERANCE):
             ties.neighbours(other, mine, slack)
     regridded = with_codes(theirs, excluded, norm)
-    distance = code_distances(regridded, theirs.codes, norm, noise)
+    distance, blur = code_distances(regridded, theirs.codes, norm, noise)
     if own.segment.axis == "channel" and own.segment.has_ranges:
         zero = torch.where(theirs.codes == 0, 0.0, math.inf).to(distance.dtype)
         distance = torch.where(excluded[..., None], zero, distance)
     ties.codes += own.codes.numel()
     ties.differing_codes += int((theirs.codes != own.codes).sum())
+    ties.uncertain_codes += float((blur / 8).clamp(max=1.0).sum())
     ties.decide(distance.flatten())
     return replace(regridded, codes=theirs.codes)
 

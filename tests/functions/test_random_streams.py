@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from minicache_trt.compression.codec import restore_blocks
 from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.compression.stream_constants import StreamConstants
 from minicache_trt.config import ModelConfig
@@ -29,6 +30,8 @@ from tests.support.onnx_function import run_function
 from tests.support.strategies import streams
 
 CONFIG = ModelConfig("llama", 4, 64, 64, 4, 2, 48, 100, 4096)
+# A layer that is all but the merged one: its residuals are what float32 leaves uncertain.
+NOISE = Stream("value", (0, 1), (Segment(48, "fp8"),), merge="slerp", t=1e-5, residual="int4")
 TYPES = {"model": np.float32, "int8": np.int8, "float16": np.float16}
 SOURCE, TARGET, BLOCK_INDEX = (np.array(x, np.int32) for x in ([3, 1], [2, 4], [0, 9]))
 
@@ -60,6 +63,7 @@ def reader(layout: StreamLayout, member: int, maps: tuple[str, ...]) -> object:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(stream=streams(CONFIG), seed=st.integers(0, 2**20))
+@example(stream=NOISE, seed=3)
 def test_functions_store_and_read_any_stream(stream: Stream, seed: int) -> None:
     plan = CompressionPlan("custom", (stream,))
     plan = replace(plan, matrices=random_matrices(plan, CONFIG, seed))
