@@ -282,6 +282,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = static_cast<int>(emulator::kSharedMost) + 1024;
       return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:  // thread blocks run one after another
+      *value = 1;
+      return cudaSuccess;
     default:
       return failed(cudaErrorInvalidValue);
   }

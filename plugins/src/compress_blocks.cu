@@ -1,8 +1,10 @@
 // Launcher of compression.
 #include <cmath>
 
+#include "device_limits.h"
 #include "launching.h"
 #include "minicache/compress.cuh"
+#include "minicache/map_vectors.cuh"
 
 namespace minicache {
 namespace {
@@ -52,21 +54,59 @@ std::int32_t launch_products(Grid grid, const CompressArguments<T>& a, void* str
   return launch_kernel<Kernel>(kName, grid, Kernel::shared_bytes(a.shape), a, stream);
 }
 
+// Thread blocks of a multiprocessor that a launch should have at least before one of them takes several cache blocks.
+constexpr int kWavesWanted = 4;
+
+template <class T, bool Turned>
+std::int32_t launch_tensor_map(MapArguments<T> map, void* stream) {
+  using Kernel = MapKernel<T, Turned>;
+  using Scratch = typename Kernel::Scratch;
+  DeviceLimits limits{};
+  const std::int32_t status = device_limits(kName, limits);
+  if (status != ok) return status;
+  const StreamShape& shape = map.a.shape;
+  Grid grid{map.count, shape.heads, map.sums * Kernel::chunks_of(map)};
+  map.resident = Kernel::kMayReside;
+  // Room for two thread blocks, each with a KiB that is the system's.
+  map.resident = map.resident && 2 * (Scratch(nullptr, map).bytes + 1024) <= limits.processor;
+  if (map.resident) {
+    const std::int64_t all = static_cast<std::int64_t>(grid.x) * grid.y * grid.z;
+    const std::int64_t each = all / (static_cast<std::int64_t>(kWavesWanted) * limits.processors);
+    map.blocks_each = static_cast<std::int32_t>(maximum(minimum(each, std::int64_t{16}), std::int64_t{1}));
+  }
+  grid.x = ceil_div(map.count, map.blocks_each);
+  return launch_kernel<Kernel>(kName, grid, Scratch(nullptr, map).bytes, map, stream);
+}
+
+template <class T>
+std::int32_t launch_map(const CompressArguments<T>& a, std::int32_t count, void* stream) {
+  const StreamShape& shape = a.shape;
+  const bool linear = shape.merge == Merge::linear;
+  const MapArguments<T> map{a, linear ? a.maps.encode : a.maps.align, linear ? a.maps.bias : nullptr, a.vectors,
+                            linear ? shape.stored : shape.dim, linear ? 1 : shape.members, count, 1, false};
+  if constexpr (sizeof(T) == 2) {
+    return turned(shape) ? launch_tensor_map<T, true>(map, stream) : launch_tensor_map<T, false>(map, stream);
+  } else {
+    using Kernel = FloatMapKernel<T>;
+    return launch_kernel<Kernel>(kName, Grid{count, shape.heads, map.sums}, Kernel::shared_bytes(map), map, stream);
+  }
+}
+
 template <class T>
 std::int32_t compress(CompressArguments<T> a, std::int32_t count, void* stream) {
   const StreamShape& shape = a.shape;
   layer_shares(shape, a.shares);
-  const Grid grid{count, shape.heads, 1}, members{count, shape.heads, shape.members};
+  const Grid grid{count, shape.heads, 1};
+  const bool linear = shape.merge == Merge::linear;
   std::int32_t status = ok;
-  if (shape.merge == Merge::linear) {
-    using Kernel = EncodeKernel<T>;
-    status = launch_kernel<Kernel>(kName, grid, Kernel::shared_bytes(shape), a, stream);
-  } else if (shape.align) {
-    using Kernel = AlignKernel<T>;
-    status = launch_kernel<Kernel>(kName, members, Kernel::shared_bytes(shape), a, stream);
+  if (linear || shape.align) status = launch_map(a, count, stream);
+  if (status == ok && linear && shape.retained > 0) {
+    using Kernel = LossKernel<T>;
+    const int bytes = typename Kernel::Scratch(nullptr, shape).bytes;
+    status = launch_kernel<Kernel>(kName, grid, bytes, a, stream);
   }
   if (status != ok) return status;
-  return with_chunks(maximum(shape.dim, shape.merge == Merge::linear ? shape.stored : 0), [&](auto chunks) {
+  return with_chunks(linear ? shape.stored : shape.dim, [&](auto chunks) {
     constexpr int kChunks = decltype(chunks)::value;
     if (shape.merge != Merge::linear && statistics_of(shape) > 0)
       status = launch_products<kChunks>(grid, a, stream);

@@ -2,47 +2,11 @@
 #include "minicache/decode_attention.cuh"
 
 #include "decode_checks.h"
+#include "device_limits.h"
+#include "launching.h"
 
 namespace minicache {
 namespace {
-
-#if defined(__CUDACC__)
-using Stream = cudaStream_t;
-#else
-using Stream = void*;
-#endif
-
-template <class Kernel, class Arguments>
-std::int32_t start(Grid grid, int shared, const Arguments& arguments, Stream stream) {
-#if defined(__CUDACC__)
-  return finish(kName, launch<Kernel>(grid, shared, arguments, stream));
-#else
-  static_cast<void>(stream);
-  launch<Kernel>(grid, shared, arguments);
-  return ok;
-#endif
-}
-
-// Bytes of shared memory that a thread block may have, and that a multiprocessor has.
-struct SharedLimits {
-  int block, processor;
-};
-
-std::int32_t shared_limits(SharedLimits& limits) {
-#if defined(__CUDACC__)
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  auto ask = [&](int& bytes, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, attribute, device);
-  };
-  ask(limits.block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(limits.processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  return finish(kName, error);
-#else
-  limits = {1 << 30, 228 * 1024};
-  return ok;
-#endif
-}
 
 DecodeSizes sizes_of(const AttentionArguments& a) {
   const bool compressed = a.key.shape != nullptr;
@@ -65,9 +29,9 @@ struct DecodeAttention {
   DecodeProblem<T> problem;
   StreamReader key, value;
   char* workspace;
-  Stream stream;
+  void* stream;
 
-  DecodeAttention(const AttentionArguments& arguments, void* memory, Stream on)
+  DecodeAttention(const AttentionArguments& arguments, void* memory, void* on)
       : a(arguments), sizes(sizes_of(a)), layout(decode_workspace<T>(sizes)), key{}, value{},
         workspace(static_cast<char*>(memory)), stream(on) {
     const int group = a.shape.query_heads / a.shape.heads;
@@ -97,7 +61,7 @@ struct DecodeAttention {
   std::int32_t run_full_of() const {
     using Kernel = FullSplit<T, D>;
     const FullSplitArguments<T> arguments{problem, {static_cast<T*>(a.kv), a.shape.heads, a.shape.dim}, full()};
-    return start<Kernel>(splits(sizes.full_splits), Kernel::kShared, arguments, stream);
+    return launch_kernel<Kernel>(kName, splits(sizes.full_splits), Kernel::kShared, arguments, stream);
   }
 
   std::int32_t run_full() const {
@@ -136,7 +100,7 @@ struct DecodeAttention {
     using Kernel = QueryMap<T, Rows>;
     int tiles = 0;
     for (int n = 0; n < kQueryMaps; ++n) tiles += Kernel::tiles(arguments, n);
-    return start<Kernel>({tiles, ceil_div(map_rows(), Rows), a.shape.heads}, Kernel::kShared, arguments, stream);
+    return launch_kernel<Kernel>(kName, {tiles, ceil_div(map_rows(), Rows), a.shape.heads}, Kernel::kShared, arguments, stream);
   }
 
   std::int32_t run_compressed() const {
@@ -150,7 +114,7 @@ struct DecodeAttention {
                                                workspace + layout.turns};
       const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::turns(key.shape));
       const int blocks = static_cast<int>((most + kDecodeThreads - 1) / kDecodeThreads);
-      status = start<MapFragments<T>>({blocks, key.shape.heads + 1, 1}, 0, arguments, stream);
+      status = launch_kernel<MapFragments<T>>(kName, {blocks, key.shape.heads + 1, 1}, 0, arguments, stream);
     }
     CompressedSplitArguments<T> arguments{
         problem, key, value, {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)},
@@ -179,15 +143,15 @@ struct DecodeAttention {
   }
 
   template <bool Rebuild, int Kind>
-  static std::int32_t launch_split(Grid grid, const CompressedSplitArguments<T>& arguments, Stream stream) {
-    return start<CompressedSplit<T, Rebuild, Kind>>(grid, arguments.shared.bytes, arguments, stream);
+  static std::int32_t launch_split(Grid grid, const CompressedSplitArguments<T>& arguments, void* stream) {
+    return launch_kernel<CompressedSplit<T, Rebuild, Kind>>(kName, grid, arguments.shared.bytes, arguments, stream);
   }
 
   // As many stages as leave room for the thread blocks that registers leave room for (half of them for keys before RoPE,
   // whose tables every thread block has), then what fits at all.
   std::int32_t choose_shared(CompressedShared& shared) const {
-    SharedLimits limits{};
-    if (const std::int32_t status = shared_limits(limits)) return status;
+    DeviceLimits limits{};
+    if (const std::int32_t status = device_limits(kName, limits)) return status;
     constexpr int kReserved = 1024;  // of each thread block
     const int preferred = limits.processor / (sizes.rebuilt() ? 2 : 4) - kReserved;
     for (const bool resident : {true, false}) {
@@ -207,7 +171,7 @@ struct DecodeAttention {
                                         at(layout.residual_sums), at(layout.plain), out, a.out_stride};
     const int shared = (kDecodeWarps + sizes.full_splits + sizes.compressed_splits) * 4;
     const std::int32_t status =
-        start<CombineSplits<T>>({a.shape.query_heads, a.step.decodes, 1}, shared, arguments, stream);
+        launch_kernel<CombineSplits<T>>(kName, {a.shape.query_heads, a.step.decodes, 1}, shared, arguments, stream);
     if (status != ok || !mapped) return status;
     const StreamShape& shape = value.shape;
     const OutputMapArguments<T> map{problem,
@@ -225,13 +189,13 @@ struct DecodeAttention {
   template <int Rows>
   std::int32_t map_output(const OutputMapArguments<T>& map) const {
     using Kernel = OutputMap<T, Rows>;
-    return start<Kernel>({a.shape.dim / Kernel::kComponents, ceil_div(map_rows(), Rows), a.shape.heads},
+    return launch_kernel<Kernel>(kName, {a.shape.dim / Kernel::kComponents, ceil_div(map_rows(), Rows), a.shape.heads},
                          Kernel::kShared, map, stream);
   }
 };
 
 template <class T>
-std::int32_t run(const AttentionArguments& a, void* workspace, Stream stream) {
+std::int32_t run(const AttentionArguments& a, void* workspace, void* stream) {
   return DecodeAttention<T>(a, workspace, stream).run();
 }
 
@@ -266,10 +230,10 @@ MC_API std::int32_t minicache_decode_attention(const minicache::AttentionArgumen
       return run<float>(a, workspace, stream);
 #endif
     case Type::float16:
-      return run<Half>(a, workspace, static_cast<Stream>(stream));
+      return run<Half>(a, workspace, stream);
 #if !defined(MINICACHE_REDUCED)
     case Type::bfloat16:
-      return run<BFloat16>(a, workspace, static_cast<Stream>(stream));
+      return run<BFloat16>(a, workspace, stream);
 #endif
     default:
       return fail(unsupported, "%s: type: number %d is not supported here", kName, static_cast<int>(a.type));

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from minicache_trt.compression.codec import restore_blocks as twin_restore
 from minicache_trt.compression.matrices import stream_matrices
-from minicache_trt.compression.stream import PARTS
+from minicache_trt.compression.plan import CompressionPlan
+from minicache_trt.compression.segment import Segment
+from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.compression.stream_constants import StreamConstants
 from minicache_trt.contract import plan_layout
 from minicache_trt.functions.stream_maps import read_maps
@@ -17,6 +22,7 @@ from minicache_trt.kernels.library import StreamShape, device_maps
 from tests.gpu.cases import model
 from tests.gpu.conftest import Kernels
 from tests.support.agreement import assert_blocks_agree
+from tests.support.matrices import random_matrices
 from tests.support.plans import all_plans
 
 POISON = 77
@@ -41,6 +47,38 @@ def test_append(kernels: Kernels, tokens: int, heads: int, dim: int, dtype: torc
     new = joint[:, heads * dim :].reshape(tokens, 2, heads, dim)
     kv[slots.long() // 64, :, :, slots.long() % 64] = torch.where(new.isfinite(), new, 0)
     assert torch.equal(mine.cpu(), kv)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("basis", ["pre_rope", "post_rope"])
+@pytest.mark.parametrize(("dim", "members", "rank"), [(64, 2, 64), (80, 3, 176), (128, 2, 64), (256, 4, 80)])
+def test_products_are_as_exact_as_floats(
+    kernels: Kernels, dim: int, members: int, rank: int, basis: str, dtype: torch.dtype
+) -> None:
+    """Vectors far from zero for their spread, columns of very different sizes: codes of int8 as the reference's."""
+    config = model(dim, 3)
+    segments = (Segment(rank, "int8", axis="channel"),)
+    plan = CompressionPlan("custom", (Stream("key", tuple(range(members)), segments, merge="linear", basis=basis),))
+    matrices = random_matrices(plan, config)
+    sizes = (10.0 ** np.random.default_rng(1).uniform(-3, 2, (3, 1, rank))).astype(np.float32)
+    matrices["streams.0.encode"] *= sizes
+    matrices["streams.0.decode"] /= sizes.swapaxes(1, 2)
+    plan = replace(plan, matrices=matrices)
+    cache = KernelCache(kernels.library, config, plan, kernels.device, dtype)
+    cache.allocate(7, 6)
+    torch.manual_seed(dim)
+    shape = cache.tensors["kv.0"].shape
+    center = 8 * torch.randn(shape[-1])
+    for layer in range(members):
+        cache.tensors[f"kv.{layer}"].copy_(center + torch.randn(shape))
+    ids = [torch.tensor(x, dtype=torch.int32, device=kernels.device) for x in (SOURCE, TARGET, NUMBER)]
+    kernels.poison_free_memory()
+    cache.compress_stream(0, *ids)
+    host = {pool_name: pool.cpu() for pool_name, pool in cache.tensors.items()}
+    (layout,) = plan_layout(plan, config)
+    x = torch.stack([host[f"kv.{layer}"][SOURCE, PARTS.index("key")] for layer in range(members)])
+    fields = {kind: host[pool.name][TARGET] for kind, pool in layout.pools.items()}
+    assert_blocks_agree(plan, layout, fields, x, torch.tensor(NUMBER), dtype)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -1,6 +1,7 @@
 // Full blocks of a group's layers into one stream's pools.
 //
-//   vectors x_i ──(un-rotated)──┬── matrices: EncodeKernel (linear), AlignKernel ──► vectors in the workspace
+//   vectors x_i ──(un-rotated)──┬── matrices (linear, align): MapKernel ──► vectors in the workspace
+//                               │     └── retention of linear merges: LossKernel ──► what each token loses
 //                               └── norm per token: ProductsKernel ──► products of each head's vectors in the workspace
 //   CompressKernel, a thread block per cache block and slot: merge, retention, segments, residuals
 #pragma once

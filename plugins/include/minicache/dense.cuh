@@ -19,12 +19,6 @@ struct Accumulator {
 MC_HD int dense_row(Thread thread, int i) { return 8 * thread.warp() + i; }
 MC_HD int dense_column(Thread thread) { return 4 * thread.lane(); }
 
-// Four neighbouring numbers, 16-byte aligned.
-MC_HD void store_four(float* to, const float (&x)[4]) {
-  store_as(to, Bytes16{{bit_cast<std::uint32_t>(x[0]), bit_cast<std::uint32_t>(x[1]), bit_cast<std::uint32_t>(x[2]),
-                        bit_cast<std::uint32_t>(x[3])}});
-}
-
 template <class Block>
 MC_HD void clear(Block& block, typename Block::template PerThread<Accumulator>& sum) {
   block.each([&](Thread thread) { sum(thread) = Accumulator{}; });

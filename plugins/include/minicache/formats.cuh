@@ -101,20 +101,4 @@ MC_HD constexpr float gaussian_boundary(int bits, int index) {
   return index > middle ? kBoundaries[bits - 1][index - middle - 1] : -kBoundaries[bits - 1][middle - 1 - index];
 }
 
-// How many boundaries lie strictly below `u`.
-MC_HD int gaussian_code(int bits, float u) {
-  int code = 0;
-  for (int i = 0; i < (1 << bits) - 1; ++i) code += gaussian_boundary(bits, i) < u;
-  return code;
-}
-
-// Code of an integer format with 2^bits levels; scale and lowest as rounded to binary16. Scale 0 gives code 0.
-MC_HD int integer_code(float y, float scale, float lowest, int bits) {
-  if (!(scale > 0.0f)) return 0;
-  const float ratio = round_even(divide(add(y, -lowest), scale)), levels = static_cast<float>((1 << bits) - 1);
-  return static_cast<int>(ratio < 0.0f ? 0.0f : ratio > levels ? levels : ratio);
-}
-
-MC_HD int fp8_code(float y, float scale) { return scale > 0.0f ? float_to_fp8(divide(y, scale)) : 0; }
-
 }  // namespace minicache

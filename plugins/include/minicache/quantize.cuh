@@ -6,6 +6,17 @@
 
 namespace minicache {
 
+// x / divisor, rounded as IEEE division does: the remainder corrects the product with the divisor's reciprocal. 0 if the
+// divisor and its reciprocal are.
+MC_HD float quotient_of(float x, float divisor, float reciprocal) {
+#if MC_ON_DEVICE
+  const float quotient = __fmul_rn(x, reciprocal);
+  return __fmaf_rn(__fmaf_rn(-quotient, divisor, x), reciprocal, quotient);
+#else
+  return reciprocal > 0.0f ? divide(x, divisor) : 0.0f;
+#endif
+}
+
 // What one range codes by, as stored: number = scale * code + lowest (float8: lowest is 0).
 struct Range {
   float scale, reciprocal, lowest;
@@ -17,16 +28,7 @@ struct Range {
     return Range{scale, scale > 0.0f ? divide(1.0f, scale) : 0.0f, to_float(saturate_half(low))};
   }
 
-  // (y - lowest) / scale, rounded as IEEE division does: the remainder corrects the product with the reciprocal.
-  MC_HD float ratio(float y) const {
-    const float numerator = add(y, -lowest);
-#if MC_ON_DEVICE
-    const float quotient = __fmul_rn(numerator, reciprocal);
-    return __fmaf_rn(__fmaf_rn(-quotient, scale, numerator), reciprocal, quotient);
-#else
-    return divide(numerator, scale);
-#endif
-  }
+  MC_HD float ratio(float y) const { return quotient_of(add(y, -lowest), scale, reciprocal); }
 
   // All codes are 0 without it.
   MC_HD bool has_extent() const { return scale > 0.0f; }
@@ -236,7 +238,7 @@ MC_HD void standardize(Block& block, typename Block::template PerThread<Tile<Chu
   block.template reduce_add<kRowThreads>(square);
   block.each([&](Thread thread) {
     const Half norm = saturate_half(square_root(divide(square(thread), static_cast<float>(count))));
-    const float divisor = to_float(norm);
+    const float divisor = to_float(norm), reciprocal = divisor > 0.0f ? divide(1.0f, divisor) : 0.0f;
     if (leads_row(thread)) {
       norms[row_of(thread)] = norm;
       shared_norms[row_of(thread)] = divisor;
@@ -246,22 +248,43 @@ MC_HD void standardize(Block& block, typename Block::template PerThread<Tile<Chu
       MC_UNROLL
       for (int e = 0; e < kChunk; ++e) {
         float& x = tile(thread).x[j][e];
-        x = divisor > 0.0f ? divide(x, divisor) : 0.0f;
+        x = quotient_of(x, divisor, reciprocal);
       }
     }
   });
   block.sync();
 }
 
-// `gaussian_code` with its boundaries as constants of the program.
-template <int Width, int Index = 0>
-MC_HD std::uint32_t boundaries_below(float u) {
-  if constexpr (Index == (1 << Width) - 1) {
-    return 0;
+// Boundary to compare a magnitude with once it is known whether it is above `Known` of them: a binary search of the
+// positive ones, all constants of the program. `Place`: what was found so far, in bits.
+template <int Width, int Level, int Known = 0, int Place = 0>
+MC_HD float next_boundary(const bool (&above)[3]) {
+  if constexpr (Known < Level) {
+    const float higher = next_boundary<Width, Level, Known + 1, 2 * Place + 1>(above);
+    return above[Known] ? higher : next_boundary<Width, Level, Known + 1, 2 * Place>(above);
   } else {
-    constexpr float kBoundary = gaussian_boundary(Width, Index);
-    return (kBoundary < u ? 1u : 0u) + boundaries_below<Width, Index + 1>(u);
+    constexpr int kIndex = ((2 * Place + 1) << (Width - 2 - Level)) - 1;
+    constexpr float kBoundary = gaussian_boundary(Width, (1 << (Width - 1)) + kIndex);
+    return kBoundary;
   }
+}
+
+// How many boundaries lie strictly below `u`.
+template <int Width>
+MC_HD std::uint32_t gaussian_code(float u) {
+  constexpr std::uint32_t kHalf = 1u << (Width - 1);
+  // Boundaries are symmetric: strictly below -|u| are those of a magnitude above the next float after |u|.
+  const bool positive = u > 0.0f;
+  const std::uint32_t bits = bit_cast<std::uint32_t>(u) & 0x7fffffffu;
+  const float magnitude = bit_cast<float>(positive ? bits : bits + 1u);
+  bool above[3] = {};
+  std::uint32_t count = 0;
+  if constexpr (Width > 1) above[0] = next_boundary<Width, 0>(above) < magnitude;
+  if constexpr (Width > 2) above[1] = next_boundary<Width, 1>(above) < magnitude;
+  if constexpr (Width > 3) above[2] = next_boundary<Width, 2>(above) < magnitude;
+  MC_UNROLL
+  for (int level = 0; level < Width - 1; ++level) count |= above[level] ? kHalf >> (level + 1) : 0u;
+  return count ^ (positive ? kHalf : kHalf - 1u);
 }
 
 // Gaussian codes of components [first, first + length); rows whose norm (in shared memory) is 0 get code 0.
@@ -280,7 +303,7 @@ MC_HD void quantize_gaussian(Block& block, const typename Block::template PerThr
         PackedCodes packed;
         MC_UNROLL
         for (int e = 0; e < kChunk; ++e) {
-          const std::uint32_t code = boundaries_below<kWidth>(tile(thread).x[j][e]);
+          const std::uint32_t code = gaussian_code<kWidth>(tile(thread).x[j][e]);
           packed.template put<kWidth>(e, empty ? 0u : code);
         }
         store_codes<kWidth>(codes + row * row_bytes + column / kChunk * kWidth, packed);

@@ -53,23 +53,35 @@ MC_HD void store_as(void* address, const From& value) {
 #endif
 }
 
+// Four floats to and from 16-byte aligned memory.
+MC_HD void store_four(float* to, const float* x) {
+  store_as(to, Bytes16{{bit_cast<std::uint32_t>(x[0]), bit_cast<std::uint32_t>(x[1]), bit_cast<std::uint32_t>(x[2]),
+                        bit_cast<std::uint32_t>(x[3])}});
+}
+MC_HD void load_four(float* x, const float* from) {
+  const Bytes16 bytes = load_as<Bytes16>(from);
+  MC_UNROLL
+  for (int i = 0; i < 4; ++i) x[i] = bit_cast<float>(bytes.words[i]);
+}
+
+// Eight numbers of 16 bits.
+template <class T>
+MC_HD void chunk_of(float (&x)[kChunk], const Bytes16& bytes) {
+  MC_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = to_float(T{static_cast<std::uint16_t>(bytes.words[i])});
+    x[2 * i + 1] = to_float(T{static_cast<std::uint16_t>(bytes.words[i] >> 16)});
+  }
+}
+
 // Eight numbers from 16-byte aligned memory.
 template <class T>
 MC_HD void load_chunk(float (&x)[kChunk], const T* from) {
   if constexpr (sizeof(T) == 2) {
-    const Bytes16 bytes = load_as<Bytes16>(from);
-    MC_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      x[2 * i] = to_float(T{static_cast<std::uint16_t>(bytes.words[i])});
-      x[2 * i + 1] = to_float(T{static_cast<std::uint16_t>(bytes.words[i] >> 16)});
-    }
+    chunk_of<T>(x, load_as<Bytes16>(from));
   } else {
-    MC_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const Bytes16 bytes = load_as<Bytes16>(from + 4 * half);
-      MC_UNROLL
-      for (int i = 0; i < 4; ++i) x[4 * half + i] = bit_cast<float>(bytes.words[i]);
-    }
+    load_four(x, from);
+    load_four(x + 4, from + 4);
   }
 }
 
@@ -83,13 +95,8 @@ MC_HD void store_chunk(T* to, const float (&x)[kChunk]) {
     }
     store_as(to, bytes);
   } else {
-    MC_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      Bytes16 bytes;
-      MC_UNROLL
-      for (int i = 0; i < 4; ++i) bytes.words[i] = bit_cast<std::uint32_t>(x[4 * half + i]);
-      store_as(to + 4 * half, bytes);
-    }
+    store_four(to, x);
+    store_four(to + 4, x + 4);
   }
 }
 

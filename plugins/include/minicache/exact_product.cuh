@@ -1,0 +1,286 @@
+// Products of a cache block's rows with calibrated matrices on the tensor cores, as exact as float32's.
+//
+// Factors are sums of parts that the tensor cores take, x = x_0 + x_1 + ..., each the rest rounded to 16 bits: two parts
+// of binary16, or three of bfloat16, hold what a float holds. Products of parts i and j are taken where i + j is less
+// than the parts of the matrix; the others are below 2^-22 |row| |column|. Sums of tensor cores may be truncated, so they
+// end after 32 components and are added as floats. Columns in binary16 are scaled by powers of two to where no part
+// leaves its range.
+//
+// The depth is taken in pieces of 32 components of its first half and the 32 they are paired with in the second. A block
+// of 256 threads computes 64 rows x 64 columns: warp w rows 32 (w % 2) .. + 31, columns 32 (w / 2 % 2) .. + 31, and of
+// the depth half w / 4; the halves are added at the end. The matrix is the left factor, D = M^T X^T: registers of a row
+// are operands as they are read, 16 bytes at a time.
+#pragma once
+
+#include <type_traits>
+
+#include "minicache/tile.cuh"
+
+namespace minicache {
+
+constexpr int kExactColumns = 64;               // of a thread block
+constexpr int kHalfPiece = 32;                  // components of each half of the depth
+constexpr int kColumnTiles = 2, kRowTiles = 4;  // of 16 columns and 8 rows, per warp; each half adds up one of columns
+
+template <class E>
+constexpr int kMatrixParts = std::is_same_v<E, Half> ? 2 : 3;
+
+// Fragments A of M^T: [halves][steps of 16 components][tiles of 16 columns][parts][lanes]. Component 8 j + 2 t + i of a
+// step, as fragments number them, is component 8 t + 4 step + 2 j + i of the half.
+template <class E>
+constexpr int kPieceFragments = 4 * kExactColumns / 16 * kMatrixParts<E> * kWarp;
+template <class E>
+constexpr int kPieceBytes = kPieceFragments<E> * static_cast<int>(sizeof(FragmentA<E>));
+
+// Where a lane's fragment lies among those of its warp: neither readers nor writers meet bank conflicts.
+MC_HD int fragment_slot(int lane) { return lane ^ (lane >> 1 & 4); }
+
+MC_HD int exact_pieces(int depth) { return ceil_div(depth / 2, kHalfPiece); }
+
+// What a thread has to do with: half of the depth; of its warp, the first row and column.
+struct ExactPlace {
+  int half, row, column, g, t;
+
+  MC_HD explicit ExactPlace(Thread thread)
+      : half(thread.warp() / 4),
+        row(32 * (thread.warp() % 2)),
+        column(32 * (thread.warp() / 2 % 2)),
+        g(thread.lane() / 4),
+        t(thread.lane() % 4) {}
+};
+
+// Numbers `first` and `second` as sums of parts.
+template <class E, int Parts>
+MC_HD void split_pair(float first, float second, Pair<E> (&out)[Parts]) {
+  MC_UNROLL
+  for (int i = 0; i < Parts; ++i) {
+    out[i] = round_pair<E>(first, second);
+    first -= first_of(out[i]);
+    second -= second_of(out[i]);
+  }
+}
+
+// One part of a warp's rows in `Steps` steps of 16 components.
+template <class Block, class E, int Steps>
+struct ExactRows {
+  typename Block::template PerThread<FragmentB<E>> step[Steps][kRowTiles];
+};
+
+// Tiles of columns, first the one that the thread's half of the warps adds up in the end.
+template <class Block>
+struct ExactSums {
+  typename Block::template PerThread<FragmentD> tile[kColumnTiles][kRowTiles];
+};
+
+template <class Block>
+MC_HD void clear(Block& block, ExactSums<Block>& sum) {
+  MC_UNROLL
+  for (int i = 0; i < kColumnTiles * kRowTiles; ++i)
+    block.each([&](Thread thread) { sum.tile[i / kRowTiles][i % kRowTiles](thread) = FragmentD{}; });
+}
+
+// A piece of rows [B, depth] in the compute type.
+template <class E, class Block>
+MC_HD void load_rows(Block& block, ExactRows<Block, E, 2>& out, const E* rows, int depth, int piece) {
+  block.each([&](Thread thread) {
+    const ExactPlace place(thread);
+    const int component = kHalfPiece * piece + 8 * place.t;
+    const E* const from = rows + ((place.row + place.g) * depth + place.half * (depth >> 1) + component);
+    const bool valid = 2 * component < depth;
+    MC_UNROLL
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      const Bytes16 own = valid ? load_as<Bytes16>(from + 8 * tile * depth) : Bytes16{};
+      MC_UNROLL
+      for (int word = 0; word < 4; ++word) put_pair(out.step[word / 2][tile](thread), word % 2, Pair<E>{own.words[word]});
+    }
+  });
+}
+
+// A piece of rows of floats as parts in shared memory: [parts][B][64 components], halves exchanged in odd rows so that
+// neither readers nor writers meet bank conflicts.
+template <class E>
+struct RowPlanes {
+  static constexpr int kParts = kMatrixParts<E>;
+  static constexpr int kNumbers = kBlockSize * 2 * kHalfPiece;
+  static constexpr int kBytes = kParts * kNumbers * static_cast<int>(sizeof(E));
+  E* numbers;
+
+  MC_HD E* chunk(int part, int row, int half, int component) const {
+    return numbers + part * kNumbers + row * 2 * kHalfPiece + (half + row) % 2 * kHalfPiece + component;
+  }
+  MC_HD void store(int row, int half, int component, const float (&x)[kChunk]) const {
+    Bytes16 bytes[kParts];
+    MC_UNROLL
+    for (int i = 0; i < kChunk / 2; ++i) {
+      Pair<E> pair[kParts];
+      split_pair(x[2 * i], x[2 * i + 1], pair);
+      MC_UNROLL
+      for (int part = 0; part < kParts; ++part) bytes[part].words[i] = pair[part].bits;
+    }
+    MC_UNROLL
+    for (int part = 0; part < kParts; ++part) store_as(chunk(part, row, half, component), bytes[part]);
+  }
+  // One step of a part.
+  template <class Block>
+  MC_HD void load(Block& block, ExactRows<Block, E, 1>& out, int part, int step) const {
+    block.each([&](Thread thread) {
+      const ExactPlace place(thread);
+      MC_UNROLL
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        const int row = place.row + 8 * tile + place.g;
+        out.step[0][tile](thread) = load_as<FragmentB<E>>(chunk(part, row, place.half, 8 * place.t) + 4 * step);
+      }
+    });
+  }
+};
+
+// 64 columns of a matrix.
+template <class E>
+struct ExactMatrix {
+  const float* numbers;  // [depth, columns], the first of 64 columns; depth and columns are multiples of 16
+  int depth, columns;
+  int width;  // columns there are: the others are zero
+
+  // One piece to shared memory; `scales` [64], null: 1.
+  template <class Block>
+  MC_HD void stage(Block& block, int piece, const float* scales, FragmentA<E>* to) const {
+    static_assert(Block::kThreads == 256, "a thread stages four components of columns c, c + 1, c + 8 and c + 9");
+    constexpr int kParts = kMatrixParts<E>;
+    block.each([&](Thread thread) {
+      const int index = forgotten(thread.index);
+      const int t = index % 4, two = index / 4 % 4, tile = index / 16 % 4, step = index / 64 % 2, half = index / 128;
+      const int component = kHalfPiece * piece + 8 * t + 4 * step, column = 16 * tile + 2 * two;
+      const float* const from = numbers + ((half * (depth >> 1) + component) * columns + column);
+      const bool valid = 2 * component < depth && column < width;
+      std::uint64_t own[4][2];
+      MC_UNROLL
+      for (int e = 0; e < 8; ++e) own[e / 2][e % 2] = valid ? load_as<std::uint64_t>(from + e / 2 * columns + e % 2 * 8) : 0;
+      const auto number = [&](int e, int right, int c) {
+        const float x = bit_cast<float>(static_cast<std::uint32_t>(own[e][right] >> (32 * c)));
+        return scales == nullptr ? x : x * scales[column + 8 * right + c];
+      };
+      MC_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        FragmentA<E> fragment[kParts];
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          Pair<E> pair[kParts];
+          split_pair(number(i / 2 * 2, i % 2, c), number(i / 2 * 2 + 1, i % 2, c), pair);
+          MC_UNROLL
+          for (int part = 0; part < kParts; ++part) put_pair(fragment[part], i, pair[part]);
+        }
+        FragmentA<E>* const target = to + ((2 * half + step) * kExactColumns / 16 + tile) * kParts * kWarp;
+        MC_UNROLL
+        for (int part = 0; part < kParts; ++part)
+          store_as(target + part * kWarp + fragment_slot(4 * (2 * two + c) + t), fragment[part]);
+      }
+    });
+  }
+
+  // Raises `most(thread)` to the largest magnitudes of columns 4 (i % 16) .. + 3 in rows i / 16, i / 16 + 16, ...
+  template <class Block>
+  MC_HD void find_most(Block& block, typename Block::template PerThread<Bytes16>& most) const {
+    block.each([&](Thread thread) {
+      const int column = thread.index % 16 * 4;
+      if (column >= width) return;
+      MC_NO_UNROLL
+      for (int row = thread.index / 16; row < depth; row += Block::kThreads / 16) {
+        const Bytes16 own = load_as<Bytes16>(numbers + row * columns + column);
+        MC_UNROLL
+        for (int c = 0; c < 4; ++c)  // magnitudes are ordered as their bits are
+          most(thread).words[c] = maximum(most(thread).words[c], own.words[c] & 0x7fffffffu);
+      }
+    });
+  }
+};
+
+// Powers of two `scales` [64] that bring each column's largest magnitude to [2^14, 2^15), and their inverses, from what
+// `ExactMatrix::find_most` found. `scratch`: 4 KiB of shared memory.
+template <class Block>
+MC_HD void choose_scales(Block& block, const typename Block::template PerThread<Bytes16>& most, Bytes16* scratch,
+                         float* scales, float* inverses) {
+  block.each([&](Thread thread) { scratch[thread.index] = most(thread); });
+  block.sync();
+  block.each([&](Thread thread) {
+    if (thread.index >= kExactColumns) return;
+    std::uint32_t largest = 0;
+    for (int line = 0; line < Block::kThreads / 16; ++line)
+      largest = maximum(largest, scratch[16 * line + thread.index / 4].words[thread.index % 4]);
+    // Exponents of both stay within those of floats: a column below 2^-112 is scaled as one of that size.
+    const std::uint32_t exponent = maximum(largest >> 23, 15u);
+    scales[thread.index] = bit_cast<float>((268u - exponent) << 23);
+    inverses[thread.index] = bit_cast<float>((exponent - 14u) << 23);
+  });
+  block.sync();
+}
+
+// sum += rows M for `Steps` steps of a piece from `first` on. `rows`: the rows' parts; the piece is in shared memory.
+template <class E, int Parts, int Steps, class Block>
+MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Block, E, Steps> (&rows)[Parts],
+                        const FragmentA<E>* piece, int first) {
+  constexpr int kParts = kMatrixParts<E>;
+  typename Block::template PerThread<FragmentA<E>> matrix;
+  typename Block::template PerThread<FragmentD> partial[kRowTiles];
+  MC_UNROLL
+  for (int column = 0; column < kColumnTiles; ++column) {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int row = 0; row < kRowTiles; ++row) partial[row](thread) = FragmentD{};
+    });
+    MC_UNROLL
+    for (int step = 0; step < Steps; ++step) {
+      MC_UNROLL
+      for (int part = kParts - 1; part >= 0; --part) {  // small ones first
+        block.each([&](Thread thread) {
+          const ExactPlace own(thread);
+          const int place = (2 * own.half + first + step) * kExactColumns / 16 + own.column / 16 + (column ^ own.half);
+          matrix(thread) = load_as<FragmentA<E>>(piece + (place * kParts + part) * kWarp + fragment_slot(thread.lane()));
+        });
+        MC_UNROLL
+        for (int i = minimum(Parts, kParts - part) - 1; i >= 0; --i) {
+          MC_UNROLL
+          for (int row = 0; row < kRowTiles; ++row) block.multiply_add(partial[row], matrix, rows[i].step[step][row]);
+        }
+      }
+    }
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int row = 0; row < kRowTiles; ++row) {
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) sum.tile[column][row](thread).x[i] += partial[row](thread).x[i];
+      }
+    });
+  }
+}
+
+constexpr int kExactSumBytes = 4 * kRowTiles * kTileThreads * 4;  // shared memory of `store_results`
+
+// Once both halves of the depth are added, result * factors[column] - bias[column] to out [B, stride], columns from 0 to
+// below `width`. `factors` (null: 1) and `bias`: [64] in shared memory. Begins with a sync.
+template <class Block>
+MC_HD void store_results(Block& block, const ExactSums<Block>& sum, int width, void* exchange, const float* factors,
+                         const float* bias, float* out, int stride) {
+  float* const others = static_cast<float*>(exchange);  // [results][threads]
+  block.sync();
+  block.each([&](Thread thread) {
+    MC_UNROLL
+    for (int i = 0; i < 4 * kRowTiles; ++i) others[i * kTileThreads + thread.index] = sum.tile[1][i / 4](thread).x[i % 4];
+  });
+  block.sync();
+  block.each([&](Thread thread) {
+    const ExactPlace place(thread);
+    const int column = place.column + 16 * place.half + place.g;  // and + 8
+    if (16 * (column / 16) >= width) return;
+    float* const line = out + ((place.row + 2 * place.t) * stride + column);
+    const float* const other = others + (thread.index ^ kTileThreads / 2);
+    MC_UNROLL
+    for (int i = 0; i < 4 * kRowTiles; ++i) {
+      const float total = sum.tile[0][i / 4](thread).x[i % 4] + other[i * kTileThreads];
+      const int right = i % 4 / 2 * 8;
+      const float factor = factors == nullptr ? 1.0f : factors[column + right];
+      line[(8 * (i / 4) + i % 2) * stride + right] = total * factor - bias[column + right];
+    }
+  });
+}
+
+}  // namespace minicache

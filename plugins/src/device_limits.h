@@ -1,0 +1,31 @@
+// What the current device offers a launcher that chooses how much a thread block takes on.
+#pragma once
+
+#include "errors.h"
+
+namespace minicache {
+
+struct DeviceLimits {
+  int block, processor;  // bytes of shared memory that a thread block may have, and that a multiprocessor has
+  int processors;
+};
+
+inline std::int32_t device_limits(const char* name, DeviceLimits& limits) {
+#if defined(__CUDACC__)
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  ask(limits.block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(limits.processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(limits.processors, cudaDevAttrMultiProcessorCount);
+  return finish(name, error);
+#else
+  static_cast<void>(name);
+  limits = {1 << 30, 228 * 1024, 1};
+  return ok;
+#endif
+}
+
+}  // namespace minicache
