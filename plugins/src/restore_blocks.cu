@@ -55,7 +55,7 @@ MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicac
                                         block_index, inverse_frequencies, static_cast<T*>(out)};
     return with_chunks(shape.dim, [&](auto chunks) {
       using Kernel = RestoreKernel<T, decltype(chunks)::value>;
-      return launch_kernel<Kernel>(kName, Grid{count, shape.heads}, RestoreScratch(nullptr, shape).bytes, arguments,
+      return launch_kernel<Kernel>(kName, Grid{count, shape.heads}, RestoreScratch<T>(nullptr, shape).bytes, arguments,
                                    stream);
     });
   });

@@ -1,10 +1,10 @@
-// Products of a cache block's rows with calibrated matrices on the tensor cores, as exact as float32's.
+// Products of a cache block's rows with calibrated matrices on the tensor cores, in more than 16 bits.
 //
-// Factors are sums of parts that the tensor cores take, x = x_0 + x_1 + ..., each the rest rounded to 16 bits: two parts
-// of binary16, or three of bfloat16, hold what a float holds. Products of parts i and j are taken where i + j is less
-// than the parts of the matrix; the others are below 2^-22 |row| |column|. Sums of tensor cores may be truncated, so they
-// end after 32 components and are added as floats. Columns in binary16 are scaled by powers of two to where no part
-// leaves its range.
+// Factors are sums of parts that the tensor cores take, x = x_0 + x_1 + ..., each the rest rounded to 16 bits. Products of
+// parts i and j are taken where i + j is less than the parts of the matrix. Two parts of binary16, or three of bfloat16,
+// hold what a float holds, and what is left out is below 2^-22 |row| |column|; two parts of bfloat16 leave out 2^-16.
+// Sums of tensor cores may be truncated, so they end after 32 components and are added as floats. Columns in binary16 are
+// scaled by powers of two to where no part leaves its range.
 //
 // The depth is taken in pieces of 32 components of its first half and the 32 they are paired with in the second. A block
 // of 256 threads computes 64 rows x 64 columns: warp w rows 32 (w % 2) .. + 31, columns 32 (w / 2 % 2) .. + 31, and of
@@ -22,15 +22,12 @@ constexpr int kExactColumns = 64;               // of a thread block
 constexpr int kHalfPiece = 32;                  // components of each half of the depth
 constexpr int kColumnTiles = 2, kRowTiles = 4;  // of 16 columns and 8 rows, per warp; each half adds up one of columns
 
-template <class E>
-constexpr int kMatrixParts = std::is_same_v<E, Half> ? 2 : 3;
-
 // Fragments A of M^T: [halves][steps of 16 components][tiles of 16 columns][parts][lanes]. Component 8 j + 2 t + i of a
 // step, as fragments number them, is component 8 t + 4 step + 2 j + i of the half.
-template <class E>
-constexpr int kPieceFragments = 4 * kExactColumns / 16 * kMatrixParts<E> * kWarp;
-template <class E>
-constexpr int kPieceBytes = kPieceFragments<E> * static_cast<int>(sizeof(FragmentA<E>));
+template <int Parts>
+constexpr int kPieceFragments = 4 * kExactColumns / 16 * Parts * kWarp;
+template <int Parts>
+constexpr int kPieceBytes = kPieceFragments<Parts> * static_cast<int>(sizeof(FragmentA<Half>));
 
 // Where a lane's fragment lies among those of its warp: neither readers nor writers meet bank conflicts.
 MC_HD int fragment_slot(int lane) { return lane ^ (lane >> 1 & 4); }
@@ -98,27 +95,34 @@ MC_HD void load_rows(Block& block, ExactRows<Block, E, 2>& out, const E* rows, i
 
 // A piece of rows of floats as parts in shared memory: [parts][B][64 components], halves exchanged in odd rows so that
 // neither readers nor writers meet bank conflicts.
-template <class E>
+template <class E, int Parts>
 struct RowPlanes {
-  static constexpr int kParts = kMatrixParts<E>;
   static constexpr int kNumbers = kBlockSize * 2 * kHalfPiece;
-  static constexpr int kBytes = kParts * kNumbers * static_cast<int>(sizeof(E));
+  static constexpr int kBytes = Parts * kNumbers * static_cast<int>(sizeof(E));
   E* numbers;
+
+  // Where rows of `depth` components have several pieces, one after another.
+  MC_HD RowPlanes piece(int number) const { return RowPlanes{numbers + number * Parts * kNumbers}; }
+  // Stores eight components from `component` of rows of `depth` to their piece.
+  MC_HD void store_chunk(int depth, int row, int component, const float (&x)[kChunk]) const {
+    const int half = component >= depth >> 1 ? 1 : 0, own = component - half * (depth >> 1);
+    piece(own / kHalfPiece).store(row, half, own % kHalfPiece, x);
+  }
 
   MC_HD E* chunk(int part, int row, int half, int component) const {
     return numbers + part * kNumbers + row * 2 * kHalfPiece + (half + row) % 2 * kHalfPiece + component;
   }
   MC_HD void store(int row, int half, int component, const float (&x)[kChunk]) const {
-    Bytes16 bytes[kParts];
+    Bytes16 bytes[Parts];
     MC_UNROLL
     for (int i = 0; i < kChunk / 2; ++i) {
-      Pair<E> pair[kParts];
+      Pair<E> pair[Parts];
       split_pair(x[2 * i], x[2 * i + 1], pair);
       MC_UNROLL
-      for (int part = 0; part < kParts; ++part) bytes[part].words[i] = pair[part].bits;
+      for (int part = 0; part < Parts; ++part) bytes[part].words[i] = pair[part].bits;
     }
     MC_UNROLL
-    for (int part = 0; part < kParts; ++part) store_as(chunk(part, row, half, component), bytes[part]);
+    for (int part = 0; part < Parts; ++part) store_as(chunk(part, row, half, component), bytes[part]);
   }
   // One step of a part.
   template <class Block>
@@ -135,46 +139,58 @@ struct RowPlanes {
 };
 
 // 64 columns of a matrix.
-template <class E>
 struct ExactMatrix {
-  const float* numbers;  // [depth, columns], the first of 64 columns; depth and columns are multiples of 16
-  int depth, columns;
-  int width;  // columns there are: the others are zero
+  const float* numbers;  // [depth, columns], or [columns, depth] if transposed: from the first of the 64 on
+  int depth, columns;    // multiples of 16
+  int width;             // columns there are: the others are zero
+  bool transposed = false;
 
   // One piece to shared memory; `scales` [64], null: 1.
-  template <class Block>
+  template <int Parts, class E, class Block>
   MC_HD void stage(Block& block, int piece, const float* scales, FragmentA<E>* to) const {
     static_assert(Block::kThreads == 256, "a thread stages four components of columns c, c + 1, c + 8 and c + 9");
-    constexpr int kParts = kMatrixParts<E>;
     block.each([&](Thread thread) {
       const int index = forgotten(thread.index);
       const int t = index % 4, two = index / 4 % 4, tile = index / 16 % 4, step = index / 64 % 2, half = index / 128;
       const int component = kHalfPiece * piece + 8 * t + 4 * step, column = 16 * tile + 2 * two;
-      const float* const from = numbers + ((half * (depth >> 1) + component) * columns + column);
-      const bool valid = 2 * component < depth && column < width;
-      std::uint64_t own[4][2];
-      MC_UNROLL
-      for (int e = 0; e < 8; ++e) own[e / 2][e % 2] = valid ? load_as<std::uint64_t>(from + e / 2 * columns + e % 2 * 8) : 0;
-      const auto number = [&](int e, int right, int c) {
-        const float x = bit_cast<float>(static_cast<std::uint32_t>(own[e][right] >> (32 * c)));
-        return scales == nullptr ? x : x * scales[column + 8 * right + c];
-      };
+      Bytes16 own[4] = {};  // of each column
+      if (2 * component < depth && column < width) load(half * (depth >> 1) + component, column, own);
       MC_UNROLL
       for (int c = 0; c < 2; ++c) {
-        FragmentA<E> fragment[kParts];
+        FragmentA<E> fragment[Parts];
         MC_UNROLL
         for (int i = 0; i < 4; ++i) {
-          Pair<E> pair[kParts];
-          split_pair(number(i / 2 * 2, i % 2, c), number(i / 2 * 2 + 1, i % 2, c), pair);
+          const float scale = scales == nullptr ? 1.0f : scales[column + 8 * (i % 2) + c];
+          const std::uint32_t* const two_numbers = own[2 * (i % 2) + c].words + i / 2 * 2;
+          Pair<E> pair[Parts];
+          split_pair(bit_cast<float>(two_numbers[0]) * scale, bit_cast<float>(two_numbers[1]) * scale, pair);
           MC_UNROLL
-          for (int part = 0; part < kParts; ++part) put_pair(fragment[part], i, pair[part]);
+          for (int part = 0; part < Parts; ++part) put_pair(fragment[part], i, pair[part]);
         }
-        FragmentA<E>* const target = to + ((2 * half + step) * kExactColumns / 16 + tile) * kParts * kWarp;
+        FragmentA<E>* const target = to + ((2 * half + step) * kExactColumns / 16 + tile) * Parts * kWarp;
         MC_UNROLL
-        for (int part = 0; part < kParts; ++part)
+        for (int part = 0; part < Parts; ++part)
           store_as(target + part * kWarp + fragment_slot(4 * (2 * two + c) + t), fragment[part]);
       }
     });
+  }
+
+  // Components `component` .. + 3 of columns c, c + 1, c + 8 and c + 9.
+  MC_HD void load(int component, int column, Bytes16 (&out)[4]) const {
+    MC_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (transposed) {
+        out[i] = load_as<Bytes16>(numbers + (column + 8 * (i / 2) + i % 2) * depth + component);
+      } else {
+        const float* const from = numbers + (component + i) * columns + column;
+        MC_UNROLL
+        for (int right = 0; right < 2; ++right) {
+          const auto both = load_as<std::uint64_t>(from + 8 * right);
+          out[2 * right].words[i] = static_cast<std::uint32_t>(both);
+          out[2 * right + 1].words[i] = static_cast<std::uint32_t>(both >> 32);
+        }
+      }
+    }
   }
 
   // Raises `most(thread)` to the largest magnitudes of columns 4 (i % 16) .. + 3 in rows i / 16, i / 16 + 16, ...
@@ -215,10 +231,9 @@ MC_HD void choose_scales(Block& block, const typename Block::template PerThread<
 }
 
 // sum += rows M for `Steps` steps of a piece from `first` on. `rows`: the rows' parts; the piece is in shared memory.
-template <class E, int Parts, int Steps, class Block>
-MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Block, E, Steps> (&rows)[Parts],
+template <int Parts, class E, int RowParts, int Steps, class Block>
+MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Block, E, Steps> (&rows)[RowParts],
                         const FragmentA<E>* piece, int first) {
-  constexpr int kParts = kMatrixParts<E>;
   typename Block::template PerThread<FragmentA<E>> matrix;
   typename Block::template PerThread<FragmentD> partial[kRowTiles];
   MC_UNROLL
@@ -230,14 +245,14 @@ MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Blo
     MC_UNROLL
     for (int step = 0; step < Steps; ++step) {
       MC_UNROLL
-      for (int part = kParts - 1; part >= 0; --part) {  // small ones first
+      for (int part = Parts - 1; part >= 0; --part) {  // small ones first
         block.each([&](Thread thread) {
           const ExactPlace own(thread);
           const int place = (2 * own.half + first + step) * kExactColumns / 16 + own.column / 16 + (column ^ own.half);
-          matrix(thread) = load_as<FragmentA<E>>(piece + (place * kParts + part) * kWarp + fragment_slot(thread.lane()));
+          matrix(thread) = load_as<FragmentA<E>>(piece + (place * Parts + part) * kWarp + fragment_slot(thread.lane()));
         });
         MC_UNROLL
-        for (int i = minimum(Parts, kParts - part) - 1; i >= 0; --i) {
+        for (int i = minimum(RowParts, Parts - part) - 1; i >= 0; --i) {
           MC_UNROLL
           for (int row = 0; row < kRowTiles; ++row) block.multiply_add(partial[row], matrix, rows[i].step[step][row]);
         }
@@ -253,10 +268,36 @@ MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Blo
   }
 }
 
+// sum += one piece of rows in shared memory times the matrix's, which is there, too.
+template <class E, int Parts, class Block>
+MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const RowPlanes<E, Parts>& planes,
+                        const FragmentA<E>* piece) {
+  ExactRows<Block, E, 1> rows[Parts];
+  MC_NO_UNROLL
+  for (int step = 0; step < 2; ++step) {
+    MC_UNROLL
+    for (int part = 0; part < Parts; ++part) planes.load(block, rows[part], part, step);
+    multiply_add<Parts>(block, sum, rows, piece, step);
+  }
+}
+
+// sum += rows M of all pieces, rows in shared memory, through `staging`. Begins with a sync.
+template <class E, int Parts, class Block>
+MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const RowPlanes<E, Parts>& planes,
+                        const ExactMatrix& matrix, FragmentA<E>* staging) {
+  MC_NO_UNROLL
+  for (int piece = 0; piece < exact_pieces(matrix.depth); ++piece) {
+    block.sync();
+    matrix.stage<Parts>(block, piece, nullptr, staging);
+    block.sync();
+    multiply_add(block, sum, planes.piece(piece), staging);
+  }
+}
+
 constexpr int kExactSumBytes = 4 * kRowTiles * kTileThreads * 4;  // shared memory of `store_results`
 
 // Once both halves of the depth are added, result * factors[column] - bias[column] to out [B, stride], columns from 0 to
-// below `width`. `factors` (null: 1) and `bias`: [64] in shared memory. Begins with a sync.
+// below `width`. `factors` (null: 1) and `bias` (null: 0): [64] in shared memory. Begins with a sync.
 template <class Block>
 MC_HD void store_results(Block& block, const ExactSums<Block>& sum, int width, void* exchange, const float* factors,
                          const float* bias, float* out, int stride) {
@@ -278,7 +319,7 @@ MC_HD void store_results(Block& block, const ExactSums<Block>& sum, int width, v
       const float total = sum.tile[0][i / 4](thread).x[i % 4] + other[i * kTileThreads];
       const int right = i % 4 / 2 * 8;
       const float factor = factors == nullptr ? 1.0f : factors[column + right];
-      line[(8 * (i / 4) + i % 2) * stride + right] = total * factor - bias[column + right];
+      line[(8 * (i / 4) + i % 2) * stride + right] = total * factor - (bias == nullptr ? 0.0f : bias[column + right]);
     }
   });
 }

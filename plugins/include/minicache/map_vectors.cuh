@@ -5,7 +5,7 @@
 #include "minicache/dense.cuh"
 #include "minicache/exact_product.cuh"
 #include "minicache/prepare.cuh"
-#include "minicache/split_product.cuh"
+#include "minicache/shared_map.cuh"
 
 namespace minicache {
 
@@ -36,8 +36,8 @@ struct MapKernel {
   static constexpr int kThreads = kTileThreads;
   static constexpr int kMinBlocks = 2;
   using E = std::conditional_t<Turned, BFloat16, T>;
-  static constexpr int kParts = Turned ? RowPlanes<E>::kParts : 1;
   static constexpr bool kScaled = std::is_same_v<E, Half>;
+  static constexpr int kParts = kScaled ? 2 : 3;  // of the matrix, and of turned rows
   // Whether a thread block may take several cache blocks; registers do not suffice where it turns keys.
   static constexpr bool kMayReside = !Turned;
 
@@ -46,7 +46,7 @@ struct MapKernel {
     float *scales, *inverses, *bias;  // [64]
     const T** rows;                   // [m] of the members
     void* exchange;                   // for the threads' maxima, turns and sums, in turn
-    RowPlanes<E> planes;              // Turned
+    RowPlanes<E, kParts> planes;              // Turned
     FragmentA<E>* pieces;
     int bytes;
 
@@ -58,9 +58,9 @@ struct MapKernel {
       exchange = rows + kMaxGroup;
       char* end = static_cast<char*>(exchange) + maximum(kExactSumBytes, kThreads * static_cast<int>(sizeof(Turn)));
       planes.numbers = reinterpret_cast<E*>(end);
-      end += Turned ? RowPlanes<E>::kBytes : 0;
+      end += Turned ? RowPlanes<E, kParts>::kBytes : 0;
       pieces = reinterpret_cast<FragmentA<E>*>(end);
-      end += (a.resident ? a.members() * exact_pieces(a.a.shape.dim) : 1) * kPieceBytes<E>;
+      end += (a.resident ? a.members() * exact_pieces(a.a.shape.dim) : 1) * kPieceBytes<kParts>;
       bytes = static_cast<int>(end - base);
     }
   };
@@ -75,7 +75,7 @@ struct MapKernel {
     const int start = block.x() * each, end = kMayReside ? minimum(start + each, a.count) : start + 1;
     const int width = minimum(a.columns - first, kExactColumns);
     const auto matrix = [&](int member) {
-      return ExactMatrix<E>{a.matrix(member, slot) + first, a.a.shape.dim, a.columns, width};
+      return ExactMatrix{a.matrix(member, slot) + first, a.a.shape.dim, a.columns, width};
     };
     block.each([&](Thread thread) {
       if (thread.index < width) s.bias[thread.index] = a.bias == nullptr ? 0.0f : a.bias[slot * a.columns + first + thread.index];
@@ -107,8 +107,7 @@ struct MapKernel {
     const int dim = a.a.shape.dim, pieces = exact_pieces(dim), members = a.members();
     const Rotation back = a.a.rotation(n);
     FragmentA<E>* fragments = s.pieces;
-    ExactRows<Block, E, Turned ? 1 : 2> rows[kParts];
-    ExactRows<Block, E, 2> next;
+    ExactRows<Block, E, 2> rows[1], next;
     typename Block::template PerThread<PairedChunks> chunks;
     block.each([&](Thread thread) {
       if (thread.index < members) s.rows[thread.index] = a.a.rows(n, sum + thread.index, slot);
@@ -139,7 +138,7 @@ struct MapKernel {
         } else {
           rows[0] = next;
         }
-        if (stage) matrix(member).stage(block, piece, kScaled ? s.scales : nullptr, fragments);
+        if (stage) matrix(member).template stage<kParts>(block, piece, kScaled ? s.scales : nullptr, fragments);
         if (Turned || stage) block.sync();
         // Reads of memory are under way while the tensor cores work.
         if (member + 1 < sum + members) {
@@ -148,16 +147,11 @@ struct MapKernel {
           load(piece + 1, sum);
         }
         if constexpr (Turned) {
-          MC_NO_UNROLL
-          for (int step = 0; step < 2; ++step) {
-            MC_UNROLL
-            for (int part = 0; part < kParts; ++part) s.planes.load(block, rows[part], part, step);
-            multiply_add(block, total, rows, fragments, step);
-          }
+          multiply_add(block, total, s.planes, fragments);
         } else {
-          multiply_add(block, total, rows, fragments, 0);
+          multiply_add<kParts>(block, total, rows, fragments, 0);
         }
-        if (kMayReside && a.resident) fragments += kPieceFragments<E>;
+        if (kMayReside && a.resident) fragments += kPieceFragments<kParts>;
       }
     }
   }
@@ -247,18 +241,16 @@ struct FloatMapKernel {
 template <class T>
 struct LossKernel {
   static constexpr int kThreads = kTileThreads;
-  static constexpr bool kTensor = sizeof(T) == 2;
 
   struct Scratch {
-    float *latent, *rows, *restored, *staging;
+    SharedMap<T> map;
+    float *rows, *restored;
     int bytes;
 
-    MC_HD Scratch(char* base, const StreamShape& shape) {
-      latent = reinterpret_cast<float*>(base);
-      rows = latent + kBlockSize * pitch_of(shape.stored);
+    MC_HD Scratch(char* base, const StreamShape& shape) : map(base, shape.stored, 0, shape.dim) {
+      rows = reinterpret_cast<float*>(base + map.bytes);
       restored = rows + (turned(shape) ? kBlockSize * pitch_of(shape.dim) : 0);
-      staging = restored + kBlockSize * pitch_of(kDenseColumns);
-      bytes = static_cast<int>(reinterpret_cast<char*>(staging + (kTensor ? kSplitFloats : kDenseFloats)) - base);
+      bytes = static_cast<int>(reinterpret_cast<char*>(restored + kBlockSize * SharedMap<T>::kPitch) - base);
     }
   };
 
@@ -268,10 +260,15 @@ struct LossKernel {
     const int n = block.x(), slot = block.y(), dim = a.shape.dim, stored = a.shape.stored;
     typename Block::template PerThread<float> lost, size;
     const float* const vectors = a.latent_vectors(n, slot);
+    s.map.pad(block);
     block.each([&](Thread thread) {
       lost(thread) = size(thread) = 0.0f;
-      for (int i = 4 * thread.index; i < kBlockSize * stored; i += 4 * kThreads)
-        store_as(s.latent + i / stored * pitch_of(stored) + i % stored, load_as<Bytes16>(vectors + i));
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < stored; component += kRowThreads * kChunk) {
+        float x[kChunk];
+        load_chunk(x, vectors + row_of(thread) * stored + component);
+        s.map.store_latent(row_of(thread), component, x);
+      }
     });
     for (int member = 0; member < a.shape.members; ++member) {
       const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
@@ -280,8 +277,8 @@ struct LossKernel {
         block.sync();
         rows_to_shared(block, source, s.rows, pitch_of(dim));
       }
-      for (int first = 0; first < dim; first += kDenseColumns) {
-        restore(block, s, a.maps.map[member] + place * stored, stored, dim, first);
+      for (int first = 0; first < dim; first += SharedMap<T>::kColumns) {
+        s.map.multiply(block, a.maps.map[member] + place * stored, nullptr, first, s.restored, SharedMap<T>::kPitch);
         block.sync();
         measure(block, s, source, a.maps.offset[member] + place, first, lost, size);
       }
@@ -296,23 +293,6 @@ struct LossKernel {
   }
 
  private:
-  // Columns [first, first + 128) of y P^T to `restored`.
-  template <class Block>
-  MC_HD static void restore(Block& block, const Scratch& s, const float* map, int stored, int dim, int first) {
-    const auto multiply = [&](auto& sum, const auto& matrix) {
-      clear(block, sum);
-      matrix.multiply_add(block, sum, s.latent, pitch_of(stored), first, s.staging);
-      store_results(block, sum, first, dim, s.restored - first, pitch_of(kDenseColumns));
-    };
-    if constexpr (kTensor) {
-      SplitSums<Block> sum;
-      multiply(sum, SplitMatrix{map, stored, dim});
-    } else {
-      typename Block::template PerThread<Accumulator> sum;
-      multiply(sum, DenseMatrix{map, stored, dim, true});
-    }
-  }
-
   template <class Block>
   MC_HD static void measure(Block& block, const Scratch& s, const VectorSource<T>& source, const float* offset, int first,
                             typename Block::template PerThread<float>& lost,
@@ -320,7 +300,7 @@ struct LossKernel {
     block.each([&](Thread thread) {
       const int row = row_of(thread), dim = source.dim;
       MC_NO_UNROLL
-      for (int column = component_of(thread, 0); column < minimum(dim - first, kDenseColumns);
+      for (int column = component_of(thread, 0); column < minimum(dim - first, SharedMap<T>::kColumns);
            column += kRowThreads * kChunk) {
         float x[kChunk], y[kChunk], constant[kChunk];
         if (source.rotation.turns()) {
@@ -328,7 +308,7 @@ struct LossKernel {
         } else {
           source.load(x, row, first + column);
         }
-        load_chunk(y, s.restored + row * pitch_of(kDenseColumns) + column);
+        load_chunk(y, s.restored + row * SharedMap<T>::kPitch + column);
         load_chunk(constant, offset + first + column);
         MC_UNROLL
         for (int e = 0; e < kChunk; ++e) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "minicache/rotation.cuh"
-#include "minicache/split_product.cuh"
+#include "minicache/shared_map.cuh"
 #include "minicache/stream_tile.cuh"
 
 namespace minicache {
@@ -27,27 +27,18 @@ MC_HD bool shares_rows(const StreamShape& shape) {
 }
 
 // Shared memory of `RestoreKernel`; `bytes` is its size.
+template <class T>
 struct RestoreScratch {
   std::int32_t* places;  // [B]
-  float* staging;
-  float* latent;         // [B, pitch_of(stored)], products only
-  float* residual;       // [B, pitch_of(D)], products with residuals only
+  SharedMap<T> map;      // products only
   float* rows;           // [B, pitch_of(D)]: vectors before norm, offset, rotation
   int bytes;
 
-  MC_HD RestoreScratch(char* base, const StreamShape& shape) {
-    const bool products = takes_products(shape);
-    const int row_floats = kBlockSize * pitch_of(shape.dim);
-    const int latent_floats = products ? kBlockSize * pitch_of(shape.stored) : 0;
-    // Results of a product with at most 128 columns are all in registers before they are written.
-    const bool apart = products && shape.dim > kDenseColumns;
-    places = reinterpret_cast<std::int32_t*>(base);
-    staging = reinterpret_cast<float*>(places + kBlockSize);
-    residual = staging + (products ? maximum(kDenseFloats, kSplitFloats) : 0);
-    latent = residual + (products && shape.has_residual() ? row_floats : 0);
-    rows = apart ? latent + latent_floats : latent;
-    const int shared_floats = maximum(latent_floats, shares_rows(shape) ? row_floats : 0);
-    const float* end = apart ? rows + row_floats : latent + shared_floats;
+  MC_HD RestoreScratch(char* base, const StreamShape& shape)
+      : places(reinterpret_cast<std::int32_t*>(base)),
+        map(base + 4 * kBlockSize, shape.stored, shape.has_residual() ? shape.dim : 0, shape.dim) {
+    rows = reinterpret_cast<float*>(base + 4 * kBlockSize + (takes_products(shape) ? map.bytes : 0));
+    const float* const end = rows + (shares_rows(shape) ? kBlockSize * pitch_of(shape.dim) : 0);
     bytes = static_cast<int>(reinterpret_cast<const char*>(end) - base);
   }
 };
@@ -61,14 +52,14 @@ struct RestoreKernel {
   MC_HD static void run(Block& block, const RestoreArguments<T>& a) {
     if (a.blocks[block.x()] < 0) return;
     const StreamShape& shape = a.shape;
-    const RestoreScratch s(block.shared, shape);
+    const RestoreScratch<T> s(block.shared, shape);
     const int n = block.x(), head = block.y();
     const int slot = a.maps.slots == nullptr ? head : static_cast<int>(a.maps.slots[head]);
     const StreamBlock from{shape, a.pools, a.blocks[n]};
     if (takes_products(shape)) {
       multiply(block, a, from, slot, s);
     } else if (shares_rows(shape)) {
-      latent_to_shared<T>(block, from, slot, false, s.rows, pitch_of(shape.dim));
+      latent_to_shared<T>(block, from, slot, s.rows, pitch_of(shape.dim));
       if (has_transforms(shape)) undo_transforms<Chunks>(block, shape, s.rows, pitch_of(shape.dim));
       if (shape.has_residual()) add_residual(block, from, slot, s);
     }
@@ -81,51 +72,36 @@ struct RestoreKernel {
   // y P^T + residual A^T to `rows`.
   template <class Block>
   MC_HD static void multiply(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int slot,
-                             const RestoreScratch& s) {
+                             const RestoreScratch<T>& s) {
     const StreamShape& shape = a.shape;
-    const int dim = shape.dim, stored = shape.stored, pitch = pitch_of(dim);
-    const bool residual = shape.has_residual();
-    latent_to_shared<T>(block, from, slot, true, s.latent, pitch_of(stored));
-    if (residual) {
-      block.each([&](Thread thread) {
-        MC_NO_UNROLL
-        for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
-          float x[kChunk];
-          load_residual_chunk(x, from, slot, row_of(thread), component);
-          store_chunk(s.residual + row_of(thread) * pitch + component, x);
-        }
-      });
-    }
-    const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
-    const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * stored);
-    const float* residual_map = residual ? a.maps.residual_map + place * dim : nullptr;
-    if constexpr (sizeof(T) == 2) {
-      SplitSums<Block> sum;
-      add_products(block, s, sum, SplitMatrix{map, stored, dim}, SplitMatrix{residual_map, dim, dim});
-    } else {
-      typename Block::template PerThread<Accumulator> sum;
-      add_products(block, s, sum, DenseMatrix{map, stored, dim, true}, DenseMatrix{residual_map, dim, dim, true});
-    }
-  }
-
-  template <class Block, class Sums, class Matrix>
-  MC_HD static void add_products(Block& block, const RestoreScratch& s, Sums& sum, const Matrix& map,
-                                 const Matrix& residual_map) {
-    const int dim = map.columns, pitch = pitch_of(dim);
+    s.map.pad(block);
+    block.each([&](Thread thread) {
+      const int row = row_of(thread);
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < shape.stored; component += kRowThreads * kChunk) {
+        float x[kChunk];
+        load_latent_chunk<T>(x, from, slot, true, row, component);
+        s.map.store_latent(row, component, x);
+      }
+      if (!shape.has_residual()) return;
+      MC_NO_UNROLL
+      for (int component = component_of(thread, 0); component < shape.dim; component += kRowThreads * kChunk) {
+        float x[kChunk];
+        load_residual_chunk(x, from, slot, row, component);
+        s.map.store_residual(row, component, x);
+      }
+    });
+    const std::int64_t place = static_cast<std::int64_t>(slot) * shape.dim;
+    const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * shape.stored);
+    const float* residual_map = shape.has_residual() ? a.maps.residual_map + place * shape.dim : nullptr;
     MC_NO_UNROLL
-    for (int first = 0; first < dim; first += kDenseColumns) {
-      clear(block, sum);
-      map.multiply_add(block, sum, s.latent, pitch_of(map.depth), first, s.staging);
-      if (residual_map.numbers != nullptr)
-        residual_map.multiply_add(block, sum, s.residual, pitch, first, s.staging);
-      block.sync();
-      store_results(block, sum, first, dim, s.rows, pitch);
-    }
+    for (int first = 0; first < shape.dim; first += SharedMap<T>::kColumns)
+      s.map.multiply(block, map, residual_map, first, s.rows + first, pitch_of(shape.dim));
   }
 
   // Each thread to its own chunks of `rows`.
   template <class Block>
-  MC_HD static void add_residual(Block& block, const StreamBlock& from, int slot, const RestoreScratch& s) {
+  MC_HD static void add_residual(Block& block, const StreamBlock& from, int slot, const RestoreScratch<T>& s) {
     block.each([&](Thread thread) {
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < from.shape.dim; component += kRowThreads * kChunk) {
@@ -158,7 +134,7 @@ struct RestoreKernel {
   // Norm, offset, rotation, retained vectors.
   template <class Block>
   MC_HD static void write(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int n, int head, int slot,
-                          const RestoreScratch& s) {
+                          const RestoreScratch<T>& s) {
     const StreamShape& shape = a.shape;
     const int dim = shape.dim;
     const bool shared = shares_rows(shape);

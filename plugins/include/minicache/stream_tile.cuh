@@ -108,13 +108,12 @@ MC_HD void load_latent_chunk(float (&x)[kChunk], const StreamBlock& from, int sl
 
 // The latent vectors of a slot to shared memory [B, pitch]; transforms are still to be undone.
 template <class T, class Block>
-MC_HD void latent_to_shared(Block& block, const StreamBlock& from, int slot, bool compact, float* shared, int pitch) {
-  const int width = compact ? from.shape.stored : from.shape.rank;
+MC_HD void latent_to_shared(Block& block, const StreamBlock& from, int slot, float* shared, int pitch) {
   block.each([&](Thread thread) {
     MC_NO_UNROLL
-    for (int component = component_of(thread, 0); component < width; component += kRowThreads * kChunk) {
+    for (int component = component_of(thread, 0); component < from.shape.rank; component += kRowThreads * kChunk) {
       float x[kChunk];
-      load_latent_chunk<T>(x, from, slot, compact, row_of(thread), component);
+      load_latent_chunk<T>(x, from, slot, false, row_of(thread), component);
       store_chunk(shared + row_of(thread) * pitch + component, x);
     }
   });
