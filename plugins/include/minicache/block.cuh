@@ -26,6 +26,15 @@ struct Thread {
   MC_HD int warp() const { return index / kWarp; }
 };
 
+// A thread of which the compiler knows nothing: what is derived from it is worked out again where it would otherwise stay
+// in registers throughout a loop.
+MC_HD Thread forgotten(Thread thread) {
+#if MC_ON_DEVICE
+  asm volatile("" : "+r"(thread.index));
+#endif
+  return thread;
+}
+
 struct Grid {
   int x = 1, y = 1, z = 1;
 };

@@ -8,12 +8,14 @@
 //
 // The depth is taken in pieces of 32 components of its first half and the 32 they are paired with in the second. A block
 // of 256 threads computes 64 rows x 64 columns: warp w rows 32 (w % 2) .. + 31, columns 32 (w / 2 % 2) .. + 31, and of
-// the depth half w / 4; the halves are added at the end. The matrix is the left factor, D = M^T X^T: registers of a row
+// the depth half w / 4; the halves are added at the end. Or, `Wide`, 64 rows x 128 columns: the columns' half w / 4 and
+// all of the depth. The matrix is the left factor, D = M^T X^T: registers of a row
 // are operands as they are read, 16 bytes at a time.
 #pragma once
 
 #include <type_traits>
 
+#include "minicache/fragments.cuh"
 #include "minicache/tile.cuh"
 
 namespace minicache {
@@ -34,16 +36,16 @@ MC_HD int fragment_slot(int lane) { return lane ^ (lane >> 1 & 4); }
 
 MC_HD int exact_pieces(int depth) { return ceil_div(depth / 2, kHalfPiece); }
 
-// What a thread has to do with: half of the depth; of its warp, the first row and column.
+// What a thread has to do with: half of the depth, or of the columns; of its warp, the first row and, of 64, column.
 struct ExactPlace {
   int half, row, column, g, t;
 
   MC_HD explicit ExactPlace(Thread thread)
-      : half(thread.warp() / 4),
-        row(32 * (thread.warp() % 2)),
-        column(32 * (thread.warp() / 2 % 2)),
-        g(thread.lane() / 4),
-        t(thread.lane() % 4) {}
+      : half(thread.index >> 7),
+        row(thread.index & 32),
+        column(thread.index >> 1 & 32),
+        g(thread.index >> 2 & 7),
+        t(thread.index & 3) {}
 };
 
 // Numbers `first` and `second` as sums of parts.
@@ -124,15 +126,21 @@ struct RowPlanes {
     MC_UNROLL
     for (int part = 0; part < Parts; ++part) store_as(chunk(part, row, half, component), bytes[part]);
   }
-  // One step of a part.
-  template <class Block>
-  MC_HD void load(Block& block, ExactRows<Block, E, 1>& out, int part, int step) const {
+  // `Steps` steps of a part from `first` on, of half a piece.
+  template <int Steps, class Block, class Half>
+  MC_HD void load(Block& block, ExactRows<Block, E, Steps>& out, int part, int first, Half half) const {
     block.each([&](Thread thread) {
       const ExactPlace place(thread);
       MC_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
-        const int row = place.row + 8 * tile + place.g;
-        out.step[0][tile](thread) = load_as<FragmentB<E>>(chunk(part, row, place.half, 8 * place.t) + 4 * step);
+        const E* const from = chunk(part, place.row + 8 * tile + place.g, half(place), 8 * place.t);
+        if constexpr (Steps == 1) {
+          out.step[0][tile](thread) = load_as<FragmentB<E>>(from + 4 * first);
+        } else {
+          const auto both = load_as<FragmentA<E>>(from);
+          MC_UNROLL
+          for (int step = 0; step < 2; ++step) out.step[step][tile](thread) = half_of(both, step);
+        }
       }
     });
   }
@@ -145,12 +153,16 @@ struct ExactMatrix {
   int width;             // columns there are: the others are zero
   bool transposed = false;
 
-  // One piece to shared memory; `scales` [64], null: 1.
-  template <int Parts, class E, class Block>
+  MC_HD ExactMatrix right_of(int column) const {
+    return ExactMatrix{numbers + (transposed ? column * depth : column), depth, columns, width - column, transposed};
+  }
+
+  // One piece to shared memory, `Scaled` by `scales` [64].
+  template <int Parts, bool Scaled, class E, class Block>
   MC_HD void stage(Block& block, int piece, const float* scales, FragmentA<E>* to) const {
     static_assert(Block::kThreads == 256, "a thread stages four components of columns c, c + 1, c + 8 and c + 9");
     block.each([&](Thread thread) {
-      const int index = forgotten(thread.index);
+      const unsigned index = forgotten(thread).index;
       const int t = index % 4, two = index / 4 % 4, tile = index / 16 % 4, step = index / 64 % 2, half = index / 128;
       const int component = kHalfPiece * piece + 8 * t + 4 * step, column = 16 * tile + 2 * two;
       Bytes16 own[4] = {};  // of each column
@@ -160,7 +172,7 @@ struct ExactMatrix {
         FragmentA<E> fragment[Parts];
         MC_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const float scale = scales == nullptr ? 1.0f : scales[column + 8 * (i % 2) + c];
+          const float scale = Scaled ? scales[column + 8 * (i % 2) + c] : 1.0f;
           const std::uint32_t* const two_numbers = own[2 * (i % 2) + c].words + i / 2 * 2;
           Pair<E> pair[Parts];
           split_pair(bit_cast<float>(two_numbers[0]) * scale, bit_cast<float>(two_numbers[1]) * scale, pair);
@@ -230,10 +242,11 @@ MC_HD void choose_scales(Block& block, const typename Block::template PerThread<
   block.sync();
 }
 
-// sum += rows M for `Steps` steps of a piece from `first` on. `rows`: the rows' parts; the piece is in shared memory.
-template <int Parts, class E, int RowParts, int Steps, class Block>
+// sum += rows M for `Steps` steps of half a piece from `first` on. `rows`: the rows' parts; `half(place)`: which half; the
+// piece is in shared memory. `Wide`: the second half of the columns has its piece `apart` fragments further.
+template <int Parts, bool Wide, class E, int RowParts, int Steps, class Block, class Half>
 MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Block, E, Steps> (&rows)[RowParts],
-                        const FragmentA<E>* piece, int first) {
+                        const FragmentA<E>* piece, int first, Half half, int apart = 0) {
   typename Block::template PerThread<FragmentA<E>> matrix;
   typename Block::template PerThread<FragmentD> partial[kRowTiles];
   MC_UNROLL
@@ -248,8 +261,10 @@ MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Blo
       for (int part = Parts - 1; part >= 0; --part) {  // small ones first
         block.each([&](Thread thread) {
           const ExactPlace own(thread);
-          const int place = (2 * own.half + first + step) * kExactColumns / 16 + own.column / 16 + (column ^ own.half);
-          matrix(thread) = load_as<FragmentA<E>>(piece + (place * Parts + part) * kWarp + fragment_slot(thread.lane()));
+          const int tile = own.column / 16 + (Wide ? column : column ^ own.half);
+          const int place = (2 * half(own) + first + step) * kExactColumns / 16 + tile;
+          const FragmentA<E>* const from = piece + (Wide ? own.half * apart : 0);
+          matrix(thread) = load_as<FragmentA<E>>(from + (place * Parts + part) * kWarp + fragment_slot(thread.lane()));
         });
         MC_UNROLL
         for (int i = minimum(RowParts, Parts - part) - 1; i >= 0; --i) {
@@ -273,32 +288,64 @@ template <class E, int Parts, class Block>
 MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const RowPlanes<E, Parts>& planes,
                         const FragmentA<E>* piece) {
   ExactRows<Block, E, 1> rows[Parts];
+  const auto half = [](const ExactPlace& place) { return place.half; };
   MC_NO_UNROLL
   for (int step = 0; step < 2; ++step) {
     MC_UNROLL
-    for (int part = 0; part < Parts; ++part) planes.load(block, rows[part], part, step);
-    multiply_add<Parts>(block, sum, rows, piece, step);
+    for (int part = 0; part < Parts; ++part) planes.load(block, rows[part], part, step, half);
+    multiply_add<Parts, false>(block, sum, rows, piece, step, half);
   }
 }
 
-// sum += rows M of all pieces, rows in shared memory, through `staging`. Begins with a sync.
+// sum += rows M of all pieces for 128 columns from `matrix` on, rows in shared memory, through `staging` for two pieces.
+// Begins with a sync.
 template <class E, int Parts, class Block>
-MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const RowPlanes<E, Parts>& planes,
-                        const ExactMatrix& matrix, FragmentA<E>* staging) {
+MC_HD void multiply_add_wide(Block& block, ExactSums<Block>& sum, const RowPlanes<E, Parts>& planes,
+                             const ExactMatrix& matrix, FragmentA<E>* staging) {
+  ExactRows<Block, E, 2> rows[Parts];
+  const int apart = matrix.width > kExactColumns ? kPieceFragments<Parts> : 0;  // 0: both halves work on the same ones
   MC_NO_UNROLL
   for (int piece = 0; piece < exact_pieces(matrix.depth); ++piece) {
     block.sync();
-    matrix.stage<Parts>(block, piece, nullptr, staging);
+    MC_NO_UNROLL
+    for (int right = 0; right < 2; ++right) {
+      if (right * kExactColumns < matrix.width)
+        matrix.right_of(right * kExactColumns).stage<Parts, false>(block, piece, nullptr, staging + right * apart);
+    }
     block.sync();
-    multiply_add(block, sum, planes.piece(piece), staging);
+    MC_NO_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const auto half = [&](const ExactPlace&) { return n; };
+      MC_UNROLL
+      for (int part = 0; part < Parts; ++part) planes.piece(piece).load(block, rows[part], part, 0, half);
+      multiply_add<Parts, true>(block, sum, rows, staging, 0, half, apart);
+    }
   }
+}
+
+// Results to shared memory [B, stride], columns from 0 to below `width`.
+template <class Block>
+MC_HD void store_wide(Block& block, const ExactSums<Block>& sum, int width, float* out, int stride) {
+  block.each([&](Thread thread) {
+    const ExactPlace place(thread);
+    const int left = kExactColumns * place.half + place.column;
+    MC_UNROLL
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+      const int column = left + 16 * tile;
+      if (column >= width) continue;
+      float* const line = out + (place.row + 2 * place.t) * stride + column + place.g;
+      MC_UNROLL
+      for (int i = 0; i < 4 * kRowTiles; ++i)
+        line[(8 * (i / 4) + i % 2) * stride + i % 4 / 2 * 8] = sum.tile[tile][i / 4](thread).x[i % 4];
+    }
+  });
 }
 
 constexpr int kExactSumBytes = 4 * kRowTiles * kTileThreads * 4;  // shared memory of `store_results`
 
 // Once both halves of the depth are added, result * factors[column] - bias[column] to out [B, stride], columns from 0 to
-// below `width`. `factors` (null: 1) and `bias` (null: 0): [64] in shared memory. Begins with a sync.
-template <class Block>
+// below `width`. `factors` (`Scaled`) and `bias`: [64] in shared memory. Begins with a sync.
+template <bool Scaled, class Block>
 MC_HD void store_results(Block& block, const ExactSums<Block>& sum, int width, void* exchange, const float* factors,
                          const float* bias, float* out, int stride) {
   float* const others = static_cast<float*>(exchange);  // [results][threads]
@@ -309,7 +356,7 @@ MC_HD void store_results(Block& block, const ExactSums<Block>& sum, int width, v
   });
   block.sync();
   block.each([&](Thread thread) {
-    const ExactPlace place(thread);
+    const ExactPlace place(forgotten(thread));
     const int column = place.column + 16 * place.half + place.g;  // and + 8
     if (16 * (column / 16) >= width) return;
     float* const line = out + ((place.row + 2 * place.t) * stride + column);
@@ -318,8 +365,8 @@ MC_HD void store_results(Block& block, const ExactSums<Block>& sum, int width, v
     for (int i = 0; i < 4 * kRowTiles; ++i) {
       const float total = sum.tile[0][i / 4](thread).x[i % 4] + other[i * kTileThreads];
       const int right = i % 4 / 2 * 8;
-      const float factor = factors == nullptr ? 1.0f : factors[column + right];
-      line[(8 * (i / 4) + i % 2) * stride + right] = total * factor - (bias == nullptr ? 0.0f : bias[column + right]);
+      const float factor = Scaled ? factors[column + right] : 1.0f;
+      line[(8 * (i / 4) + i % 2) * stride + right] = total * factor - bias[column + right];
     }
   });
 }

@@ -91,8 +91,8 @@ struct MapKernel {
     for (int n = start; n < end; ++n) {
       clear(block, total);
       add_members(block, a, s, matrix, n, slot, sum, !kMayReside || !a.resident || n == start, total);
-      store_results(block, total, width, s.exchange, kScaled ? s.inverses : nullptr, s.bias,
-                    a.results(n, sum, slot) + first, a.columns);
+      store_results<kScaled>(block, total, width, s.exchange, s.inverses, s.bias, a.results(n, sum, slot) + first,
+                             a.columns);
     }
   }
 
@@ -138,18 +138,15 @@ struct MapKernel {
         } else {
           rows[0] = next;
         }
-        if (stage) matrix(member).template stage<kParts>(block, piece, kScaled ? s.scales : nullptr, fragments);
+        if (stage) matrix(member).template stage<kParts, kScaled>(block, piece, s.scales, fragments);
         if (Turned || stage) block.sync();
         // Reads of memory are under way while the tensor cores work.
-        if (member + 1 < sum + members) {
-          load(piece, member + 1);
-        } else if (piece + 1 < pieces) {
-          load(piece + 1, sum);
-        }
+        const bool last = member + 1 == sum + members;
+        if (!last || piece + 1 < pieces) load(last ? piece + 1 : piece, last ? sum : member + 1);
         if constexpr (Turned) {
           multiply_add(block, total, s.planes, fragments);
         } else {
-          multiply_add<kParts>(block, total, rows, fragments, 0);
+          multiply_add<kParts, false>(block, total, rows, fragments, 0, [](const ExactPlace& place) { return place.half; });
         }
         if (kMayReside && a.resident) fragments += kPieceFragments<kParts>;
       }

@@ -110,15 +110,6 @@ MC_HD Half saturate_half(float x) {
   return from_float<Half>(x > kFloat16Max ? kFloat16Max : x < -kFloat16Max ? -kFloat16Max : x);
 }
 
-// x, of which the compiler knows nothing: what is derived from it is worked out again where it would otherwise stay in
-// registers throughout a loop.
-MC_HD int forgotten(int x) {
-#if MC_ON_DEVICE
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // Product and sum without contraction into a fused multiply-add: quantizers decide alike on every device.
 MC_HD float multiply(float a, float b) {
 #if MC_ON_DEVICE

@@ -37,9 +37,11 @@ struct RestoreScratch {
   MC_HD RestoreScratch(char* base, const StreamShape& shape)
       : places(reinterpret_cast<std::int32_t*>(base)),
         map(base + 4 * kBlockSize, shape.stored, shape.has_residual() ? shape.dim : 0, shape.dim) {
-    rows = reinterpret_cast<float*>(base + 4 * kBlockSize + (takes_products(shape) ? map.bytes : 0));
-    const float* const end = rows + (shares_rows(shape) ? kBlockSize * pitch_of(shape.dim) : 0);
-    bytes = static_cast<int>(reinterpret_cast<const char*>(end) - base);
+    // Rows of one product take the place of its factors.
+    const int factors = takes_products(shape) ? map.bytes : 0, before = shape.dim > SharedMap<T>::kColumns ? factors : 0;
+    const int own = shares_rows(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0;
+    rows = reinterpret_cast<float*>(base + 4 * kBlockSize + before);
+    bytes = 4 * kBlockSize + maximum(factors, before + own);
   }
 };
 

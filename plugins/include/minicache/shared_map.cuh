@@ -12,7 +12,7 @@ namespace minicache {
 template <class T>
 struct SharedMap {
   static constexpr bool kTensor = sizeof(T) == 2;
-  static constexpr int kColumns = kTensor ? kExactColumns : kDenseColumns;  // of one product
+  static constexpr int kColumns = 128;  // of one product
   static constexpr int kPitch = pitch_of(kColumns);
   using E = BFloat16;
   using Planes = RowPlanes<E, 2>;
@@ -26,7 +26,7 @@ struct SharedMap {
     latent_rows = base;
     residual_rows = latent_rows + rows_bytes(stored);
     staging = residual_rows + rows_bytes(residual);
-    bytes = static_cast<int>(staging - base) + (kTensor ? maximum(kPieceBytes<2>, kExactSumBytes) : 4 * kDenseFloats);
+    bytes = static_cast<int>(staging - base) + (kTensor ? 2 * kPieceBytes<2> : 4 * kDenseFloats);
   }
 
   // Zeros where rows are shorter than their pieces; before or after the rows are stored.
@@ -46,8 +46,8 @@ struct SharedMap {
     store(residual_rows, residual, row, component, x);
   }
 
-  // Columns [first, first + kColumns) to out [B, pitch] in shared memory. `map` [dim, stored] and, where there are
-  // residuals, `residual_map` [dim, dim]. Begins with a sync.
+  // Columns [first, first + kColumns) to out [B, pitch] in shared memory; the last ones may overwrite what is multiplied.
+  // `map` [dim, stored] and, where there are residuals, `residual_map` [dim, dim]. Begins with a sync.
   template <class Block>
   MC_HD void multiply(Block& block, const float* map, const float* residual_map, int first, float* out,
                       int pitch) const {
@@ -58,11 +58,12 @@ struct SharedMap {
       auto* const fragments = reinterpret_cast<FragmentA<E>*>(staging);
       const auto add = [&](char* rows, const float* numbers, int depth) {
         const ExactMatrix matrix{numbers + first * depth, depth, dim, width, true};
-        multiply_add(block, sum, Planes{reinterpret_cast<E*>(rows)}, matrix, fragments);
+        multiply_add_wide(block, sum, Planes{reinterpret_cast<E*>(rows)}, matrix, fragments);
       };
       add(latent_rows, map, stored);
       if (residual > 0) add(residual_rows, residual_map, residual);
-      store_results(block, sum, width, staging, nullptr, nullptr, out, pitch);
+      if (first + kColumns >= dim) block.sync();  // results may take the place of what they came from
+      store_wide(block, sum, width, out, pitch);
     } else {
       typename Block::template PerThread<Accumulator> sum;
       clear(block, sum);
