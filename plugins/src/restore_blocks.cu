@@ -53,10 +53,12 @@ MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicac
     using T = decltype(number);
     const RestoreArguments<T> arguments{shape,       stream_view->pools,  stream_view->maps,   blocks,
                                         block_index, inverse_frequencies, static_cast<T*>(out)};
+    const Grid grid{count, shape.heads};
+    const int shared = RestoreScratch<T>(nullptr, shape).bytes;
+    if (takes_products(shape))
+      return launch_kernel<RestoreKernel<T, 1, true>>(kName, grid, shared, arguments, stream);
     return with_chunks(shape.dim, [&](auto chunks) {
-      using Kernel = RestoreKernel<T, decltype(chunks)::value>;
-      return launch_kernel<Kernel>(kName, Grid{count, shape.heads}, RestoreScratch<T>(nullptr, shape).bytes, arguments,
-                                   stream);
+      return launch_kernel<RestoreKernel<T, decltype(chunks)::value, false>>(kName, grid, shared, arguments, stream);
     });
   });
 }

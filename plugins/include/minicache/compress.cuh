@@ -53,6 +53,7 @@ struct CompressScratch {
 template <class T, int Chunks>
 struct CompressKernel {
   static constexpr int kThreads = kTileThreads;
+  static constexpr int kMinBlocks = Chunks <= 4 ? 2 : 1;
 
   template <class Block>
   MC_HD static void run(Block& block, const CompressArguments<T>& a) {

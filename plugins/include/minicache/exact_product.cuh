@@ -302,7 +302,7 @@ MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const RowPlanes<E, 
 template <class E, int Parts, class Block>
 MC_HD void multiply_add_wide(Block& block, ExactSums<Block>& sum, const RowPlanes<E, Parts>& planes,
                              const ExactMatrix& matrix, FragmentA<E>* staging) {
-  ExactRows<Block, E, 2> rows[Parts];
+  ExactRows<Block, E, 1> rows[Parts];
   const int apart = matrix.width > kExactColumns ? kPieceFragments<Parts> : 0;  // 0: both halves work on the same ones
   MC_NO_UNROLL
   for (int piece = 0; piece < exact_pieces(matrix.depth); ++piece) {
@@ -314,11 +314,11 @@ MC_HD void multiply_add_wide(Block& block, ExactSums<Block>& sum, const RowPlane
     }
     block.sync();
     MC_NO_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      const auto half = [&](const ExactPlace&) { return n; };
+    for (int n = 0; n < 4; ++n) {
+      const auto half = [&](const ExactPlace&) { return n / 2; };
       MC_UNROLL
-      for (int part = 0; part < Parts; ++part) planes.piece(piece).load(block, rows[part], part, 0, half);
-      multiply_add<Parts, true>(block, sum, rows, staging, 0, half, apart);
+      for (int part = 0; part < Parts; ++part) planes.piece(piece).load(block, rows[part], part, n % 2, half);
+      multiply_add<Parts, true>(block, sum, rows, staging, n % 2, half, apart);
     }
   }
 }

@@ -30,25 +30,29 @@ MC_HD bool shares_rows(const StreamShape& shape) {
 template <class T>
 struct RestoreScratch {
   std::int32_t* places;  // [B]
+  float* levels;         // of gaussian streams: [kLevels]
   SharedMap<T> map;      // products only
   float* rows;           // [B, pitch_of(D)]: vectors before norm, offset, rotation
   int bytes;
+  static constexpr int kTables = 4 * (kBlockSize + kLevels);
 
   MC_HD RestoreScratch(char* base, const StreamShape& shape)
       : places(reinterpret_cast<std::int32_t*>(base)),
-        map(base + 4 * kBlockSize, shape.stored, shape.has_residual() ? shape.dim : 0, shape.dim) {
+        levels(reinterpret_cast<float*>(places + kBlockSize)),
+        map(base + kTables, shape.stored, shape.has_residual() ? shape.dim : 0, shape.dim) {
     // Rows of one product take the place of its factors.
     const int factors = takes_products(shape) ? map.bytes : 0, before = shape.dim > SharedMap<T>::kColumns ? factors : 0;
     const int own = shares_rows(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0;
-    rows = reinterpret_cast<float*>(base + 4 * kBlockSize + before);
-    bytes = 4 * kBlockSize + maximum(factors, before + own);
+    rows = reinterpret_cast<float*>(base + kTables + before);
+    bytes = kTables + maximum(factors, before + own);
   }
 };
 
 // x = nu (y P^T + residual A^T) + c, rotated, with the retained vectors in their places. Grid: blocks, KV heads.
-template <class T, int Chunks>
+template <class T, int Chunks, bool Products>
 struct RestoreKernel {
   static constexpr int kThreads = kTileThreads;
+  static constexpr int kMinBlocks = !Products && Chunks == 4 ? 3 : 2;
 
   template <class Block>
   MC_HD static void run(Block& block, const RestoreArguments<T>& a) {
@@ -58,10 +62,14 @@ struct RestoreKernel {
     const int n = block.x(), head = block.y();
     const int slot = a.maps.slots == nullptr ? head : static_cast<int>(a.maps.slots[head]);
     const StreamBlock from{shape, a.pools, a.blocks[n]};
-    if (takes_products(shape)) {
+    if (shape.gaussian()) {
+      block.each([&](Thread thread) { fill_levels(thread, s.levels); });
+      block.sync();
+    }
+    if constexpr (Products) {
       multiply(block, a, from, slot, s);
     } else if (shares_rows(shape)) {
-      latent_to_shared<T>(block, from, slot, s.rows, pitch_of(shape.dim));
+      latent_to_shared<T>(block, from, slot, s.levels, s.rows, pitch_of(shape.dim));
       if (has_transforms(shape)) undo_transforms<Chunks>(block, shape, s.rows, pitch_of(shape.dim));
       if (shape.has_residual()) add_residual(block, from, slot, s);
     }
@@ -82,7 +90,7 @@ struct RestoreKernel {
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < shape.stored; component += kRowThreads * kChunk) {
         float x[kChunk];
-        load_latent_chunk<T>(x, from, slot, true, row, component);
+        load_latent_chunk<T>(x, from, slot, true, row, component, s.levels);
         s.map.store_latent(row, component, x);
       }
       if (!shape.has_residual()) return;
@@ -139,7 +147,7 @@ struct RestoreKernel {
                           const RestoreScratch<T>& s) {
     const StreamShape& shape = a.shape;
     const int dim = shape.dim;
-    const bool shared = shares_rows(shape);
+    const bool shared = Products || has_transforms(shape);
     const Rotation rotation{turned(shape) ? a.inverse_frequencies : nullptr, dim,
                             turned(shape) ? a.block_index[n] * kBlockSize : 0, 1.0f};
     const Affine affine{shape.has_norms() ? from.norms(shape.gaussian() ? 0 : shape.member, slot) : nullptr,
@@ -152,7 +160,7 @@ struct RestoreKernel {
         if (shared) {
           load_chunk(x, s.rows + row * pitch_of(dim) + component);
         } else {
-          load_numbers_of(x, from, slot, row, component);
+          load_numbers_of(x, from, slot, row, component, s.levels);
         }
         affine.apply(x, row, component);
       };
@@ -214,8 +222,9 @@ struct RestoreKernel {
   }
 
   // A chunk of a row that takes neither products nor transforms.
-  MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component) {
-    load_latent_chunk<T>(x, from, slot, false, row, component);
+  MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component,
+                                    const float* levels) {
+    load_latent_chunk<T>(x, from, slot, false, row, component, levels);
     if (!from.shape.has_residual()) return;
     float residual[kChunk];
     load_residual_chunk(residual, from, slot, row, component);

@@ -20,25 +20,24 @@ MC_HD void load_numbers(float (&x)[kChunk], Format format, const std::int8_t* co
   with_range_bits(format, [&](auto bits) { load_numbers<decltype(bits)::value>(x, format, codes); });
 }
 
-// A code's level by selection among constants: a table that threads index differently would live in memory.
+// Levels of all gaussian formats as a table in shared memory: lanes that read different ones meet no bank conflict.
+constexpr int kLevels = 32;
 template <int Width>
-MC_HD float level_of(std::uint32_t code) {
-  constexpr int kHalf = 1 << (Width - 1);
-  const bool upper = code >= kHalf;
-  const int place = static_cast<int>(upper ? code - kHalf : kHalf - 1 - code);
-  float level = gaussian_level(Width, kHalf);
-  MC_UNROLL
-  for (int i = 1; i < kHalf; ++i) level = place == i ? gaussian_level(Width, kHalf + i) : level;
-  return upper ? level : -level;
+constexpr int kFirstLevel = (1 << Width) - 2;
+
+MC_HD void fill_levels(Thread thread, float* levels) {
+  if (thread.index >= kFirstLevel<5>) return;
+  const int bits = bit_length(static_cast<unsigned>(thread.index + 2)) - 1;
+  levels[thread.index] = gaussian_level(bits, thread.index + 2 - (1 << bits));
 }
 
 // Eight gaussian codes as levels.
-MC_HD void load_levels(float (&x)[kChunk], Format format, const std::int8_t* codes) {
+MC_HD void load_levels(float (&x)[kChunk], Format format, const std::int8_t* codes, const float* levels) {
   with_gaussian_bits(format, [&](auto bits) {
     constexpr int kWidth = decltype(bits)::value;
     const PackedCodes packed = load_codes<kWidth>(codes);
     MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) x[e] = level_of<kWidth>(packed.template get<kWidth>(e));
+    for (int e = 0; e < kChunk; ++e) x[e] = levels[kFirstLevel<kWidth> + packed.template get<kWidth>(e)];
   });
 }
 
@@ -65,7 +64,7 @@ MC_HD void load_factors(float (&x)[kChunk], const Half* from, bool each) {
 // A chunk of a segment: row `row`, components from `place` of the segment. Gaussian numbers are levels, without the norm.
 template <class T>
 MC_HD void load_segment_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, const Segment& segment, int row,
-                              int place) {
+                              int place, const float* levels) {
   const StreamShape& shape = from.shape;
   if (segment.format == Format::model) {
     load_chunk(x, from.latent<T>(slot) + row * shape.latent + segment.storage + place);
@@ -74,7 +73,7 @@ MC_HD void load_segment_chunk(float (&x)[kChunk], const StreamBlock& from, int s
   const std::int8_t* codes = from.codes(slot) + row * shape.code_bytes + segment.storage +
                              place / kChunk * bits_of(segment.format);
   if (is_gaussian(segment.format)) {
-    load_levels(x, segment.format, codes);
+    load_levels(x, segment.format, codes, levels);
     return;
   }
   // One scale and minimum for the chunk, or one for each component.
@@ -89,10 +88,10 @@ MC_HD void load_segment_chunk(float (&x)[kChunk], const StreamBlock& from, int s
 }
 
 // A chunk of a row's latent vector, without the norm. `compact`: `component` counts stored ones, as a reading map's
-// columns do; otherwise all, dropped ones are zero.
+// columns do; otherwise all, dropped ones are zero. `levels`: the table, for gaussian segments.
 template <class T>
 MC_HD void load_latent_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, bool compact, int row,
-                             int component) {
+                             int component, const float* levels) {
   const StreamShape& shape = from.shape;
   MC_UNROLL
   for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
@@ -101,19 +100,19 @@ MC_HD void load_latent_chunk(float (&x)[kChunk], const StreamBlock& from, int sl
     const Segment& segment = shape.segment[i];
     const int first = compact ? segment.stored : segment.component;
     if (segment.format == Format::drop || !inside(component, first, segment.length)) continue;
-    load_segment_chunk<T>(x, from, slot, segment, row, component - first);
+    load_segment_chunk<T>(x, from, slot, segment, row, component - first, levels);
     return;
   }
 }
 
 // The latent vectors of a slot to shared memory [B, pitch]; transforms are still to be undone.
 template <class T, class Block>
-MC_HD void latent_to_shared(Block& block, const StreamBlock& from, int slot, float* shared, int pitch) {
+MC_HD void latent_to_shared(Block& block, const StreamBlock& from, int slot, const float* levels, float* shared, int pitch) {
   block.each([&](Thread thread) {
     MC_NO_UNROLL
     for (int component = component_of(thread, 0); component < from.shape.rank; component += kRowThreads * kChunk) {
       float x[kChunk];
-      load_latent_chunk<T>(x, from, slot, false, row_of(thread), component);
+      load_latent_chunk<T>(x, from, slot, false, row_of(thread), component, levels);
       store_chunk(shared + row_of(thread) * pitch + component, x);
     }
   });
