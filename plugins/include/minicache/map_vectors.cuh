@@ -241,13 +241,12 @@ struct LossKernel {
 
   struct Scratch {
     SharedMap<T> map;
-    float *rows, *restored;
+    float* rows;  // of turned keys
     int bytes;
 
-    MC_HD Scratch(char* base, const StreamShape& shape) : map(base, shape.stored, 0, shape.dim) {
+    MC_HD Scratch(char* base, const StreamShape& shape) : map(base, shape.stored, 0, shape.dim, 1) {
       rows = reinterpret_cast<float*>(base + map.bytes);
-      restored = rows + (turned(shape) ? kBlockSize * pitch_of(shape.dim) : 0);
-      bytes = static_cast<int>(reinterpret_cast<char*>(restored + kBlockSize * SharedMap<T>::kPitch) - base);
+      bytes = map.bytes + (turned(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0);
     }
   };
 
@@ -275,7 +274,7 @@ struct LossKernel {
         rows_to_shared(block, source, s.rows, pitch_of(dim));
       }
       for (int first = 0; first < dim; first += SharedMap<T>::kColumns) {
-        s.map.multiply(block, a.maps.map[member] + place * stored, nullptr, first, s.restored, SharedMap<T>::kPitch);
+        s.map.multiply(block, a.maps.map[member] + place * stored, nullptr, first, 0);
         block.sync();
         measure(block, s, source, a.maps.offset[member] + place, first, lost, size);
       }
@@ -305,7 +304,7 @@ struct LossKernel {
         } else {
           source.load(x, row, first + column);
         }
-        load_chunk(y, s.restored + row * SharedMap<T>::kPitch + column);
+        load_chunk(y, s.map.chunk(row, column));
         load_chunk(constant, offset + first + column);
         MC_UNROLL
         for (int e = 0; e < kChunk; ++e) {

@@ -21,30 +21,24 @@ struct RestoreArguments {
 // Whether restoring takes products with the layer's maps; a transform alone is undone by butterflies.
 MC_HD bool takes_products(const StreamShape& shape) { return shape.merge == Merge::linear || shape.align; }
 
-// Whether restored vectors pass through shared memory.
-MC_HD bool shares_rows(const StreamShape& shape) {
-  return takes_products(shape) || has_transforms(shape);
-}
-
 // Shared memory of `RestoreKernel`; `bytes` is its size.
 template <class T>
 struct RestoreScratch {
   std::int32_t* places;  // [B]
   float* levels;         // of gaussian streams: [kLevels]
   SharedMap<T> map;      // products only
-  float* rows;           // [B, pitch_of(D)]: vectors before norm, offset, rotation
+  float* rows;           // transforms without products: [B, pitch_of(D)]
   int bytes;
   static constexpr int kTables = 4 * (kBlockSize + kLevels);
 
   MC_HD RestoreScratch(char* base, const StreamShape& shape)
       : places(reinterpret_cast<std::int32_t*>(base)),
         levels(reinterpret_cast<float*>(places + kBlockSize)),
-        map(base + kTables, shape.stored, shape.has_residual() ? shape.dim : 0, shape.dim) {
-    // Rows of one product take the place of its factors.
-    const int factors = takes_products(shape) ? map.bytes : 0, before = shape.dim > SharedMap<T>::kColumns ? factors : 0;
-    const int own = shares_rows(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0;
-    rows = reinterpret_cast<float*>(base + kTables + before);
-    bytes = kTables + maximum(factors, before + own);
+        map(base + kTables, shape.stored, shape.has_residual() ? shape.dim : 0, shape.dim,
+            SharedMap<T>::products_of(shape.dim)),
+        rows(reinterpret_cast<float*>(base + kTables)) {
+    const int own = has_transforms(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0;
+    bytes = kTables + (takes_products(shape) ? map.bytes : own);
   }
 };
 
@@ -68,9 +62,9 @@ struct RestoreKernel {
     }
     if constexpr (Products) {
       multiply(block, a, from, slot, s);
-    } else if (shares_rows(shape)) {
+    } else if (has_transforms(shape)) {
       latent_to_shared<T>(block, from, slot, s.levels, s.rows, pitch_of(shape.dim));
-      if (has_transforms(shape)) undo_transforms<Chunks>(block, shape, s.rows, pitch_of(shape.dim));
+      undo_transforms<Chunks>(block, shape, s.rows, pitch_of(shape.dim));
       if (shape.has_residual()) add_residual(block, from, slot, s);
     }
     if (shape.retained > 0) find_retained(block, from, slot, s.places);
@@ -79,7 +73,7 @@ struct RestoreKernel {
   }
 
  private:
-  // y P^T + residual A^T to `rows`.
+  // y P^T + residual A^T.
   template <class Block>
   MC_HD static void multiply(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int slot,
                              const RestoreScratch<T>& s) {
@@ -105,8 +99,8 @@ struct RestoreKernel {
     const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * shape.stored);
     const float* residual_map = shape.has_residual() ? a.maps.residual_map + place * shape.dim : nullptr;
     MC_NO_UNROLL
-    for (int first = 0; first < shape.dim; first += SharedMap<T>::kColumns)
-      s.map.multiply(block, map, residual_map, first, s.rows + first, pitch_of(shape.dim));
+    for (int n = 0; n < SharedMap<T>::products_of(shape.dim); ++n)
+      s.map.multiply(block, map, residual_map, n * SharedMap<T>::kColumns, n);
   }
 
   // Each thread to its own chunks of `rows`.
@@ -158,7 +152,7 @@ struct RestoreKernel {
       const auto store = [&](const float(&x)[kChunk], int component) { store_chunk(out + row * dim + component, x); };
       const auto load = [&](float(&x)[kChunk], int component) {
         if (shared) {
-          load_chunk(x, s.rows + row * pitch_of(dim) + component);
+          load_chunk(x, Products ? s.map.chunk(row, component) : s.rows + row * pitch_of(dim) + component);
         } else {
           load_numbers_of(x, from, slot, row, component, s.levels);
         }

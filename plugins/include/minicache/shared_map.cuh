@@ -13,20 +13,31 @@ template <class T>
 struct SharedMap {
   static constexpr bool kTensor = sizeof(T) == 2;
   static constexpr int kColumns = 128;  // of one product
-  static constexpr int kPitch = pitch_of(kColumns);
+  static constexpr int kPitch = pitch_of(kColumns), kResultBytes = 4 * kBlockSize * kPitch;
   using E = BFloat16;
   using Planes = RowPlanes<E, 2>;
+  static_assert(2 * kPieceBytes<2> <= kResultBytes && 4 * kDenseFloats <= kResultBytes, "results take staging's place");
 
   int stored, residual, dim;  // components of y, of the residual (0: none), of the results
-  char *latent_rows, *residual_rows, *staging;
-  int bytes;  // of shared memory
+  char *latent_rows, *residual_rows;
+  float* results;  // [products kept][B, kPitch]
+  char* staging;   // where the results of the last product go
+  int bytes;       // of shared memory
 
-  MC_HD SharedMap(char* base, int stored_components, int residual_components, int results)
-      : stored(stored_components), residual(residual_components), dim(results) {
+  // `kept`: how many products' results there is room for at a time.
+  MC_HD SharedMap(char* base, int stored_components, int residual_components, int columns, int kept)
+      : stored(stored_components), residual(residual_components), dim(columns) {
     latent_rows = base;
     residual_rows = latent_rows + rows_bytes(stored);
-    staging = residual_rows + rows_bytes(residual);
-    bytes = static_cast<int>(staging - base) + (kTensor ? 2 * kPieceBytes<2> : 4 * kDenseFloats);
+    results = reinterpret_cast<float*>(residual_rows + rows_bytes(residual));
+    staging = reinterpret_cast<char*>(results) + (kept - 1) * kResultBytes;
+    bytes = static_cast<int>(staging - base) + kResultBytes;
+  }
+  MC_HD static int products_of(int columns) { return ceil_div(columns, kColumns); }
+
+  // Eight results.
+  MC_HD const float* chunk(int row, int component) const {
+    return results + component / kColumns * (kResultBytes / 4) + row * kPitch + component % kColumns;
   }
 
   // Zeros where rows are shorter than their pieces; before or after the rows are stored.
@@ -46,11 +57,12 @@ struct SharedMap {
     store(residual_rows, residual, row, component, x);
   }
 
-  // Columns [first, first + kColumns) to out [B, pitch] in shared memory; the last ones may overwrite what is multiplied.
-  // `map` [dim, stored] and, where there are residuals, `residual_map` [dim, dim]. Begins with a sync.
+  // Columns [first, first + kColumns) to results number `place`. `map` [dim, stored] and, where there are residuals,
+  // `residual_map` [dim, dim]. Begins with a sync.
   template <class Block>
-  MC_HD void multiply(Block& block, const float* map, const float* residual_map, int first, float* out,
-                      int pitch) const {
+  MC_HD void multiply(Block& block, const float* map, const float* residual_map, int first, int place) const {
+    float* const out = results + place * (kResultBytes / 4);
+    const bool in_place = reinterpret_cast<char*>(out) == staging;
     if constexpr (kTensor) {
       ExactSums<Block> sum;
       clear(block, sum);
@@ -62,8 +74,8 @@ struct SharedMap {
       };
       add(latent_rows, map, stored);
       if (residual > 0) add(residual_rows, residual_map, residual);
-      if (first + kColumns >= dim) block.sync();  // results may take the place of what they came from
-      store_wide(block, sum, width, out, pitch);
+      if (in_place) block.sync();
+      store_wide(block, sum, width, out, kPitch);
     } else {
       typename Block::template PerThread<Accumulator> sum;
       clear(block, sum);
@@ -74,8 +86,8 @@ struct SharedMap {
       };
       add(latent_rows, map, stored);
       if (residual > 0) add(residual_rows, residual_map, residual);
-      block.sync();
-      store_results(block, sum, first, dim, out - first, pitch);
+      if (in_place) block.sync();
+      store_results(block, sum, first, dim, out - first, kPitch);
     }
   }
 
