@@ -15,7 +15,6 @@
 
 #include <type_traits>
 
-#include "minicache/fragments.cuh"
 #include "minicache/tile.cuh"
 
 namespace minicache {
@@ -95,8 +94,8 @@ MC_HD void load_rows(Block& block, ExactRows<Block, E, 2>& out, const E* rows, i
   });
 }
 
-// A piece of rows of floats as parts in shared memory: [parts][B][64 components], halves exchanged in odd rows so that
-// neither readers nor writers meet bank conflicts.
+// A piece of rows of floats as parts in shared memory: [parts][B][halves][steps][4 t][4 components], halves and steps
+// exchanged by row so that neither readers nor writers meet bank conflicts.
 template <class E, int Parts>
 struct RowPlanes {
   static constexpr int kNumbers = kBlockSize * 2 * kHalfPiece;
@@ -111,36 +110,33 @@ struct RowPlanes {
     piece(own / kHalfPiece).store(row, half, own % kHalfPiece, x);
   }
 
-  MC_HD E* chunk(int part, int row, int half, int component) const {
-    return numbers + part * kNumbers + row * 2 * kHalfPiece + (half + row) % 2 * kHalfPiece + component;
+  MC_HD E* four(int part, int row, int half, int step, int t) const {
+    return numbers + part * kNumbers + row * 2 * kHalfPiece + ((2 * half + step) ^ row % 4) * 16 + 4 * t;
   }
   MC_HD void store(int row, int half, int component, const float (&x)[kChunk]) const {
-    Bytes16 bytes[Parts];
     MC_UNROLL
-    for (int i = 0; i < kChunk / 2; ++i) {
-      Pair<E> pair[Parts];
-      split_pair(x[2 * i], x[2 * i + 1], pair);
+    for (int step = 0; step < 2; ++step) {
+      FragmentB<E> four_of[Parts];
       MC_UNROLL
-      for (int part = 0; part < Parts; ++part) bytes[part].words[i] = pair[part].bits;
+      for (int j = 0; j < 2; ++j) {
+        Pair<E> pair[Parts];
+        split_pair(x[4 * step + 2 * j], x[4 * step + 2 * j + 1], pair);
+        MC_UNROLL
+        for (int part = 0; part < Parts; ++part) put_pair(four_of[part], j, pair[part]);
+      }
+      MC_UNROLL
+      for (int part = 0; part < Parts; ++part) store_as(four(part, row, half, step, component / kChunk), four_of[part]);
     }
-    MC_UNROLL
-    for (int part = 0; part < Parts; ++part) store_as(chunk(part, row, half, component), bytes[part]);
   }
-  // `Steps` steps of a part from `first` on, of half a piece.
-  template <int Steps, class Block, class Half>
-  MC_HD void load(Block& block, ExactRows<Block, E, Steps>& out, int part, int first, Half half) const {
+  // One step of a part, of half a piece.
+  template <class Block, class Half>
+  MC_HD void load(Block& block, ExactRows<Block, E, 1>& out, int part, int step, Half half) const {
     block.each([&](Thread thread) {
       const ExactPlace place(thread);
       MC_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
-        const E* const from = chunk(part, place.row + 8 * tile + place.g, half(place), 8 * place.t);
-        if constexpr (Steps == 1) {
-          out.step[0][tile](thread) = load_as<FragmentB<E>>(from + 4 * first);
-        } else {
-          const auto both = load_as<FragmentA<E>>(from);
-          MC_UNROLL
-          for (int step = 0; step < 2; ++step) out.step[step][tile](thread) = half_of(both, step);
-        }
+        const int row = place.row + 8 * tile + place.g;
+        out.step[0][tile](thread) = load_as<FragmentB<E>>(four(part, row, half(place), step, place.t));
       }
     });
   }
