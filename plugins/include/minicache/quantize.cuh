@@ -29,16 +29,35 @@ struct Range {
   }
 
   MC_HD float ratio(float y) const { return quotient_of(add(y, -lowest), scale, reciprocal); }
-
-  // All codes are 0 without it.
-  MC_HD bool has_extent() const { return scale > 0.0f; }
-  template <int Width>
-  MC_HD std::uint32_t code(Format format, float y) const {
-    if (Width == 8 && format == Format::fp8) return float_to_fp8(ratio(y));
-    const float levels = static_cast<float>((1 << Width) - 1);
-    return static_cast<std::uint32_t>(minimum(maximum(round_even(ratio(y)), 0.0f), levels));
-  }
 };
+
+// Codes of eight numbers, `range_of(e)` the range of each; 0 where the scale is.
+template <int Width, class RangeOf>
+MC_HD PackedCodes codes_of(Format format, const float (&y)[kChunk], RangeOf range_of) {
+  PackedCodes codes;
+  if (Width == 8 && format == Format::fp8) {
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) codes.template put<Width>(e, float_to_fp8(range_of(e).ratio(y[e])));
+    return codes;
+  }
+  // A number up to 2^22 has its nearest integer, half to even, in the lowest bits of its sum with 1.5 x 2^23. Codes are
+  // added up with the other bits of the sums, which are known: no conversions, which a GPU does slowly.
+  constexpr float kLevels = static_cast<float>((1 << Width) - 1), kRounder = 0x1.8p23f;
+  constexpr std::uint32_t kBits = 0x4b400000u;  // of kRounder
+  std::uint32_t known[2] = {};
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) {
+    const float ratio = minimum(maximum(range_of(e).ratio(y[e]), 0.0f), kLevels);
+    const std::uint32_t bits = bit_cast<std::uint32_t>(add(ratio, kRounder));
+    const bool upper = Width == 8 && e >= 4;
+    const int shift = Width * (upper ? e - 4 : e);
+    (upper ? codes.high : codes.low) += bits << shift;
+    known[upper] += kBits << shift;
+  }
+  codes.low -= known[0];
+  codes.high -= known[1];
+  return codes;
+}
 
 // Where a row's codes and ranges go; null: nowhere.
 struct RowTarget {
@@ -92,12 +111,7 @@ MC_HD void store_range(const RowTarget& to, const Range& range) {
 
 template <int Width>
 MC_HD void store_chunk_codes(std::int8_t* to, Format format, const Range& range, const float (&y)[kChunk]) {
-  PackedCodes codes;
-  if (range.has_extent()) {
-    MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) codes.template put<Width>(e, range.template code<Width>(format, y[e]));
-  }
-  store_codes<Width>(to, codes);
+  store_codes<Width>(to, codes_of<Width>(format, y, [&](int) { return range; }));
 }
 
 // Components [first, first + length) of a tile with one range per row; `target(row)` is a RowTarget.
@@ -205,13 +219,11 @@ MC_HD void quantize_columns(Block& block, const typename Block::template PerThre
         if (!inside(column, 0, length)) continue;
         PackedCodes packed;
         if (!skipped[row]) {
-          MC_UNROLL
-          for (int e = 0; e < kChunk; ++e) {
-            const int own = column + e;
-            const Range range{ranges[own], ranges[kMaxRank + own], ranges[2 * kMaxRank + own]};
-            if (!range.has_extent()) continue;
-            packed.template put<kWidth>(e, range.template code<kWidth>(format, tile(thread).x[j][e]));
-          }
+          float scale[kChunk], reciprocal[kChunk], lowest[kChunk];
+          load_chunk(scale, ranges + column);
+          load_chunk(reciprocal, ranges + kMaxRank + column);
+          load_chunk(lowest, ranges + 2 * kMaxRank + column);
+          packed = codes_of<kWidth>(format, tile(thread).x[j], [&](int e) { return Range{scale[e], reciprocal[e], lowest[e]}; });
         }
         store_codes<kWidth>(codes + row * row_bytes + column / kChunk * kWidth, packed);
       }

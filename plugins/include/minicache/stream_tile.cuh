@@ -25,10 +25,21 @@ constexpr int kLevels = 32;
 template <int Width>
 constexpr int kFirstLevel = (1 << Width) - 2;
 
+template <int Width>
 MC_HD void fill_levels(Thread thread, float* levels) {
-  if (thread.index >= kFirstLevel<5>) return;
-  const int bits = bit_length(static_cast<unsigned>(thread.index + 2)) - 1;
-  levels[thread.index] = gaussian_level(bits, thread.index + 2 - (1 << bits));
+  float level = 0.0f;
+  MC_UNROLL
+  for (int code = 0; code < 1 << Width; ++code) {
+    if (thread.index == kFirstLevel<Width> + code) level = gaussian_level(Width, code);
+  }
+  if (inside(thread.index, kFirstLevel<Width>, 1 << Width)) levels[thread.index] = level;
+}
+MC_HD void fill_levels(Thread thread, float* levels) {
+  if (thread.index >= kLevels) return;
+  fill_levels<1>(thread, levels);
+  fill_levels<2>(thread, levels);
+  fill_levels<3>(thread, levels);
+  fill_levels<4>(thread, levels);
 }
 
 // Eight gaussian codes as levels.
