@@ -385,6 +385,8 @@ Handler elementwise(const Statement& statement, Type type) {
   }
   if (op == "rcp" && type == Type::f32 && statement.has("rn"))
     return apply<float, float>([](float x) { return 1.0f / x; });
+  if (op == "rcp" && type == Type::f32)
+    return apply<float, float>([](float x) { return flushed(1.0f / flushed(x)); });
   if (op == "sqrt" && type == Type::f32 && statement.has("rn"))
     return apply<float, float>([](float x) { return std::sqrt(x); });
   if (op == "rsqrt" && type == Type::f32)

@@ -179,6 +179,7 @@ std::int32_t attend_piece(const AttentionArguments& a, const PrefillWorkspace& w
       static_cast<T*>(a.out),
       a.q_stride,
       a.out_stride,
+      SoftCap(a.shape.softcap / a.shape.scale),
       window,
       tiles,
       last};

@@ -119,7 +119,7 @@ def test_floats(cases: Cases) -> None:
     rng = np.random.default_rng(1)
     a, b, c = (rng.standard_normal((3, COUNT)) * 2.0 ** rng.integers(-20, 20, (3, COUNT))).astype(np.float32)
     a[:6], b[:6] = (np.nan, 1, 0.5, 2.5, -1.5, 70000), (1, np.nan, 0.5, 3, 1e-8, 2)
-    out = np.zeros((22, COUNT), np.float32)
+    out = np.zeros((23, COUNT), np.float32)
     assert cases("floats", a, b, c, out, COUNT) == ""
     x, y, z = (v.astype(np.float64) for v in (a, b, c))
     with np.errstate(all="ignore"):
@@ -127,7 +127,7 @@ def test_floats(cases: Cases) -> None:
         natural = np.where(np.isnan(a), 0, np.clip(np.rint(x), 0, 2**32 - 1))
         half = [v.astype(np.float16).astype(np.float64) for v in (a, b, c)]
         expected = [
-            x + y, x * y, None, x / y, np.sqrt(np.abs(x)), 1 / y, np.fmin(a, b), np.fmax(a, b), np.copysign(a, b),
+            x + y, x * y, None, x / y, np.sqrt(np.abs(x)), 1 / y, 1 / y, np.fmin(a, b), np.fmax(a, b), np.copysign(a, b),
             None, np.rint(a), np.clip(whole, -(2**31), 2**31 - 1), natural, a.astype(np.float16),
             torch.from_numpy(a).bfloat16().float().numpy(), (half[0] * half[1] + half[2]).astype(np.float16),
             (half[1] * half[2] + half[0]).astype(np.float16), x * y, a < b, ~(a >= b), a == b,
@@ -138,7 +138,7 @@ def test_floats(cases: Cases) -> None:
             np.testing.assert_array_equal(out[n], np.asarray(row).astype(np.float32), err_msg=f"row {n}")
     product = x * y + z
     np.testing.assert_allclose(out[2], product, rtol=2**-23)
-    np.testing.assert_allclose(out[9], np.exp2(np.fmin(np.fmax(x, -100), 100)), rtol=2**-21)
+    np.testing.assert_allclose(out[10], np.exp2(np.fmin(np.fmax(x, -100), 100)), rtol=2**-21)
 
 
 def test_shuffles(cases: Cases) -> None:

@@ -68,6 +68,9 @@ __global__ void floats(const float* a, const float* b, const float* c, float* ou
   put(__fdiv_rn(x, y));
   put(__fsqrt_rn(fabsf(x)));
   put(__frcp_rn(y));
+  float approximate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(y));
+  put(approximate);
   put(fminf(x, y));
   put(fmaxf(x, y));
   put(copysignf(x, y));

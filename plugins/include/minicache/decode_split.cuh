@@ -104,7 +104,7 @@ template <class Block, class T>
 MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitItem& item, const Partials& partials,
                    Scores scores) {
   const int first = item.first_block * kBlockSize, last = item.last_block * kBlockSize;
-  const float cap = problem.shape.softcap * kLog2e;
+  const SoftCap cap(problem.shape.softcap * kLog2e);
   block.sync();
   for (int n = 0; n * kDecodeWarps < item.queries; ++n) {
     typename Block::template PerThread<float> peak, sum;
@@ -114,8 +114,8 @@ MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitIte
       for (int t = first + thread.lane(); t < last; t += kWarp) {
         if (t < item.tokens.first || t >= item.tokens.last) {
           scores(query, t) = -kInfinity;
-        } else if (cap > 0.0f) {
-          scores(query, t) = soft_cap(scores(query, t), cap);
+        } else if (problem.shape.softcap > 0.0f) {
+          scores(query, t) = cap(scores(query, t));
         }
         highest = maximum(highest, scores(query, t));
       }

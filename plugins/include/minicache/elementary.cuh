@@ -50,7 +50,6 @@ MC_HD float exp2_of(float x) {
 #endif
 }
 
-
 // 2^x within 2 ulp, subnormal results as zero; 2^-infinity is 0.
 MC_HD float exp2_approximate(float x) {
 #if MC_ON_DEVICE
@@ -62,11 +61,27 @@ MC_HD float exp2_approximate(float x) {
 #endif
 }
 
-// cap * tanh(x / cap) of a finite x, within 1e-6 cap.
-MC_HD float soft_cap(float x, float cap) {
-  const float power = exp2_approximate(-2.0f * kLog2e * (x < 0.0f ? -x : x) / cap);
-  const float y = cap * (1.0f - power) / (1.0f + power);
-  return x < 0.0f ? -y : y;
+// 1 / x within 1 ulp, of an x whose reciprocal is a normal number.
+MC_HD float reciprocal_approximate(float x) {
+#if MC_ON_DEVICE
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
 }
+
+// cap * tanh(x / cap) of a finite x, within 1e-6 cap; cap 0: not to be called.
+struct SoftCap {
+  float cap, rate;
+
+  MC_HD explicit SoftCap(float largest) : cap(largest), rate(largest > 0.0f ? -2.0f * kLog2e / largest : 0.0f) {}
+  MC_HD float operator()(float x) const {
+    const float power = exp2_approximate((x < 0.0f ? -x : x) * rate);
+    const float y = cap * (1.0f - power) * reciprocal_approximate(1.0f + power);
+    return x < 0.0f ? -y : y;
+  }
+};
 
 }  // namespace minicache

@@ -36,6 +36,7 @@ struct PrefillArguments {
   const T* q;
   T* out;
   std::int64_t q_stride, out_stride;
+  SoftCap cap;  // of logits that are not scaled yet
   std::int32_t sliding_window;
   std::int32_t tiles;  // of the longest chunk
   bool last;           // of the launches: takes the full tier and writes `out`
@@ -134,7 +135,7 @@ struct PrefillAttention {
                                              context - (index + 1) * kBlockSize);
         Block::commit_async();
       }
-      if (arguments.shape.softcap > 0.0f) cap(block, arguments, logits);
+      if (arguments.cap.cap > 0.0f) cap(block, arguments.cap, logits);
       if (index >= whole || arguments.sliding_window > 0) mask(block, arguments, index, logits);
       softmax.update(block, scale, logits, accumulators);
       multiply_values<D, Rows>(block, logits, values, accumulators);
@@ -143,14 +144,13 @@ struct PrefillAttention {
 
   // Logits are not scaled yet, and neither is what they become.
   template <class Block>
-  MC_HD static void cap(Block& block, const Arguments& arguments, Logits<Block>& logits) {
-    const float cap = arguments.shape.softcap / arguments.shape.scale;
+  MC_HD static void cap(Block& block, const SoftCap& cap, Logits<Block>& logits) {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int n = 0; n < Rows * kBlockSize / 8; ++n) {
         FragmentD& logit = logits[n / (kBlockSize / 8)][n % (kBlockSize / 8)](thread);
         MC_UNROLL
-        for (int i = 0; i < 4; ++i) logit.x[i] = soft_cap(logit.x[i], cap);
+        for (int i = 0; i < 4; ++i) logit.x[i] = cap(logit.x[i]);
       }
     });
   }
