@@ -127,7 +127,8 @@ def test_floats(cases: Cases) -> None:
         natural = np.where(np.isnan(a), 0, np.clip(np.rint(x), 0, 2**32 - 1))
         half = [v.astype(np.float16).astype(np.float64) for v in (a, b, c)]
         expected = [
-            x + y, x * y, None, x / y, np.sqrt(np.abs(x)), 1 / y, 1 / y, np.fmin(a, b), np.fmax(a, b), np.copysign(a, b),
+            x + y, x * y, None, x / y, np.sqrt(np.abs(x)), 1 / y, 1 / y, np.fmin(a, b), np.fmax(a, b),
+            np.copysign(a, b),
             None, np.rint(a), np.clip(whole, -(2**31), 2**31 - 1), natural, a.astype(np.float16),
             torch.from_numpy(a).bfloat16().float().numpy(), (half[0] * half[1] + half[2]).astype(np.float16),
             (half[1] * half[2] + half[0]).astype(np.float16), x * y, a < b, ~(a >= b), a == b,
