@@ -37,6 +37,26 @@ def component_noise(x: Tensor, encoded: EncodedBlocks) -> Tensor:
     return FLOAT32_NOISE * size
 
 
+def score_noise(x: Tensor, encoded: EncodedBlocks) -> Tensor:
+    """Float32 uncertainty of retention scores, ``[N, Hn, B]``: of relative errors, where a mean is far larger than what
+    lies around it. Angles have none beyond the tolerance.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[m, N, H, B, D]``, what was encoded.
+    """
+    mean = encoded.constants.mean
+    if encoded.stream.merge != "linear" or mean is None:
+        return torch.zeros(encoded.score.shape, dtype=torch.float64)
+    size = encoded.constants.to_slots(x.to(torch.float64)).square().sum(dim=(0, -1))
+    around = mean.to(torch.float64).square().sum(dim=-1)[None, :, None]
+    if encoded.score.shape[1] == 1:
+        size, around = size.sum(dim=1, keepdim=True), around.sum(dim=1, keepdim=True)
+    size, around = size.sqrt(), around.sqrt()
+    return torch.where(size > 0, FLOAT32_NOISE * (size + around) / size, 0.0)
+
+
 def range_slack(
     own: EncodedSegment, theirs: EncodedSegment, noise: Tensor, tolerance: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

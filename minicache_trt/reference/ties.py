@@ -19,7 +19,7 @@ from minicache_trt.compression.segment import DROPPED, GAUSSIAN, MODEL
 from minicache_trt.config import BLOCK_SIZE
 from minicache_trt.contract import StreamLayout
 from minicache_trt.reference.codec import EncodedBlocks, encode, read_exact
-from minicache_trt.reference.distances import code_distances, component_noise, range_slack
+from minicache_trt.reference.distances import code_distances, component_noise, range_slack, score_noise
 from minicache_trt.reference.retention import rankings, retained_mask
 from minicache_trt.reference.segments import EncodedSegment, with_codes
 from minicache_trt.reference.stored import Stored, stored_segment, stored_vectors
@@ -141,10 +141,13 @@ def _adopt_retained(x: Tensor, encoded: EncodedBlocks, stored: Stored, ties: Tie
     if malformed:
         return encoded
     ranked = rankings(encoded.score, encoded.meaningful, encoded.block_index, stream)[0]
-    for ranking, row in zip(ranked, index[0].tolist(), strict=True):
+    for ranking, noise, row in zip(ranked, score_noise(x, encoded)[0], index[0].tolist(), strict=True):
         chosen = [position for position in row if position >= 0]
         ties.differing_retained += len(set(chosen) ^ set(ranking.kept))
-        ties.decide(torch.tensor(ranking.distances(chosen), dtype=torch.float64))
+        compared = [*chosen, *ranking.qualified[: stream.retained + 1]]
+        slack = 2 * float(noise[compared].amax()) if compared else 0.0  # both scores that a decision compares
+        distances = torch.tensor(ranking.distances(chosen), dtype=torch.float64)
+        ties.decide((distances - slack).clamp(min=0.0))
     return encode(x, encoded.block_index, stream, encoded.model_dtype, encoded.constants, index)
 
 

@@ -54,9 +54,6 @@ std::int32_t launch_products(Grid grid, const CompressArguments<T>& a, void* str
   return launch_kernel<Kernel>(kName, grid, Kernel::shared_bytes(a.shape), a, stream);
 }
 
-// Thread blocks of a multiprocessor that a launch should have at least before one of them takes several cache blocks.
-constexpr int kWavesWanted = 4;
-
 template <class T, bool Turned>
 std::int32_t launch_tensor_map(MapArguments<T> map, void* stream) {
   using Kernel = MapKernel<T, Turned>;
@@ -64,15 +61,14 @@ std::int32_t launch_tensor_map(MapArguments<T> map, void* stream) {
   DeviceLimits limits{};
   const std::int32_t status = device_limits(kName, limits);
   if (status != ok) return status;
-  const StreamShape& shape = map.a.shape;
-  Grid grid{map.count, shape.heads, map.sums * Kernel::chunks_of(map)};
+  Grid grid{map.count, map.a.shape.heads, map.sums * Kernel::chunks_of(map)};
   map.resident = Kernel::kMayReside;
-  // Room for two thread blocks, each with a KiB that is the system's.
-  map.resident = map.resident && 2 * (Scratch(nullptr, map).bytes + 1024) <= limits.processor;
-  if (map.resident) {
+  // Room for all thread blocks of a multiprocessor, each with a KiB that is the system's.
+  map.resident = map.resident && Kernel::kMinBlocks * (Scratch(nullptr, map).bytes + 1024) <= limits.processor;
+  if (map.resident) {  // the cache blocks in one wave
     const std::int64_t all = static_cast<std::int64_t>(grid.x) * grid.y * grid.z;
-    const std::int64_t each = all / (static_cast<std::int64_t>(kWavesWanted) * limits.processors);
-    map.blocks_each = static_cast<std::int32_t>(maximum(minimum(each, std::int64_t{16}), std::int64_t{1}));
+    const std::int64_t places = static_cast<std::int64_t>(Kernel::kMinBlocks) * limits.processors;
+    map.blocks_each = static_cast<std::int32_t>(minimum((all + places - 1) / places, std::int64_t{map.count}));
   }
   grid.x = ceil_div(map.count, map.blocks_each);
   return launch_kernel<Kernel>(kName, grid, Scratch(nullptr, map).bytes, map, stream);

@@ -120,7 +120,7 @@ def interrupted(network, config, path):
     if path.name == "decoder.engine":
         os.kill(os.getpid(), signal.SIGINT)
     done = write(network, config, path)
-    print(path.name, done, file=sys.stderr)
+    sys.stderr.write(f"{path.name} {done}\\n")  # in one piece: another thread writes, too
     return done
 
 builder._write = interrupted

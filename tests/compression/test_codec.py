@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minicache_trt.compression.codec import compress_blocks, restore_blocks
@@ -26,6 +26,8 @@ from tests.support.strategies import streams
 CONFIG = ModelConfig("llama", 4, 64, 64, 4, 2, 64, 100, 4096)
 PLANS = all_plans(CONFIG)
 HEAD_DIMS = (64, 80, 128)
+# Nothing is lost: with vectors far smaller than the mean, what tokens are retained by is noise.
+NOISE = Stream("value", (0,), (Segment(64, "fp8"),), merge="linear", norm="head", retained=1)
 
 
 def group(stream: Stream, blocks: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -53,6 +55,7 @@ def test_twin_agrees_with_reference(name: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(stream=streams(CONFIG), scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e3, 3e5]), seed=st.integers(0, 2**20))
+@example(stream=NOISE, scale=1e-6, seed=0)
 def test_any_stream_agrees_with_reference(stream: Stream, scale: float, seed: int) -> None:
     plan = CompressionPlan("custom", (stream,))
     plan = replace(plan, matrices=random_matrices(plan, CONFIG, seed))

@@ -3,14 +3,14 @@
 // Factors are sums of parts that the tensor cores take, x = x_0 + x_1 + ..., each the rest rounded to 16 bits. Products of
 // parts i and j are taken where i + j is less than the parts of the matrix. Two parts of binary16, or three of bfloat16,
 // hold what a float holds, and what is left out is below 2^-22 |row| |column|; two parts of bfloat16 leave out 2^-16.
-// Sums of tensor cores may be truncated, so they end after 32 components and are added as floats. Columns in binary16 are
-// scaled by powers of two to where no part leaves its range.
+// Sums of tensor cores may be truncated, so they end after 32 components and are added as floats, unless the results are
+// rounded to 16 bits anyhow. Columns in binary16 are scaled by powers of two to where no part leaves its range.
 //
 // The depth is taken in pieces of 32 components of its first half and the 32 they are paired with in the second. A block
 // of 256 threads computes 64 rows x 64 columns: warp w rows 32 (w % 2) .. + 31, columns 32 (w / 2 % 2) .. + 31, and of
 // the depth half w / 4; the halves are added at the end. Or, `Wide`, 64 rows x 128 columns: the columns' half w / 4 and
-// all of the depth. The matrix is the left factor, D = M^T X^T: registers of a row
-// are operands as they are read, 16 bytes at a time.
+// all of the depth. The matrix is the left factor, D = M^T X^T: registers of a row are operands as they are read, 16 bytes
+// at a time.
 #pragma once
 
 #include <type_traits>
@@ -239,7 +239,8 @@ MC_HD void choose_scales(Block& block, const typename Block::template PerThread<
 }
 
 // sum += rows M for `Steps` steps of half a piece from `first` on. `rows`: the rows' parts; `half(place)`: which half; the
-// piece is in shared memory. `Wide`: the second half of the columns has its piece `apart` fragments further.
+// piece is in shared memory. `Wide`: the second half of the columns has its piece `apart` fragments further, and sums stay
+// on the tensor cores.
 template <int Parts, bool Wide, class E, int RowParts, int Steps, class Block, class Half>
 MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Block, E, Steps> (&rows)[RowParts],
                         const FragmentA<E>* piece, int first, Half half, int apart = 0) {
@@ -247,9 +248,10 @@ MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Blo
   typename Block::template PerThread<FragmentD> partial[kRowTiles];
   MC_UNROLL
   for (int column = 0; column < kColumnTiles; ++column) {
+    auto& target = Wide ? sum.tile[column] : partial;
     block.each([&](Thread thread) {
       MC_UNROLL
-      for (int row = 0; row < kRowTiles; ++row) partial[row](thread) = FragmentD{};
+      for (int row = 0; row < kRowTiles && !Wide; ++row) partial[row](thread) = FragmentD{};
     });
     MC_UNROLL
     for (int step = 0; step < Steps; ++step) {
@@ -265,13 +267,13 @@ MC_HD void multiply_add(Block& block, ExactSums<Block>& sum, const ExactRows<Blo
         MC_UNROLL
         for (int i = minimum(RowParts, Parts - part) - 1; i >= 0; --i) {
           MC_UNROLL
-          for (int row = 0; row < kRowTiles; ++row) block.multiply_add(partial[row], matrix, rows[i].step[step][row]);
+          for (int row = 0; row < kRowTiles; ++row) block.multiply_add(target[row], matrix, rows[i].step[step][row]);
         }
       }
     }
     block.each([&](Thread thread) {
       MC_UNROLL
-      for (int row = 0; row < kRowTiles; ++row) {
+      for (int row = 0; row < kRowTiles && !Wide; ++row) {
         MC_UNROLL
         for (int i = 0; i < 4; ++i) sum.tile[column][row](thread).x[i] += partial[row](thread).x[i];
       }

@@ -81,12 +81,9 @@ struct RestoreKernel {
     s.map.pad(block);
     block.each([&](Thread thread) {
       const int row = row_of(thread);
-      MC_NO_UNROLL
-      for (int component = component_of(thread, 0); component < shape.stored; component += kRowThreads * kChunk) {
-        float x[kChunk];
-        load_latent_chunk<T>(x, from, slot, true, row, component, s.levels);
+      visit_latent<T>(thread, from, slot, s.levels, [&](int component, const float(&x)[kChunk]) {
         s.map.store_latent(row, component, x);
-      }
+      });
       if (!shape.has_residual()) return;
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < shape.dim; component += kRowThreads * kChunk) {
@@ -218,7 +215,7 @@ struct RestoreKernel {
   // A chunk of a row that takes neither products nor transforms.
   MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component,
                                     const float* levels) {
-    load_latent_chunk<T>(x, from, slot, false, row, component, levels);
+    load_latent_chunk<T>(x, from, slot, row, component, levels);
     if (!from.shape.has_residual()) return;
     float residual[kChunk];
     load_residual_chunk(residual, from, slot, row, component);

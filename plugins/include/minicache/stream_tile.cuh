@@ -43,13 +43,11 @@ MC_HD void fill_levels(Thread thread, float* levels) {
 }
 
 // Eight gaussian codes as levels.
-MC_HD void load_levels(float (&x)[kChunk], Format format, const std::int8_t* codes, const float* levels) {
-  with_gaussian_bits(format, [&](auto bits) {
-    constexpr int kWidth = decltype(bits)::value;
-    const PackedCodes packed = load_codes<kWidth>(codes);
-    MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) x[e] = levels[kFirstLevel<kWidth> + packed.template get<kWidth>(e)];
-  });
+template <int Width>
+MC_HD void load_levels(float (&x)[kChunk], const std::int8_t* codes, const float* levels) {
+  const PackedCodes packed = load_codes<Width>(codes);
+  MC_UNROLL
+  for (int e = 0; e < kChunk; ++e) x[e] = levels[kFirstLevel<Width> + packed.template get<Width>(e)];
 }
 
 // Eight codes of a row with one range: scale * code + lowest (null: none).
@@ -84,7 +82,7 @@ MC_HD void load_segment_chunk(float (&x)[kChunk], const StreamBlock& from, int s
   const std::int8_t* codes = from.codes(slot) + row * shape.code_bytes + segment.storage +
                              place / kChunk * bits_of(segment.format);
   if (is_gaussian(segment.format)) {
-    load_levels(x, segment.format, codes, levels);
+    with_gaussian_bits(segment.format, [&](auto bits) { load_levels<decltype(bits)::value>(x, codes, levels); });
     return;
   }
   // One scale and minimum for the chunk, or one for each component.
@@ -98,18 +96,51 @@ MC_HD void load_segment_chunk(float (&x)[kChunk], const StreamBlock& from, int s
   for (int e = 0; e < kChunk; ++e) x[e] = x[e] * factor[e] + low[e];
 }
 
-// A chunk of a row's latent vector, without the norm. `compact`: `component` counts stored ones, as a reading map's
-// columns do; otherwise all, dropped ones are zero. `levels`: the table, for gaussian segments.
+// Calls `visit(component, chunk)` for the thread's chunks of its row's latent vector, without the norm. Components count
+// stored ones, as a reading map's columns do. `levels`: the table, for gaussian segments.
+template <class T, class Visit>
+MC_HD void visit_latent(Thread thread, const StreamBlock& from, int slot, const float* levels, Visit visit) {
+  constexpr int kStride = kRowThreads * kChunk;
+  const int row = row_of(thread);
+  MC_NO_UNROLL
+  for (int i = 0; i < from.shape.segments; ++i) {
+    const Segment& segment = from.shape.segment[i];
+    if (segment.format == Format::drop) continue;
+    const int begin = segment.stored, end = begin + segment.length;
+    const int first = begin + ((component_of(thread, 0) - begin) & (kStride - 1));
+    if (is_gaussian(segment.format)) {
+      const std::int8_t* const codes = from.codes(slot) + row * from.shape.code_bytes + segment.storage;
+      with_gaussian_bits(segment.format, [&](auto bits) {
+        constexpr int kWidth = decltype(bits)::value;
+        MC_NO_UNROLL
+        for (int component = first; component < end; component += kStride) {
+          float x[kChunk];
+          load_levels<kWidth>(x, codes + (component - begin) / kChunk * kWidth, levels);
+          visit(component, x);
+        }
+      });
+      continue;
+    }
+    MC_NO_UNROLL
+    for (int component = first; component < end; component += kStride) {
+      float x[kChunk];
+      load_segment_chunk<T>(x, from, slot, segment, row, component - begin, levels);
+      visit(component, x);
+    }
+  }
+}
+
+// A chunk of a row's latent vector, without the norm; dropped components are zero.
 template <class T>
-MC_HD void load_latent_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, bool compact, int row,
-                             int component, const float* levels) {
+MC_HD void load_latent_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component,
+                             const float* levels) {
   const StreamShape& shape = from.shape;
   MC_UNROLL
   for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
   MC_NO_UNROLL
   for (int i = 0; i < shape.segments; ++i) {
     const Segment& segment = shape.segment[i];
-    const int first = compact ? segment.stored : segment.component;
+    const int first = segment.component;
     if (segment.format == Format::drop || !inside(component, first, segment.length)) continue;
     load_segment_chunk<T>(x, from, slot, segment, row, component - first, levels);
     return;
@@ -123,7 +154,7 @@ MC_HD void latent_to_shared(Block& block, const StreamBlock& from, int slot, con
     MC_NO_UNROLL
     for (int component = component_of(thread, 0); component < from.shape.rank; component += kRowThreads * kChunk) {
       float x[kChunk];
-      load_latent_chunk<T>(x, from, slot, false, row_of(thread), component, levels);
+      load_latent_chunk<T>(x, from, slot, row_of(thread), component, levels);
       store_chunk(shared + row_of(thread) * pitch + component, x);
     }
   });
