@@ -73,21 +73,21 @@ struct Extent {
   MC_HD static Extent none(Format format) {
     return format == Format::fp8 ? Extent{0.0f, 0.0f} : Extent{-kInfinity, kInfinity};
   }
-  MC_HD void take(Format format, float y) {
-    const float magnitude = y < 0.0f ? -y : y, x = format == Format::fp8 ? magnitude : y;
-    most = maximum(most, x);
-    least = minimum(least, x);  // of magnitudes it stays 0
-  }
   MC_HD void take(Format format, const float (&y)[kChunk]) {
+    take<kChunk>(format, y, [&](int) -> Extent& { return *this; });
+  }
+  // `extent_of(e)` takes y[e].
+  template <int Count, class ExtentOf>
+  MC_HD static void take(Format format, const float (&y)[Count], ExtentOf extent_of) {
     if (format == Format::fp8) {
       MC_UNROLL
-      for (int e = 0; e < kChunk; ++e) most = maximum(most, y[e] < 0.0f ? -y[e] : y[e]);
+      for (int e = 0; e < Count; ++e) extent_of(e).most = maximum(extent_of(e).most, y[e] < 0.0f ? -y[e] : y[e]);
       return;
     }
     MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) {
-      most = maximum(most, y[e]);
-      least = minimum(least, y[e]);
+    for (int e = 0; e < Count; ++e) {
+      extent_of(e).most = maximum(extent_of(e).most, y[e]);
+      extent_of(e).least = minimum(extent_of(e).least, y[e]);
     }
   }
 };
@@ -183,6 +183,57 @@ struct ColumnScratch {
   float* ranges;  // [3][kMaxRank]
 };
 
+// Ranges of the tile's columns, to shared memory and to `scales` and (integers) `lowest`. Eight neighbouring lanes take
+// four columns, each every eighth row: no bank conflicts.
+template <class Block>
+MC_HD void find_column_ranges(Block& block, int length, Format format, const std::int32_t* skipped,
+                              const ColumnScratch& scratch, Half* scales, Half* lowest) {
+  constexpr int kRows = 8, kColumns = 4;
+  typename Block::template PerThread<float> most[kColumns], least[kColumns];
+  const auto column_of = [](Thread thread) { return kColumns * (thread.index / kRows); };
+  MC_NO_UNROLL
+  for (int base = 0; base < length; base += kColumns * kTileThreads / kRows) {
+    block.each([&](Thread thread) {
+      const int column = base + column_of(thread);
+      Extent extent[kColumns];
+      MC_UNROLL
+      for (int c = 0; c < kColumns; ++c) extent[c] = Extent::none(format);
+      MC_NO_UNROLL
+      for (int row = thread.index % kRows; row < kBlockSize && column < length; row += kRows) {
+        if (skipped[row]) continue;
+        float y[kColumns];
+        load_four(y, scratch.tile + row * scratch.pitch + column);
+        Extent::take<kColumns>(format, y, [&](int c) -> Extent& { return extent[c]; });
+      }
+      MC_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        most[c](thread) = extent[c].most;
+        least[c](thread) = -extent[c].least;
+      }
+    });
+    MC_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      block.template reduce_max<kRows>(most[c]);
+      block.template reduce_max<kRows>(least[c]);
+    }
+    block.each([&](Thread thread) {
+      const int own = thread.index % kRows, column = base + column_of(thread) + own;
+      if (own >= kColumns || column >= length) return;
+      Extent extent{most[0](thread), -least[0](thread)};
+      MC_UNROLL
+      for (int c = 1; c < kColumns; ++c) {
+        if (c == own) extent = Extent{most[c](thread), -least[c](thread)};
+      }
+      const Range range = Range::of(format, extent.most, extent.least);
+      scratch.ranges[column] = range.scale;
+      scratch.ranges[kMaxRank + column] = range.reciprocal;
+      scratch.ranges[2 * kMaxRank + column] = range.lowest;
+      scales[column] = from_float<Half>(range.scale);
+      if (is_integer(format)) lowest[column] = from_float<Half>(range.lowest);
+    });
+  }
+}
+
 // Components [first, first + length) with one range per column. Rows with `skipped[row]` do not widen ranges; their
 // codes are 0. Codes of row r go to `codes + r * row_bytes`, ranges to `scales` and (integers) `lowest`.
 template <int Chunks, class Block>
@@ -193,21 +244,7 @@ MC_HD void quantize_columns(Block& block, const typename Block::template PerThre
   block.sync();
   tile_to_shared<Chunks>(block, tile, scratch.tile, scratch.pitch, first, length);
   block.sync();
-  block.each([&](Thread thread) {
-    for (int column = thread.index; column < length; column += kTileThreads) {
-      Extent extent = Extent::none(format);
-      for (int row = 0; row < kBlockSize; ++row) {
-        const float y = scratch.tile[row * scratch.pitch + column];
-        if (!skipped[row]) extent.take(format, y);
-      }
-      const Range range = Range::of(format, extent.most, extent.least);
-      ranges[column] = range.scale;
-      ranges[kMaxRank + column] = range.reciprocal;
-      ranges[2 * kMaxRank + column] = range.lowest;
-      scales[column] = from_float<Half>(range.scale);
-      if (is_integer(format)) lowest[column] = from_float<Half>(range.lowest);
-    }
-  });
+  find_column_ranges(block, length, format, skipped, scratch, scales, lowest);
   block.sync();
   block.each([&](Thread thread) {
     const int row = row_of(thread);

@@ -46,7 +46,7 @@ struct RestoreScratch {
 template <class T, int Chunks, bool Products>
 struct RestoreKernel {
   static constexpr int kThreads = kTileThreads;
-  static constexpr int kMinBlocks = !Products && Chunks == 4 ? 3 : 2;
+  static constexpr int kMinBlocks = Products || Chunks == 4 ? 3 : 2;
 
   template <class Block>
   MC_HD static void run(Block& block, const RestoreArguments<T>& a) {
