@@ -128,3 +128,38 @@ def test_instructions_are_counted(module: Any) -> None:
         for tokens in (512, 1024)
     )
     assert 1.99 < long["FullSplit"] / short["FullSplit"] < 2.01
+
+
+# As nvdisasm writes it: an outer loop around an inner one, the branch to itself that ends every kernel, another kernel.
+MACHINE_CODE = """
+	.section	.text._ZN9minicache5enterINS_13RestoreKernelINS_4HalfELi4ELb0EEENS_1AIS2_EEEEvT0_,"ax",@progbits
+.L_x_1:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   IMAD.MOV.U32 R8, RZ, RZ, R4 ;
+.L_x_2:
+        /*0020*/                   HMMA.16816.F32 R12, R8, R10, R12 ;
+        /*0030*/              @!P0 LDS.64 R10, [R20+0x40] ;
+        /*0040*/                   MUFU.EX2 R21, R22 ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   FADD R1, R2, R3 ;
+        /*0070*/                   LOP3.LUT R1, R2, 0xf, RZ, 0xc0, !PT ;
+        /*0080*/               @P2 BRA `(.L_x_1) ;
+        /*0090*/               @P2 BRA `(.L_x_3) ;
+        /*00a0*/                   EXIT ;
+.L_x_3:
+        /*00b0*/                   BRA `(.L_x_3) ;
+	.section	.text._ZN9minicache5enterINS_11LossKernelINS_8BFloat16EEENS_1AIS2_EEEEvT0_,"ax",@progbits
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_loops_of_machine_code(module: Any) -> None:
+    machine_code = module("machine_code")
+    kernels = dict(machine_code.kernels_of(MACHINE_CODE))
+    assert [machine_code.short_name(symbol) for symbol in kernels] == ["RestoreKernel Half 4 0", "LossKernel BFloat16"]
+    inner, outer = (loop for symbol, code in kernels.items() for loop in machine_code.loops_of(symbol, code))
+    assert (inner.first, inner.last, outer.first, outer.last) == (2, 5, 0, 8)
+    assert inner.kinds == {"tensor": 1, "shared": 1, "special": 1, "control": 1}
+    assert outer.kinds == inner.kinds | {"memory": 1, "moves": 1, "float": 1, "integer": 1, "control": 2}
+    # kernel, first, size; tensor, moves, shared, memory, special, float, control, integer
+    assert outer.cells()[1:] == [0, 9, 1, 1, 1, 1, 1, 1, 2, 1]
