@@ -1,8 +1,8 @@
 """What do the loops of the kernels' machine code consist of?
 
 `instructions.py` counts instructions of PTX as they are run; ptxas makes machine code of them, which may hold more
-(moves of registers, divisions with their rare cases) or less. Compiles a source for one GPU and disassembles it: nothing
-is run, and no GPU is needed. Of nested loops, the outer ones include the inner ones.
+(moves of registers, divisions with their rare cases) or less. Compiles a source for one GPU and disassembles it:
+nothing is run, and no GPU is needed. Of nested loops, the outer ones include the inner ones.
 """
 
 from __future__ import annotations
