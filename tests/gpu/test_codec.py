@@ -14,6 +14,7 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.compression.stream_constants import StreamConstants
+from minicache_trt.config import ModelConfig
 from minicache_trt.contract import plan_layout
 from minicache_trt.functions.stream_maps import read_maps
 from minicache_trt.kernels.cache import KernelCache
@@ -85,9 +86,23 @@ def test_products_are_as_exact_as_floats(
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", all_plans(model()))
 def test_compress_and_restore(kernels: Kernels, name: str, dim: int) -> None:
+    config = model(dim, 3)
+    check_codec(kernels, config, all_plans(config)[name])
+
+
+@pytest.mark.parametrize("dim", [80, 96])
+def test_linear_merges_with_retention_before_rope(kernels: Kernels, dim: int) -> None:
+    """Halves of keys that end inside a thread's share of a row."""
+    config = model(dim, 3)
+    segments = (Segment(48, "int8"), Segment(2 * dim - 48, "drop"))
+    stream = Stream("key", (0, 1), segments, merge="linear", basis="pre_rope", retained=4)
+    plan = CompressionPlan("custom", (stream,))
+    check_codec(kernels, config, replace(plan, matrices=random_matrices(plan, config)))
+
+
+def check_codec(kernels: Kernels, config: ModelConfig, plan: CompressionPlan) -> None:
     """Codes differ from the reference's only at ties, other blocks keep their poison; then back, as the twin reads."""
-    config, dtype = model(dim, 3), torch.float16
-    plan = all_plans(config)[name]
+    dtype = torch.float16
     cache = KernelCache(kernels.library, config, plan, kernels.device, dtype)
     cache.allocate(7, 6)
     torch.manual_seed(0)

@@ -219,7 +219,7 @@ struct ExactMatrix {
 };
 
 // Powers of two `scales` [64] that bring each column's largest magnitude to [2^14, 2^15), and their inverses, from what
-// `ExactMatrix::find_most` found. `scratch`: 4 KiB of shared memory.
+// `ExactMatrix::find_most` found; the caller synchronizes. `scratch`: 4 KiB of shared memory.
 template <class Block>
 MC_HD void choose_scales(Block& block, const typename Block::template PerThread<Bytes16>& most, Bytes16* scratch,
                          float* scales, float* inverses) {
@@ -235,7 +235,6 @@ MC_HD void choose_scales(Block& block, const typename Block::template PerThread<
     scales[thread.index] = bit_cast<float>((268u - exponent) << 23);
     inverses[thread.index] = bit_cast<float>((exponent - 14u) << 23);
   });
-  block.sync();
 }
 
 // sum += rows M for `Steps` steps of half a piece from `first` on. `rows`: the rows' parts; `half(place)`: which half; the
@@ -342,12 +341,11 @@ MC_HD void store_wide(Block& block, const ExactSums<Block>& sum, int width, floa
 constexpr int kExactSumBytes = 4 * kRowTiles * kTileThreads * 4;  // shared memory of `store_results`
 
 // Once both halves of the depth are added, result * factors[column] - bias[column] to out [B, stride], columns from 0 to
-// below `width`. `factors` (`Scaled`) and `bias`: [64] in shared memory. Begins with a sync.
+// below `width`. `factors` (`Scaled`) and `bias`: [64] in shared memory. Nobody uses `exchange` any more.
 template <bool Scaled, class Block>
 MC_HD void store_results(Block& block, const ExactSums<Block>& sum, int width, void* exchange, const float* factors,
                          const float* bias, float* out, int stride) {
   float* const others = static_cast<float*>(exchange);  // [results][threads]
-  block.sync();
   block.each([&](Thread thread) {
     MC_UNROLL
     for (int i = 0; i < 4 * kRowTiles; ++i) others[i * kTileThreads + thread.index] = sum.tile[1][i / 4](thread).x[i % 4];

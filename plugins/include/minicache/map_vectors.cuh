@@ -270,7 +270,7 @@ struct LossKernel {
       const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
       const VectorSource<T> source = a.source(n, member, slot);
       if (source.rotation.turns()) {
-        block.sync();
+        block.sync_warp();  // rows are those of their warps
         rows_to_shared(block, source, s.rows, pitch_of(dim));
       }
       for (int first = 0; first < dim; first += SharedMap<T>::kColumns) {
