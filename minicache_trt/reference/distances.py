@@ -29,9 +29,8 @@ def component_noise(x: Tensor, encoded: EncodedBlocks) -> Tensor:
         # Unit vectors; slerp divides by the sine of their angle.
         obtuse = encoded.score.clamp(min=math.pi / 2).to(torch.float64)
         return (FLOAT32_NOISE / obtuse.sin().clamp(min=1e-3)).expand(encoded.latent.shape[:3])
-    size = encoded.constants.to_slots(x.to(torch.float64)).square().sum(dim=(0, -1)).sqrt()
-    if encoded.constants.mean is not None:
-        size = size + encoded.constants.mean.square().sum(dim=-1).sqrt()[:, None]
+    vectors, mean = _squares(x, encoded)
+    size = vectors.sqrt() + mean.sqrt()
     if encoded.constants.sigma is not None and encoded.stream.gaussian:
         size = size / encoded.constants.sigma.amin(dim=-1)[:, None]
     return FLOAT32_NOISE * size
@@ -46,15 +45,22 @@ def score_noise(x: Tensor, encoded: EncodedBlocks) -> Tensor:
     x : Tensor
         ``[m, N, H, B, D]``, what was encoded.
     """
-    mean = encoded.constants.mean
-    if encoded.stream.merge != "linear" or mean is None:
+    if encoded.stream.merge != "linear":
         return torch.zeros(encoded.score.shape, dtype=torch.float64)
-    size = encoded.constants.to_slots(x.to(torch.float64)).square().sum(dim=(0, -1))
-    around = mean.to(torch.float64).square().sum(dim=-1)[None, :, None]
+    vectors, mean = _squares(x, encoded)
     if encoded.score.shape[1] == 1:
-        size, around = size.sum(dim=1, keepdim=True), around.sum(dim=1, keepdim=True)
-    size, around = size.sqrt(), around.sqrt()
-    return torch.where(size > 0, FLOAT32_NOISE * (size + around) / size, 0.0)
+        vectors, mean = vectors.sum(dim=1, keepdim=True), mean.sum(dim=1, keepdim=True)
+    size = vectors.sqrt()
+    return torch.where(size > 0, FLOAT32_NOISE * (size + mean.sqrt()) / size, 0.0)
+
+
+def _squares(x: Tensor, encoded: EncodedBlocks) -> tuple[Tensor, Tensor]:
+    """Squared norms of a slot's vectors, of all layers together, ``[N, H, B]``, and of its mean, ``[1, H, 1]``."""
+    vectors = encoded.constants.to_slots(x.to(torch.float64)).square().sum(dim=(0, -1))
+    mean = encoded.constants.mean
+    if mean is None:
+        return vectors, vectors.new_zeros(1, vectors.shape[1], 1)
+    return vectors, mean.to(torch.float64).square().sum(dim=-1)[None, :, None]
 
 
 def range_slack(

@@ -25,61 +25,53 @@ struct FormatTag {
   static constexpr Format value = F;
 };
 
-// Calls `f` with the tag of a format that is stored.
-template <class F>
-MC_HD void with_format(Format format, F f) {
-  switch (format) {
-    case Format::model:
-      return f(FormatTag<Format::model>{});
-    case Format::fp8:
-      return f(FormatTag<Format::fp8>{});
-    case Format::int8:
-      return f(FormatTag<Format::int8>{});
-    case Format::int4:
-      return f(FormatTag<Format::int4>{});
-    case Format::int2:
-      return f(FormatTag<Format::int2>{});
-    case Format::g4:
-      return f(FormatTag<Format::g4>{});
-    case Format::g3:
-      return f(FormatTag<Format::g3>{});
-    case Format::g2:
-      return f(FormatTag<Format::g2>{});
-    case Format::g1:
-      return f(FormatTag<Format::g1>{});
-    case Format::drop:
-      return;
-  }
-}
-
-// The same for formats of retained vectors.
-template <class F>
-MC_HD void with_retained_format(Format format, F f) {
-  switch (format) {
-    case Format::model:
-      return f(FormatTag<Format::model>{});
-    case Format::fp8:
-      return f(FormatTag<Format::fp8>{});
-    case Format::int8:
-      return f(FormatTag<Format::int8>{});
-    default:
-      return f(FormatTag<Format::int4>{});
-  }
-}
-
-// Which formats a place in the code has to do with: any that is stored, one of retained vectors, or one that is known.
+// Which formats a place in the code has to do with; `with` calls `f` with the tag of the one. Any that is stored:
 struct AnyFormat {
   template <class F>
   MC_HD static void with(Format format, F f) {
-    with_format(format, f);
+    switch (format) {
+      case Format::model:
+        return f(FormatTag<Format::model>{});
+      case Format::fp8:
+        return f(FormatTag<Format::fp8>{});
+      case Format::int8:
+        return f(FormatTag<Format::int8>{});
+      case Format::int4:
+        return f(FormatTag<Format::int4>{});
+      case Format::int2:
+        return f(FormatTag<Format::int2>{});
+      case Format::g4:
+        return f(FormatTag<Format::g4>{});
+      case Format::g3:
+        return f(FormatTag<Format::g3>{});
+      case Format::g2:
+        return f(FormatTag<Format::g2>{});
+      case Format::g1:
+        return f(FormatTag<Format::g1>{});
+      case Format::drop:
+        return;
+    }
   }
 };
+
+// Of retained vectors.
 struct RetainedFormat {
   template <class F>
   MC_HD static void with(Format format, F f) {
-    with_retained_format(format, f);
+    switch (format) {
+      case Format::model:
+        return f(FormatTag<Format::model>{});
+      case Format::fp8:
+        return f(FormatTag<Format::fp8>{});
+      case Format::int8:
+        return f(FormatTag<Format::int8>{});
+      default:
+        return f(FormatTag<Format::int4>{});
+    }
   }
 };
+
+// One that is known.
 template <Format Known>
 struct OneFormat {
   static constexpr Format format = Known;

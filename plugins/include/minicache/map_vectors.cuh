@@ -19,7 +19,7 @@ struct MapArguments {
   std::int32_t columns;   // a multiple of 16
   std::int32_t sums;      // 1, or m: each member apart
   std::int32_t count, blocks_each;  // cache blocks, and how many of them a thread block takes
-  bool resident;          // the matrices' columns stay in shared memory
+  bool resident;  // the matrices' columns stay in shared memory; otherwise blocks_each is 1
 
   MC_HD int members() const { return sums == 1 ? a.shape.members : 1; }
   MC_HD const float* matrix(int member, int slot) const {
@@ -46,7 +46,7 @@ struct MapKernel {
     float *scales, *inverses, *bias;  // [64]
     const T** rows;                   // [m] of the members
     void* exchange;                   // for the threads' maxima, turns and sums, in turn
-    RowPlanes<E, kParts> planes;              // Turned
+    RowPlanes<E, kParts> planes;      // Turned
     FragmentA<E>* pieces;
     int bytes;
 
@@ -90,7 +90,7 @@ struct MapKernel {
     MC_NO_UNROLL
     for (int n = start; n < end; ++n) {
       clear(block, total);
-      add_members(block, a, s, matrix, n, slot, sum, !kMayReside || !a.resident || n == start, total);
+      add_members(block, a, s, matrix, n, slot, sum, !kMayReside || n == start, total);
       store_results<kScaled>(block, total, width, s.exchange, s.inverses, s.bias, a.results(n, sum, slot) + first,
                              a.columns);
     }
