@@ -8,7 +8,6 @@ of PTX, of which ptxas makes fewer.
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import common
 import torch
 import typer
 from kernel_costs import Context, compress_bytes, decode_bytes, restore_bytes
+from kernel_names import kernel_names
 from kernel_plans import MODELS, PLANS, plan_of, random_cache
 from kernels import DTYPE, decode_step
 from reporting import JsonFile, write_report
@@ -87,13 +87,13 @@ class Counter:
     def rows(self, op: str, model: str, plan: str, amount: int, call: Callable[[], object]) -> Iterator[Row]:
         self.runtime.reset()
         call()
-        for name, counts in self.runtime.statistics().items():
-            kernel = re.search(r"enterINS_\d+([A-Za-z]+?)I", name)
+        statistics = self.runtime.statistics()
+        for name, counts in zip(kernel_names([*statistics]), statistics.values(), strict=True):
             yield Row(
                 op,
                 model,
                 plan,
-                name if kernel is None else kernel.group(1),
+                name.partition("<")[0],
                 amount,
                 sum(counts["instructions"].values()),
                 counts["shared_wavefronts"],

@@ -7,6 +7,7 @@ nothing is run, and no GPU is needed. Of nested loops, the outer ones include th
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from typing import Annotated
 
 import common
 import typer
+from kernel_names import kernel_names
 from reporting import JsonFile, write_report
 
 from minicache_trt.errors import UserError
@@ -91,7 +93,8 @@ def nvdisasm() -> Path:
     package = find_spec("nvidia")
     for folder in package.submodule_search_locations or () if package else ():
         for path in Path(folder).glob("cu*/bin/nvdisasm"):
-            path.chmod(path.stat().st_mode | 0o111)
+            if not os.access(path, os.X_OK):  # as some installers leave it
+                path.chmod(path.stat().st_mode | 0o111)
             return path
     raise UserError("nvdisasm is missing", "pip install nvidia-cuda-nvdisasm, or install the CUDA toolkit")
 
@@ -100,7 +103,7 @@ def disassemble(source: str, arch: str) -> str:
     plugins = common.REPOSITORY / "plugins"
     with tempfile.TemporaryDirectory(prefix="minicache-trt-") as folder:
         cubin = Path(folder) / f"{source}.cubin"
-        compiler = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        compiler = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"
         include = [f"-I{plugins / name}" for name in ("include", "src")]
         command = [compiler, "-std=c++17", f"-arch={arch}", "-cubin", "-O3", *include, "-o", cubin]
         try:
@@ -110,21 +113,8 @@ def disassemble(source: str, arch: str) -> str:
         except OSError as error:
             raise UserError("nvcc is missing", "install the CUDA toolkit and put nvcc on PATH") from error
         if compiled.returncode != 0:
-            raise UserError(f"nvcc cannot compile {source} for {arch}", compiled.stderr.strip().splitlines()[-1])
+            raise UserError(f"nvcc cannot compile {source} for {arch}", compiled.stderr.strip().rpartition("\n")[2])
         return subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
-
-
-def short_name(symbol: str) -> str:
-    """``RestoreKernel Half 4 0`` of a mangled entry point."""
-    kernel = re.search(r"enterINS_\d+([A-Za-z]+?)I(.*?)EEENS_", symbol)
-    if kernel is None:
-        return symbol
-    name, arguments = kernel.groups()
-    words = [name]
-    for argument in re.finditer(r"NS_(\d+)|L[ib](\d+)", arguments):
-        length, number = argument.groups()
-        words.append(number if length is None else arguments[argument.end() :][: int(length)])
-    return " ".join(words)
 
 
 def main(
@@ -137,11 +127,12 @@ def main(
     """Loops of the kernels' machine code, instructions by kind."""
     if source not in SOURCES:
         raise UserError(f"unknown source {source!r}", f"sources: {', '.join(SOURCES)}")
+    kernels = dict(kernels_of(disassemble(source, arch)))
     loops = [
         loop
-        for symbol, code in kernels_of(disassemble(source, arch))
-        if kernel in symbol
-        for loop in loops_of(short_name(symbol), code)
+        for name, code in zip(kernel_names([*kernels]), kernels.values(), strict=True)
+        if kernel in name
+        for loop in loops_of(name, code)
         if loop.last - loop.first + 1 >= least
     ]
     columns = ("kernel", "from", "instructions", *KINDS, "integer")

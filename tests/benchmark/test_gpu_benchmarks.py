@@ -148,7 +148,7 @@ MACHINE_CODE = """
         /*00a0*/                   EXIT ;
 .L_x_3:
         /*00b0*/                   BRA `(.L_x_3) ;
-	.section	.text._ZN9minicache5enterINS_11LossKernelINS_8BFloat16EEENS_1AIS2_EEEEvT0_,"ax",@progbits
+	.section	.text._ZN9minicache5enterINS_10LossKernelINS_8BFloat16EEENS_1AIS2_EEEEvT0_,"ax",@progbits
         /*0000*/                   EXIT ;
 """
 
@@ -156,7 +156,8 @@ MACHINE_CODE = """
 def test_loops_of_machine_code(module: Any) -> None:
     machine_code = module("machine_code")
     kernels = dict(machine_code.kernels_of(MACHINE_CODE))
-    assert [machine_code.short_name(symbol) for symbol in kernels] == ["RestoreKernel Half 4 0", "LossKernel BFloat16"]
+    names = module("kernel_names").kernel_names([*kernels])
+    assert names == ["RestoreKernel<Half, 4, false>", "LossKernel<BFloat16>"]
     inner, outer = (loop for symbol, code in kernels.items() for loop in machine_code.loops_of(symbol, code))
     assert (inner.first, inner.last, outer.first, outer.last) == (2, 5, 0, 8)
     assert inner.kinds == {"tensor": 1, "shared": 1, "special": 1, "control": 1}
