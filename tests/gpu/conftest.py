@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ from minicache_trt.kernels.emulated import EmulatedRuntime
 from minicache_trt.kernels.library import KernelLibrary
 from minicache_trt.kernels.locate import LIBRARY_VARIABLE
 from tests.support.emulator import only_tensors
-from tests.support.plugin_build import EMULATED_OUTPUT, NVCC, ROOT, build_plugins
-
-GPU_OUTPUT = ROOT / "build" / "plugins-gpu"
+from tests.support.plugin_build import EMULATED_OUTPUT, NVCC, build_plugins, gpu_plugins
 
 
 def kind_of_kernels() -> str:
@@ -47,10 +44,6 @@ class Kernels:
         torch.full((1 << 22,), torch.nan, device=self.device)
 
 
-def built(kind: str, *options: str, output: Path) -> KernelLibrary:
-    return KernelLibrary(build_plugins(f"--{kind}", *options, output=output) / f"libminicache_{kind}.so")
-
-
 @pytest.fixture(scope="session", params=[kind_of_kernels()])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     kind = str(request.param)
@@ -59,9 +52,10 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if kind == "host":
         return Kernels(request.getfixturevalue("host_library"), torch.device("cpu"), kind)
     if kind == "emulated":
-        return Kernels(built(kind, output=EMULATED_OUTPUT), torch.device("cpu"), kind)
-    library = built(kind, "--arch", "native", output=GPU_OUTPUT)
-    return Kernels(library, torch.device("cuda", torch.cuda.current_device()), kind)
+        folder, device = build_plugins("--emulated", output=EMULATED_OUTPUT), torch.device("cpu")
+    else:
+        folder, device = gpu_plugins(), torch.device("cuda", torch.cuda.current_device())
+    return Kernels(KernelLibrary(folder / f"libminicache_{kind}.so"), device, kind)
 
 
 @pytest.fixture(autouse=True)

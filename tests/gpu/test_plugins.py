@@ -17,10 +17,10 @@ from minicache_trt.kernels.library import KernelLibrary
 from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.gpu.cases import assert_agrees, model
-from tests.gpu.conftest import GPU_OUTPUT, Kernels
+from tests.gpu.conftest import Kernels
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import build
-from tests.support.plugin_build import EMULATED_OUTPUT, HOST_OUTPUT, built_plugins
+from tests.support.plugin_build import EMULATED_OUTPUT, HOST_OUTPUT, built_plugins, gpu_tensorrt_plugins
 from tests.support.plugin_cases import STEPS, plugin_case
 from tests.support.plugin_engine import use_plugins
 from tests.support.plugin_harness import Harness
@@ -31,9 +31,11 @@ ENGINES = ["full", "kivi4", "minicache4", "keys before RoPE"]
 
 @pytest.fixture(scope="session")
 def harness(kernels: Kernels) -> Harness:
-    outputs = {"cuda": GPU_OUTPUT, "emulated": EMULATED_OUTPUT, "host": HOST_OUTPUT}
-    options = ["--arch", "native"] if kernels.on_gpu else []
-    folder = built_plugins(f"--{kernels.kind}", *options, output=outputs[kernels.kind])
+    if kernels.on_gpu:
+        folder = gpu_tensorrt_plugins()
+    else:
+        output = {"emulated": EMULATED_OUTPUT, "host": HOST_OUTPUT}[kernels.kind]
+        folder = built_plugins(f"--{kernels.kind}", output=output)
     suffix = "" if kernels.on_gpu else f"_{kernels.kind}"
     return Harness(folder / "libminicache_trt_harness.so", folder / f"libminicache_trt_plugins{suffix}.so")
 

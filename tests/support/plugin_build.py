@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,10 @@ HOST_OUTPUT = ROOT / "build" / "plugins-host"
 """Shared with the fixture `host_library`: the kernels are compiled once."""
 EMULATED_OUTPUT = ROOT / "build" / "plugins-emulated"
 """Shared in the same way by the tests that run on an emulated GPU."""
+GPU_OUTPUT = ROOT / "build" / "plugins-gpu"
+"""Of the tests that run on a GPU."""
+GPU_BUILD_VARIABLE = "MINICACHE_TEST_GPU_BUILD"
+"""Names a folder that ``build_plugins.sh --cuda [--tensorrt]`` filled elsewhere, for a GPU machine without nvcc."""
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -36,3 +41,15 @@ def built_plugins(*options: str, output: Path) -> Path:
         pytest.skip(" ".join(result.stderr.split()))
     assert result.returncode == 0, result.stdout + result.stderr
     return output
+
+
+def gpu_plugins() -> Path:
+    """The folder of kernels for this machine's GPU."""
+    made = os.environ.get(GPU_BUILD_VARIABLE)
+    return Path(made) if made else build_plugins("--cuda", "--arch", "native", output=GPU_OUTPUT)
+
+
+def gpu_tensorrt_plugins() -> Path:
+    """The same with TensorRT's plugins; a skip where TensorRT's headers are missing."""
+    made = os.environ.get(GPU_BUILD_VARIABLE)
+    return Path(made) if made else built_plugins("--cuda", "--arch", "native", output=GPU_OUTPUT)
