@@ -97,45 +97,81 @@ struct Scores {
   MC_HD float& operator()(int query, int token) const { return x[query * kStride + token]; }
 };
 
+// A lane's part of a query's logits: runs of four neighbouring tokens, kWarp runs of a row at a time.
+struct LogitRuns {
+  static constexpr int kRun = 4, kTokens = kRun * kWarp, kRuns = kSplitTokens / kTokens;
+  struct alignas(16) Run {
+    float x[kRun];
+  };
+  Run runs[kRuns];
+
+  MC_HD static int first(Thread thread, int n) { return n * kTokens + kRun * thread.lane(); }
+  MC_HD static Run& at(Scores scores, int query, Thread thread, int n) {
+    return *reinterpret_cast<Run*>(&scores(query, first(thread, n)));
+  }
+};
+
 // Turns the item's logits, soft-capped if the model's are, into weights; writes maximum and sum of its queries. Tokens
 // not seen get weight 0. Columns of the tile without a query keep what they have: matrix products do not mix columns.
 // Begins and ends with a `sync`.
 template <class Block, class T>
 MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitItem& item, const Partials& partials,
                    Scores scores) {
-  const int first = item.first_block * kBlockSize, last = item.last_block * kBlockSize;
+  constexpr int kTokens = LogitRuns::kTokens;
+  const TokenRange seen = item.tokens;
   const SoftCap cap(problem.shape.softcap * kLog2e);
+  // Of kTokens tokens: whether any is seen, whether all are. There are logits of whole cache blocks.
+  auto counts = [&](int n) { return n * kTokens < seen.last && (n + 1) * kTokens > seen.first; };
+  auto whole = [&](int n) { return n * kTokens >= seen.first && (n + 1) * kTokens <= seen.last; };
+  auto has = [&](int token) { return token >= item.first_block * kBlockSize && token < item.last_block * kBlockSize; };
   block.sync();
-  for (int n = 0; n * kDecodeWarps < item.queries; ++n) {
+  for (int m = 0; m * kDecodeWarps < item.queries; ++m) {
+    auto query_of = [&](Thread thread) { return thread.warp() + m * kDecodeWarps; };
+    if (!block.any_warp([&](Thread thread) { return query_of(thread) < item.queries; })) break;
+    typename Block::template PerThread<LogitRuns> logits;
     typename Block::template PerThread<float> peak, sum;
     block.each([&](Thread thread) {
-      const int query = thread.warp() + n * kDecodeWarps;
       float highest = -kInfinity;
-      for (int t = first + thread.lane(); t < last; t += kWarp) {
-        if (t < item.tokens.first || t >= item.tokens.last) {
-          scores(query, t) = -kInfinity;
-        } else if (problem.shape.softcap > 0.0f) {
-          scores(query, t) = cap(scores(query, t));
+      MC_UNROLL
+      for (int n = 0; n < LogitRuns::kRuns; ++n) {
+        if (!counts(n)) continue;
+        LogitRuns::Run& run = logits(thread).runs[n];
+        const int first = LogitRuns::first(thread, n);
+        if (whole(n) || has(first)) {
+          run = LogitRuns::at(scores, query_of(thread), thread, n);
+          if (problem.shape.softcap > 0.0f) {
+            MC_UNROLL
+            for (float& x : run.x) x = cap(x);
+          }
         }
-        highest = maximum(highest, scores(query, t));
+        if (!whole(n)) {
+          MC_UNROLL
+          for (int i = 0; i < LogitRuns::kRun; ++i) {
+            if (first + i < seen.first || first + i >= seen.last) run.x[i] = -kInfinity;
+          }
+        }
+        MC_UNROLL
+        for (const float x : run.x) highest = maximum(highest, x);
       }
       peak(thread) = highest;
     });
     block.template reduce_max<kWarp>(peak);
     block.each([&](Thread thread) {
-      const int query = thread.warp() + n * kDecodeWarps;
       const float shift = peak(thread) == -kInfinity ? 0.0f : peak(thread);
       float total = 0.0f;
-      for (int t = first + thread.lane(); t < last; t += kWarp) {
-        const float weight = exp2_of(scores(query, t) - shift);
-        scores(query, t) = weight;
-        total += weight;
+      MC_UNROLL
+      for (int n = 0; n < LogitRuns::kRuns; ++n) {
+        if (!counts(n)) continue;
+        LogitRuns::Run& run = logits(thread).runs[n];
+        MC_UNROLL
+        for (float& x : run.x) total += x = exp2_approximate(x - shift);
+        if (whole(n) || has(LogitRuns::first(thread, n))) LogitRuns::at(scores, query_of(thread), thread, n) = run;
       }
       sum(thread) = total;
     });
     block.template reduce_add<kWarp>(sum);
     block.each([&](Thread thread) {
-      const int query = thread.warp() + n * kDecodeWarps;
+      const int query = query_of(thread);
       if (thread.lane() != 0 || query >= item.queries) return;
       float* record = partials.at(problem.query_row(item.sequence, item.query + query), item.split);
       record[0] = peak(thread);
