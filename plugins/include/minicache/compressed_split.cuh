@@ -36,18 +36,25 @@ struct CompressedSplit {
       stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
       return result;
     };
-    // `formats`: of the keys or values.
-    auto fetch_value = [&](int u, auto formats) {
+    typename Block::template PerThread<StageSource<T, Kind>> keys, values;
+    block.each([&](Thread thread) {
+      keys(thread) = StageSource<T, Kind>::of(thread, a.key, key_slot);
+      values(thread) = StageSource<T, Kind>::of(thread, a.value, value_slot);
+    });
+    auto fetch_value = [&](int u) {
       char* const stage = next(filled);
-      if (u < blocks) fetch_stage<T, Kind, decltype(formats)>(block, a.value, stage, ids[u], value_slot);
+      block.each([&](Thread thread) {
+        if (u < blocks) values(thread).template fetch<Block>(thread, a.value, stage, ids[u]);
+      });
       Block::commit_async();
     };
-    auto fetch = [&](int u, auto formats) {
-      if (u >= blocks) return fetch_value(u - blocks, AnyFormat{});
-      fetch_stage<T, Kind, decltype(formats)>(block, a.key, next(filled), ids[u], key_slot);
+    auto fetch = [&](int u) {
+      if (u >= blocks) return fetch_value(u - blocks);
+      char* const stage = next(filled);
+      block.each([&](Thread thread) { keys(thread).template fetch<Block>(thread, a.key, stage, ids[u]); });
       Block::commit_async();
     };
-    for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u, AnyFormat{});
+    for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
 
     const QueryFragments fragments = fragments_of(block, a);
     const int exact_step = prepare_queries(block, a, item, fragments);
@@ -58,7 +65,7 @@ struct CompressedSplit {
     auto read_keys = [&](auto formats, auto read) {
       for (int u = 0; u < blocks; ++u) {
         wait_stage(block, a.shared.stages);
-        fetch(u + a.shared.stages - 1, formats);
+        fetch(u + a.shared.stages - 1);
         read(Stage<Kind, decltype(formats)>{a.key, next(ready)}, start + u * kBlockSize);
       }
     };
@@ -72,6 +79,15 @@ struct CompressedSplit {
           const int u = (token - start) / kBlockSize, first = u % 2 * turned_steps(a.key.shape.dim);
           rebuild.template logits<T>(block, stage, fragments, first, scale, scores, token);
           if (u + 1 < blocks) turn(u + 1);
+        });
+      });
+    } else if constexpr (is_known(Kind)) {
+      typename Block::template PerThread<QueryConstants> constants;
+      block.sync();
+      block.each([&](Thread thread) { constants(thread) = QueryConstants::of(thread, fragments, offset_codes(a.key), scale); });
+      each_format(a.key, [&](auto formats) {
+        read_keys(formats, [&](const auto& stage, int token) {
+          known_logits<T>(block, stage, fragments, constants, scale, scores, token);
         });
       });
     } else {
@@ -94,21 +110,21 @@ struct CompressedSplit {
     take_exact_weights(block, a, exact, scores, start);
     const WeightFragments weights{block.shared + a.shared.weights, fragments.parts + kConstants * kQueryTile,
                                   fragments.parts};
-    block.each([&](Thread thread) {
-      for (int n = 0; n < kConstants; ++n) weights.part(n, thread) = 0.0f;
-    });
+    typename Block::template PerThread<WeightSums<Kind>> constants;
+    block.each([&](Thread thread) { constants(thread).clear(weights, thread); });
     typename Own::template Sums<Block> sums[Own::kOwn];
     Own::clear(block, sums);
     each_format(a.value, [&](auto formats) {
       for (int u = 0; u < blocks; ++u) {
         wait_stage(block, a.shared.stages);
-        fetch_value(u + a.shared.stages - 1, formats);
+        fetch_value(u + a.shared.stages - 1);
         const Stage<Kind, decltype(formats)> stage{a.value, next(ready)};
-        prepare_weights<T>(block, stage, scores, start + u * kBlockSize, weights);
+        prepare_weights<T>(block, stage, scores, start + u * kBlockSize, weights, constants);
         block.sync();
         Own::add_stage(block, stage, weights, sums);
       }
     });
+    block.each([&](Thread thread) { constants(thread).store(weights, thread); });
     if (!Kind && exact.count > 0) Own::prepare_exact_weights(block, a, exact, weights);
     Own::finish_constants(block, weights);
     if (offset_codes(a.value)) Own::take_offset(block, weights, sums);

@@ -94,11 +94,12 @@ struct CompressedSums {
     auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
     auto unit = [&](Thread thread) { return first + thread.warp(); };
     auto weight = [&](auto tag, int step, Thread thread) {
-      return weights.template at<Element<T, decltype(tag)::value>, T>(stage.run(r).weights, step, thread.lane());
+      const int n = is_known(Kind) ? 0 : stage.run(r).weights;
+      return weights.template at<Element<T, decltype(tag)::value>, T>(n, step, thread.lane());
     };
     add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, stage.run(r).format, stage.length(r),
                                             is_known(Kind) ? 0 : stage.run(r).stored, rows, unit, weight,
-                                            stage.words(r), stage.channel_scales(r), stage.channel_minima(r));
+                                            stage.words(r), stage.channel_ranges(r));
   }
 
   // Fragments of the weights of retained values, in the memory of the stages.
@@ -153,7 +154,8 @@ struct CompressedSums {
                      return weights.constant(residual ? kResidualRun : is_known(Kind) ? 0 : run_of(shape, c), query);
                    });
       }
-      if (thread.index >= item.queries) return;
+      // Without retained values the offset goes with all weights, as `softmax` has it.
+      if (Kind || thread.index >= item.queries) return;
       const std::int64_t row = a.problem.query_row(item.sequence, item.query + thread.index);
       a.partials.at(row, item.split)[2] = weights.constant(kRuns, thread.index);
     });
@@ -190,7 +192,7 @@ struct CompressedSums {
         return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());
       };
       add_values<T, RetainedFormat, 0>(block, sum, ceil_div(exact.count, 16), shape.retained_format, shape.dim,
-                                       0, rows, unit, weight, true, nullptr, nullptr);
+                                       0, rows, unit, weight, true, ChannelRanges{});
       block.each([&](Thread thread) {
         store_unit(thread, a, item, unit(thread), 32 * unit(thread) + 16 >= shape.dim, shape.dim, exact_vector(shape),
                    sum[0](thread), sum[1](thread), [&](int, int query) { return weights.constant(kExactRun, query); });

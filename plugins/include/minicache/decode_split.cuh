@@ -79,8 +79,8 @@ struct SplitItem {
   }
 };
 
-// Partial results, float32, one record per query row and split: maximum of the logits, sum of the weights, sum of the
-// weights that go with the values' offset (compressed tier), one unused; then vectors.
+// Partial results, float32, one record per query row and split: maximum of the logits, sum of the weights, sum of those
+// that go with the values' offset (compressed tier), one unused; then vectors.
 struct Partials {
   float* records;
   std::int32_t splits, record;
@@ -95,7 +95,21 @@ struct Scores {
   static constexpr int kBytes = kQueryTile * kStride * 4;
   float* x;
   MC_HD float& operator()(int query, int token) const { return x[query * kStride + token]; }
+  // Of tokens first, first + 1, first + 8, first + 9: a thread's part of 16 tokens. `first` is even.
+  MC_HD void load(int query, int first, float (&out)[4]) const {
+    struct alignas(8) Two {
+      float x[2];
+    };
+    MC_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const Two two = *reinterpret_cast<const Two*>(&(*this)(query, first + 8 * j));
+      out[2 * j] = two.x[0];
+      out[2 * j + 1] = two.x[1];
+    }
+  }
 };
+
+MC_HD float sum_of(const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
 // A lane's part of a query's logits: runs of four neighbouring tokens, kWarp runs of a row at a time.
 struct LogitRuns {
@@ -175,7 +189,7 @@ MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitIte
       if (thread.lane() != 0 || query >= item.queries) return;
       float* record = partials.at(problem.query_row(item.sequence, item.query + query), item.split);
       record[0] = peak(thread);
-      record[1] = sum(thread);
+      record[1] = record[2] = sum(thread);
     });
   }
   block.sync();
@@ -185,11 +199,10 @@ MC_HD void softmax(Block& block, const DecodeProblem<T>& problem, const SplitIte
 template <class E>
 MC_HD FragmentB<E> weight_fragment(Scores scores, int query, int first) {
   FragmentB<E> result;
+  float x[4];
+  scores.load(query, first, x);
   MC_UNROLL
-  for (int j = 0; j < 2; ++j) {
-    const int token = first + 8 * j;
-    put_pair(result, j, make_pair<E>(scores(query, token), scores(query, token + 1)));
-  }
+  for (int j = 0; j < 2; ++j) put_pair(result, j, make_pair<E>(x[2 * j], x[2 * j + 1]));
   return result;
 }
 

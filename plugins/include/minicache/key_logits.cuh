@@ -91,7 +91,7 @@ MC_HD void finish_fragments(Block& block, const QueryFragments& fragments, F fil
 // The thread's part of a unit of N t-runs (Offset: of codes read with one) as fragments A: rows lane / 4 and lane / 4 + 8
 // of the warp's tile, from component `at` of the run on.
 template <class T, Format F, int N, bool Offset, class Rows>
-MC_HD void read_unit(Thread thread, int at, Rows rows, bool words, const Half* scales, const Half* minima,
+MC_HD void read_unit(Thread thread, int at, Rows rows, bool words, const ChannelRanges& ranges,
                      FragmentA<Element<T, F>>* keys) {
   using E = Element<T, F>;
   const int index = at + N * (thread.lane() % 4);
@@ -105,10 +105,10 @@ MC_HD void read_unit(Thread thread, int at, Rows rows, bool words, const Half* s
     }
   }
   if constexpr (has_ranges(F) && !Offset) {
-    if (scales != nullptr) {
+    if (ranges.any) {
       Pair<Half> scale[N / 2] = {}, lowest[N / 2] = {};
-      read_numbers<N>(scales + index, scale);
-      if constexpr (is_integer(F)) read_numbers<N>(minima + index, lowest);
+      read_numbers<N>(ranges.scales + index, scale);
+      if constexpr (is_integer(F)) read_numbers<N>(ranges.minima + index, lowest);
       MC_UNROLL
       for (int p = 0; p < N / 2; ++p) {
         const Pair<E> factor = convert<E>(scale[p]);
@@ -128,12 +128,12 @@ MC_HD void read_unit(Thread thread, int at, Rows rows, bool words, const Half* s
 // Adds a unit's products with the queries.
 template <class T, Format F, int N, bool Offset, class Block, class Rows>
 MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
-                    int step, int at, Rows rows, bool words, const Half* scales, const Half* minima) {
+                    int step, int at, Rows rows, bool words, const ChannelRanges& ranges) {
   using E = Element<T, F>;
   typename Block::template PerThread<FragmentA<E>> keys[N / 4];
   block.each([&](Thread thread) {
     FragmentA<E> own[N / 4];
-    read_unit<T, F, N, Offset>(thread, at, rows, words, scales, minima, own);
+    read_unit<T, F, N, Offset>(thread, at, rows, words, ranges, own);
     MC_UNROLL
     for (int s = 0; s < N / 4; ++s) keys[s](thread) = own[s];
   });
@@ -146,16 +146,15 @@ MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>&
 }
 
 // Products of 16 rows per warp with the queries over one run. `rows(thread, half)` is row lane / 4 + 8 half of the
-// warp's tile; `scales`, `minima`: of the run, if its ranges are per channel, otherwise null.
+// warp's tile.
 template <class T, class Formats, class Block, class Length, class Rows>
 MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
-                   int step, Format format, Length length, Rows rows, bool words, const Half* scales,
-                   const Half* minima) {
+                   int step, Format format, Length length, Rows rows, bool words, const ChannelRanges& ranges) {
   auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
     auto add = [&](auto offset, int at) {
       constexpr bool kOffset = decltype(offset)::value;
-      add_unit<T, kFormat, 8, kOffset>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+      add_unit<T, kFormat, 8, kOffset>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
     };
     using Plain = std::false_type;
     if constexpr (std::is_same_v<Length, int>) {
@@ -163,10 +162,10 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
       MC_NO_UNROLL
       for (; at + 32 <= length; at += 32) add(Plain{}, at);
       if (at == length) return;
-      add_unit<T, kFormat, 4, false>(block, sum, fragments, step + at / 16, at, rows, words, scales, minima);
+      add_unit<T, kFormat, 4, false>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
     } else {
       static_assert(Length{} % 32 == 0, "whole units");
-      if (kOffsetCodes<T, kFormat> && scales == nullptr) {
+      if (kOffsetCodes<T, kFormat> && !ranges.any) {
         MC_UNROLL
         for (int at = 0; at < length; at += 32) add(std::bool_constant<kOffsetCodes<T, kFormat>>{}, at);
       } else {
@@ -178,7 +177,57 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
   Formats::with(format, body);
 }
 
-// Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on.
+// What the logits of a known run take from the queries of the thread's columns, besides their products with codes.
+struct QueryConstants {
+  // As in QueryFragments: sums of the run, sums of kOffsets (0 for codes without offset), offset times the scale.
+  float sum[2], codes[2], offset[2];
+
+  MC_HD static QueryConstants of(Thread thread, const QueryFragments& fragments, bool offset_codes, float scale) {
+    QueryConstants result;
+    MC_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int query = 2 * (thread.lane() % 4) + i;
+      result.sum[i] = fragments.sums[query];
+      result.codes[i] = offset_codes ? fragments.sums[QueryFragments::kOffsets * kQueryTile + query] : 0.0f;
+      result.offset[i] = scale * fragments.offset[query];
+    }
+    return result;
+  }
+};
+
+// Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on: of a known run.
+template <class T, int Kind, class Formats, class Block>
+MC_HD void known_logits(Block& block, const Stage<Kind, Formats>& stage, const QueryFragments& fragments,
+                        const typename Block::template PerThread<QueryConstants>& constants, float scale, Scores scores,
+                        int token) {
+  typename Block::template PerThread<FragmentD> sum;
+  block.each([&](Thread thread) {
+    MC_UNROLL
+    for (int i = 0; i < 4; ++i) sum(thread).x[i] = -constants(thread).codes[i % 2];
+  });
+  const int stride = stage.stride(0);
+  auto rows = [&](Thread thread, int half) {
+    return stage.rows(0) + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
+  };
+  add_run<T, Formats>(block, sum, fragments, 0, Formats::format, stage.length(0), rows, true, stage.channel_ranges(0));
+  const TokenRanges ranges = stage.token_ranges(0), norms = stage.norms();
+  block.each([&](Thread thread) {
+    const QueryConstants& own = constants(thread);
+    const int row = 16 * thread.warp() + thread.lane() / 4, query = 2 * (thread.lane() % 4);
+    MC_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float norm = scale * norms.scale(row + 8 * half);
+      const float factor = norm * ranges.scale(row + 8 * half), lowest = norm * ranges.minimum(row + 8 * half);
+      MC_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float constant = ranges.minima < 0 ? own.offset[i] : lowest * own.sum[i] + own.offset[i];
+        scores(query + i, token + row + 8 * half) = factor * sum(thread).x[2 * half + i] + constant;
+      }
+    }
+  });
+}
+
+// The same of any runs.
 template <class T, int Kind, class Formats, class Block>
 MC_HD void key_logits(Block& block, const Stage<Kind, Formats>& stage, const QueryFragments& fragments, float scale,
                       Scores scores, int token) {
@@ -197,19 +246,13 @@ MC_HD void key_logits(Block& block, const Stage<Kind, Formats>& stage, const Que
       return first + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
     };
     add_run<T, Formats>(block, sum, fragments, step, stage.run(n).format, length, rows, stage.words(n),
-                        stage.channel_scales(n), stage.channel_minima(n));
+                        stage.channel_ranges(n));
     step += length / 16;
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
       if (ranges.scales < 0) {
         total(thread) = sum(thread);
         return;
-      }
-      if (stage.template offset_codes<T>()) {
-        MC_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          sum(thread).x[i] -= fragments.sums[QueryFragments::kOffsets * kQueryTile + 2 * t + i % 2];
-        }
       }
       MC_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -248,7 +291,7 @@ MC_HD void exact_logits(Block& block, const ExactRows& exact, const QueryFragmen
       return exact.rows[exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half)];
     };
     add_run<T, RetainedFormat>(block, sum, fragments, step, exact.reader.shape.retained_format, exact.reader.shape.dim,
-                               rows, true, nullptr, nullptr);
+                               rows, true, ChannelRanges{});
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4;
       for (int half = 0; half < 2; ++half) {

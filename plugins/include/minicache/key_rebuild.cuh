@@ -155,7 +155,7 @@ struct KeyRebuild {
     const int own = 16 * thread.warp() + thread.lane() / 4, stride = stage.stride(n);
     auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
     FragmentA<Element<T, F>> unit[N / 4];
-    read_unit<T, F, N, false>(thread, at, rows, stage.words(n), stage.channel_scales(n), stage.channel_minima(n), unit);
+    read_unit<T, F, N, false>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
     const TokenRanges ranges = stage.token_ranges(n);
     MC_UNROLL
     for (int s = 0; s < N / 4; ++s) {

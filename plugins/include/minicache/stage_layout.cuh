@@ -14,6 +14,7 @@ constexpr int kResidualRun = kMaxSegments, kExactRun = kMaxSegments + 1, kRuns =
 constexpr int kGeneral = 0, kPlain = 1;
 MC_HD constexpr bool is_known(int kind) { return kind > kPlain; }
 
+constexpr int kKnownBits = 4;
 MC_HD constexpr bool has_known_format(Format format) { return format == Format::int4 || format == Format::g4; }
 template <class F>
 MC_HD void with_known_format(Format format, F f) {

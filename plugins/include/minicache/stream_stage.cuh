@@ -6,53 +6,91 @@
 
 namespace minicache {
 
-// Starts copying 64 rows of Bytes bytes to rows `stage_stride(Bytes)` apart.
-template <int Bytes, class Block>
-MC_HD void copy_known_rows(Thread thread, char* target, const char* source) {
-  constexpr int kShift = row_shift(Bytes), kRows = kDecodeThreads >> kShift, kStride = stage_stride(Bytes);
-  const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
-  if (row >= kBlockSize || column >= Bytes) return;
-  MC_UNROLL
-  for (int i = 0; i < (kBlockSize + kRows - 1) / kRows; ++i) {
-    Block::copy_async(target + row * kStride + column + i * kRows * kStride,
-                      source + row * Bytes + column + i * kRows * Bytes);
-  }
-}
+// What copies cache blocks of a stream, of one slot, to stages: a thread's part of it.
+template <class T, int Kind>
+struct AnyStageSource {
+  int slot;
 
-// Starts copying block `id` of slot `slot` to `stage`.
-template <class T, int Kind, class Formats, class Block>
-MC_HD void fetch_stage(Block& block, const StreamReader& reader, char* stage, std::int64_t id, int slot) {
-  const StreamBlock source = reader.block(id);
-  const StageLayout& layout = reader.stage;
-  const int member = reader.shape.member;
-  block.each([&](Thread thread) {
+  MC_HD static AnyStageSource of(Thread, const StreamReader&, int slot) { return {slot}; }
+
+  // Starts copying block `id` to `stage`.
+  template <class Block>
+  MC_HD void fetch(Thread thread, const StreamReader& reader, char* stage, std::int32_t id) const {
+    const StreamBlock source = reader.block(id);
+    const StageLayout& layout = reader.stage;
+    const int member = reader.shape.member;
     auto copy = [&](const StageField& field, const void* from) {
       copy_rows<Block>(thread, stage + field.offset, field.stride, from, field.bytes, field.shift, field.rows,
                        field.rows);
     };
-    // A field of at most a unit of 16 bytes per thread.
-    auto copy_units = [&](const StageField& field, const void* from) {
-      const int at = 16 * thread.index;
-      if (thread.index < field.rows) Block::copy_async(stage + field.offset + at, static_cast<const char*>(from) + at);
-    };
-    if constexpr (is_known(Kind) && !std::is_same_v<Formats, AnyFormat>) {
-      constexpr int kBytes = Kind * bits_of(Formats::format) / 8;
-      const std::int64_t first = (id * reader.shape.heads + slot) * (kBlockSize * kBytes);
-      copy_known_rows<kBytes, Block>(thread, stage, reinterpret_cast<const char*>(reader.pools.codes) + first);
-      if (layout.params.offset >= 0) copy_units(layout.params, source.params(slot));
-      if (layout.norms.offset >= 0) copy_units(layout.norms, source.norms(member, slot));
-    } else {
-      if (layout.codes.offset >= 0) copy(layout.codes, source.codes(slot));
-      if (!is_known(Kind) && layout.latent.offset >= 0) copy(layout.latent, source.template latent<T>(slot));
-      if (!Kind && layout.residual.offset >= 0) {
-        copy(layout.residual, source.residual(member, slot));
-        copy(layout.residual_params, source.residual_params(member, slot));
-      }
-      if (layout.params.offset >= 0) copy(layout.params, source.params(slot));
-      if (layout.norms.offset >= 0) copy(layout.norms, source.norms(member, slot));
+    if (layout.codes.offset >= 0) copy(layout.codes, source.codes(slot));
+    if (layout.latent.offset >= 0) copy(layout.latent, source.template latent<T>(slot));
+    if (!Kind && layout.residual.offset >= 0) {
+      copy(layout.residual, source.residual(member, slot));
+      copy(layout.residual_params, source.residual_params(member, slot));
     }
-  });
-}
+    if (layout.params.offset >= 0) copy(layout.params, source.params(slot));
+    if (layout.norms.offset >= 0) copy(layout.norms, source.norms(member, slot));
+  }
+};
+
+// Of a known stream: addresses in block 0, and how far it is to the next one. A thread copies 16 bytes of every
+// kRows-th row, and one unit of the ranges or of the norms, if there is one for it.
+template <int Kind>
+struct KnownStageSource {
+  static constexpr int kBytes = Kind * kKnownBits / 8, kStride = stage_stride(kBytes);
+  static constexpr int kShift = row_shift(kBytes), kRows = kDecodeThreads >> kShift;
+  static constexpr int kNormThreads = kDecodeThreads / 2;  // threads from here on copy norms, those before ranges
+  static_assert(kBlockSize % kRows == 0 && kBytes == 16 << kShift, "all threads copy alike");
+  static_assert(4 * (Kind > kBlockSize ? Kind : kBlockSize) <= 16 * kNormThreads, "one unit of the ranges a thread");
+
+  const char *codes, *unit;
+  std::uint32_t codes_step, unit_step;
+  std::int32_t target, unit_target;  // in a stage; -1: no unit
+
+  MC_HD static KnownStageSource of(Thread thread, const StreamReader& reader, int slot) {
+    const StageLayout& layout = reader.stage;
+    const StreamBlock first = reader.block(0), second = reader.block(1);
+    const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
+    KnownStageSource source{};
+    source.codes = reinterpret_cast<const char*>(first.codes(slot)) + row * kBytes + column;
+    source.codes_step = static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot));
+    source.target = row * kStride + column;
+    source.unit_target = -1;
+    auto take = [&](const StageField& field, const Half* from, const Half* next, int n) {
+      if (field.offset < 0 || n >= field.rows) return;
+      source.unit = reinterpret_cast<const char*>(from) + 16 * n;
+      source.unit_step = static_cast<std::uint32_t>((next - from) * sizeof(Half));
+      source.unit_target = field.offset + 16 * n;
+    };
+    if (thread.index < kNormThreads) {
+      take(layout.params, first.params(slot), second.params(slot), thread.index);
+    } else {
+      const int member = reader.shape.member;
+      take(layout.norms, first.norms(member, slot), second.norms(member, slot), thread.index - kNormThreads);
+    }
+    return source;
+  }
+
+  template <class Block>
+  MC_HD void fetch(Thread, const StreamReader&, char* stage, std::int32_t id) const {
+    const std::uint64_t block = static_cast<std::uint32_t>(id);
+    const char* const from = codes + block * codes_step;
+    MC_UNROLL
+    for (int i = 0; i < kBlockSize / kRows; ++i) {
+      Block::copy_async(stage + target + i * kRows * kStride, from + i * kRows * kBytes);
+    }
+    if (unit_target >= 0) Block::copy_async(stage + unit_target, unit + block * unit_step);
+  }
+};
+template <class T, int Kind>
+using StageSource = std::conditional_t<is_known(Kind), KnownStageSource<Kind>, AnyStageSource<T, Kind>>;
+
+// Ranges of a run's components, the same for all tokens, if it has such.
+struct ChannelRanges {
+  bool any;
+  const Half *scales, *minima;  // minima: of integer formats
+};
 
 // Numbers that a stage has for each of its tokens: bytes from its start; -1: scales are 1, minima 0.
 struct TokenRanges {
@@ -60,9 +98,22 @@ struct TokenRanges {
   int scales, minima;
   MC_HD float scale(int token) const { return scales < 0 ? 1.0f : at(scales, token); }
   MC_HD float minimum(int token) const { return minima < 0 ? 0.0f : at(minima, token); }
+  // Of tokens first, first + 1, first + 8, first + 9; `first` is even.
+  MC_HD void load_scales(int first, float (&out)[4]) const { load(scales, first, 1.0f, out); }
+  MC_HD void load_minima(int first, float (&out)[4]) const { load(minima, first, 0.0f, out); }
 
  private:
   MC_HD float at(int offset, int token) const { return to_float(reinterpret_cast<const Half*>(data + offset)[token]); }
+  MC_HD void load(int offset, int first, float other, float (&out)[4]) const {
+    MC_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      out[2 * i] = out[2 * i + 1] = other;
+      if (offset < 0) continue;
+      const Pair<Half> two = detail::load<Pair<Half>>(data + offset + 2 * (first + 8 * i));
+      out[2 * i] = first_of(two);
+      out[2 * i + 1] = second_of(two);
+    }
+  }
 };
 
 // Reads a stage, with what is known of the stream (`Kind`) and of the formats of its runs.
@@ -104,9 +155,15 @@ struct Stage {
     if constexpr (kCodes) return kOffsetCodes<T, Formats::format> && run(0).channel_scales < 0;
     return false;
   }
-  // Of a run with ranges per channel; null: it has none.
-  MC_HD const Half* channel_scales(int n) const { return channel(n, run(n).channel_scales, 0); }
-  MC_HD const Half* channel_minima(int n) const { return channel(n, run(n).channel_minima, length(n)); }
+  MC_HD ChannelRanges channel_ranges(int n) const {
+    if constexpr (kCodes) {
+      const Half* const first = reinterpret_cast<const Half*>(data + kParams);
+      return {has_ranges(Formats::format) && run(n).channel_scales >= 0, first, first + length(n)};
+    } else {
+      auto at = [&](int offset) { return reinterpret_cast<const Half*>(data + offset); };
+      return {run(n).channel_scales >= 0, at(run(n).channel_scales), at(run(n).channel_minima)};
+    }
+  }
   MC_HD TokenRanges token_ranges(int n) const {
     if constexpr (kCodes) {  // the ranges are the second field
       const int scales = run(n).token_scales < 0 || !has_ranges(Formats::format) ? -1 : kParams;
@@ -125,16 +182,6 @@ struct Stage {
     return 0;
   }
   static constexpr int kParams = params_of_known();
-
-  // Numbers `offset` bytes from the stage's start, or number `first` of the ranges of a known run.
-  MC_HD const Half* channel(int n, int offset, int first) const {
-    if constexpr (kCodes) {
-      if (!has_ranges(Formats::format)) return nullptr;
-      return run(n).channel_scales < 0 ? nullptr : reinterpret_cast<const Half*>(data + kParams) + first;
-    } else {
-      return offset < 0 ? nullptr : reinterpret_cast<const Half*>(data + offset);
-    }
-  }
 };
 
 // Retained vectors of a split, numbered over its cache blocks: `capacity` of them each.

@@ -43,40 +43,68 @@ struct WeightFragments {
 
 constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: of latent components; of residual ones
 
+// What a thread adds up of the weights it prepares, besides their fragments: of a known run in registers, of others in
+// `WeightFragments::parts`.
+template <int Kind>
+struct WeightSums {
+  static constexpr int kOwn = is_known(Kind) ? 1 + WeightFragments::kOffsets : 1;
+  float own[kOwn];
+
+  MC_HD void add(const WeightFragments& fragments, int n, Thread thread, float x) {
+    if constexpr (is_known(Kind)) {
+      own[n] += x;
+    } else {
+      fragments.part(n, thread) += x;
+    }
+  }
+  // Before the first one, and after the last one.
+  MC_HD void clear(const WeightFragments& fragments, Thread thread) {
+    for (int n = 0; n < kConstants; ++n) fragments.part(n, thread) = 0.0f;
+    for (float& x : own) x = 0.0f;
+  }
+  MC_HD void store(const WeightFragments& fragments, Thread thread) const {
+    if constexpr (is_known(Kind)) {
+      for (int n = 0; n < kOwn; ++n) fragments.part(n, thread) = own[n];
+    }
+  }
+};
+
 // Weights of a stage's tokens, one step per warp; `token`: place of its first one in `scores`.
 template <class T, int Kind, class Formats, class Block>
 MC_HD void prepare_weights(Block& block, const Stage<Kind, Formats>& stage, Scores scores, int token,
-                           const WeightFragments& fragments) {
+                           const WeightFragments& fragments,
+                           typename Block::template PerThread<WeightSums<Kind>>& sums) {
   const TokenRanges norms = stage.norms();
   block.each([&](Thread thread) {
     const int query = thread.lane() / 4, first = 16 * thread.warp() + 2 * (thread.lane() % 4);
-    float weight[4], sum = 0.0f;
-    MC_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int t = first + i % 2 + 8 * (i / 2);
-      const float p = scores(query, token + t);
-      sum += p;
-      weight[i] = p * norms.scale(t);
+    float weight[4], norm[4];
+    scores.load(query, token + first, weight);
+    if (!Kind) sums(thread).add(fragments, kRuns, thread, sum_of(weight));
+    if (norms.scales >= 0) {
+      norms.load_scales(first, norm);
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) weight[i] *= norm[i];
     }
-    fragments.part(kRuns, thread) += sum;
     stage.each_run([&](int n) {
-      if (stage.run(n).weights != n) return;
+      if (!is_known(Kind) && stage.run(n).weights != n) return;
       const TokenRanges ranges = stage.token_ranges(n);
-      float constant = 0.0f;
       if (ranges.minima >= 0) {
+        float minima[4];
+        ranges.load_minima(first, minima);
+        float constant = 0.0f;
         MC_UNROLL
-        for (int i = 0; i < 4; ++i) constant += weight[i] * ranges.minimum(first + i % 2 + 8 * (i / 2));
-        fragments.part(n, thread) += constant;
+        for (int i = 0; i < 4; ++i) constant += weight[i] * minima[i];
+        sums(thread).add(fragments, n, thread, constant);
       }
       float scaled[4];
+      ranges.load_scales(first, scaled);
       MC_UNROLL
-      for (int i = 0; i < 4; ++i) scaled[i] = weight[i] * ranges.scale(first + i % 2 + 8 * (i / 2));
+      for (int i = 0; i < 4; ++i) scaled[i] *= weight[i];
       fragments.put<T>(stage.run(n).format, n, thread.warp(), thread.lane(), scaled);
       if (!stage.template offset_codes<T>()) return;
-      float rounded = 0.0f;
       MC_UNROLL
-      for (int i = 0; i < 4; ++i) rounded += to_float(from_float<Code<T>>(scaled[i]));
-      fragments.part(WeightFragments::kOffsets, thread) += rounded;
+      for (float& x : scaled) x = to_float(from_float<Code<T>>(x));
+      sums(thread).add(fragments, WeightFragments::kOffsets, thread, sum_of(scaled));
     });
   });
 }
@@ -147,20 +175,20 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
 template <class T, Format F, int N, int Steps, bool Offset, class Block, class Rows, class At, class Active,
           class Weight>
 MC_HD void add_components(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Rows rows,
-                          At at, Active active, Weight weight, bool words, const Half* scales, const Half* minima) {
+                          At at, Active active, Weight weight, bool words, const ChannelRanges& stored) {
   using E = Element<T, F>;
   typename Block::template PerThread<ColumnRanges<Code<T>, N>> ranges;
-  const bool channel = has_ranges(F) && !Offset && scales != nullptr;
+  const bool channel = has_ranges(F) && !Offset && stored.any;
   if (channel) {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = make_pair<Code<T>>(-0.0f, -0.0f);
-      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(scales, is_integer(F) ? minima : nullptr, at(thread));
+      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(stored.scales, is_integer(F) ? stored.minima : nullptr, at(thread));
     });
   }
   static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
   if constexpr (Steps > 0 && F == Format::int4 && N == 4) {  // others would take more registers than there are
-    MC_UNROLL_TWICE
+    MC_UNROLL
     for (int step = 0; step < Steps; ++step) {
       add_step<T, F, N, Offset>(block, sums, step, rows, at, active, weight, words, channel, ranges);
     }
@@ -176,8 +204,8 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
 // 32 unit on. Steps 0: `steps` of them, of retained vectors.
 template <class T, class Formats, int Steps, class Block, class Length, class Rows, class Unit, class Weight>
 MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Format format,
-                      Length length, int start, Rows rows, Unit unit, Weight weight, bool words, const Half* scales,
-                      const Half* minima) {
+                      Length length, int start, Rows rows, Unit unit, Weight weight, bool words,
+                      const ChannelRanges& ranges) {
   // Components of the run in front of the unit's half m; a half belongs to the run if that is one of its components.
   auto before = [&](Thread thread, int m) { return 32 * unit(thread) + 16 * m - start; };
   auto has = [&](Thread thread, int m) { return before(thread, m) >= 0 && before(thread, m) < length; };
@@ -188,10 +216,10 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
       auto at = [&](Thread thread) { return before(thread, 0) + 4 * (thread.lane() / 4); };
       auto add = [&](auto offset) {
         constexpr bool kRead = decltype(offset)::value;
-        add_components<T, kFormat, 4, Steps, kRead>(block, sums, steps, rows, at, whole, weight, words, scales, minima);
+        add_components<T, kFormat, 4, Steps, kRead>(block, sums, steps, rows, at, whole, weight, words, ranges);
       };
       constexpr bool kOffset = !std::is_same_v<Length, int> && kOffsetCodes<T, kFormat>;
-      if (kOffset && scales == nullptr) {
+      if (kOffset && !ranges.any) {
         add(std::bool_constant<kOffset>{});
       } else {
         add(std::false_type{});
@@ -202,7 +230,7 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
     typename Block::template PerThread<FragmentD> sum[2];
     block.each([&](Thread thread) { sum[0](thread) = FragmentD{}; });
     auto at = [&](Thread thread) { return before(thread, has(thread, 1)) + 2 * (thread.lane() / 4); };
-    add_components<T, kFormat, 2, Steps, false>(block, sum, steps, rows, at, part, weight, words, scales, minima);
+    add_components<T, kFormat, 2, Steps, false>(block, sum, steps, rows, at, part, weight, words, ranges);
     block.each([&](Thread thread) {
       if (!part(thread)) return;
       MC_UNROLL
