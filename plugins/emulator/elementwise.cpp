@@ -343,6 +343,7 @@ Handler elementwise(const Statement& statement, Type type) {
            : bytes_of(type) == 4 ? apply<u32, u32>([](u32 a) { return ~a; })
                                  : apply<u64, u64>([](u64 a) { return ~a; });
   }
+  if (type == Type::f16x2 && op == "neg") return apply<u32, u32>([](u32 a) { return a ^ 0x80008000u; });
   if (op == "neg") return unary(type, [](auto a) { return -a; });
   if (op == "abs") return unary(type, [](auto a) { return a < 0 ? -a : a == 0 ? decltype(a)(0) : a; });
   if (op == "mul" && type == Type::f32) return apply<float, float, float>([](float a, float b) { return a * b; });

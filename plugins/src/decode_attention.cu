@@ -110,6 +110,7 @@ struct DecodeAttention {
       const MapFragmentsArguments<T> arguments{key.shape,
                                                key.maps,
                                                a.shape.inverse_frequencies,
+                                               key.known_length(value) > 0,
                                                workspace + layout.map_fragments,
                                                workspace + layout.turns};
       const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::turns(key.shape));
@@ -147,13 +148,12 @@ struct DecodeAttention {
     return launch_kernel<CompressedSplit<T, Rebuild, Kind>>(kName, grid, arguments.shared.bytes, arguments, stream);
   }
 
-  // As many stages as leave room for the thread blocks that registers leave room for (half of them for keys before RoPE,
-  // whose tables every thread block has), then what fits at all.
+  // As many stages as leave room for the thread blocks that registers leave room for, then what fits at all.
   std::int32_t choose_shared(CompressedShared& shared) const {
     DeviceLimits limits{};
     if (const std::int32_t status = device_limits(kName, limits)) return status;
     constexpr int kReserved = 1024;  // of each thread block
-    const int preferred = limits.processor / (sizes.rebuilt() ? 2 : 4) - kReserved;
+    const int preferred = limits.processor / (sizes.rebuilt() ? 3 : 4) - kReserved;
     for (const bool resident : {true, false}) {
       for (int stages = 4; stages >= 2; --stages) {
         shared = compressed_shared<T>(key, value, stages, resident);

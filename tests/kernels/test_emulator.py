@@ -119,7 +119,7 @@ def test_floats(cases: Cases) -> None:
     rng = np.random.default_rng(1)
     a, b, c = (rng.standard_normal((3, COUNT)) * 2.0 ** rng.integers(-20, 20, (3, COUNT))).astype(np.float32)
     a[:6], b[:6] = (np.nan, 1, 0.5, 2.5, -1.5, 70000), (1, np.nan, 0.5, 3, 1e-8, 2)
-    out = np.zeros((23, COUNT), np.float32)
+    out = np.zeros((25, COUNT), np.float32)
     assert cases("floats", a, b, c, out, COUNT) == ""
     x, y, z = (v.astype(np.float64) for v in (a, b, c))
     with np.errstate(all="ignore"):
@@ -131,7 +131,7 @@ def test_floats(cases: Cases) -> None:
             np.copysign(a, b),
             None, np.rint(a), np.clip(whole, -(2**31), 2**31 - 1), natural, a.astype(np.float16),
             torch.from_numpy(a).bfloat16().float().numpy(), (half[0] * half[1] + half[2]).astype(np.float16),
-            (half[1] * half[2] + half[0]).astype(np.float16), x * y, a < b, ~(a >= b), a == b,
+            (half[1] * half[2] + half[0]).astype(np.float16), -half[0], -half[1], x * y, a < b, ~(a >= b), a == b,
             (a != b),
         ]  # fmt: skip
     for n, row in enumerate(expected):

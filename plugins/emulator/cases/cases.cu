@@ -83,6 +83,9 @@ __global__ void floats(const float* a, const float* b, const float* c, float* ou
   const __half2 sum = __hfma2(__floats2half2_rn(x, y), __floats2half2_rn(y, z), __floats2half2_rn(z, x));
   put(__low2float(sum));
   put(__high2float(sum));
+  const __half2 negative = __hneg2(__floats2half2_rn(x, y));
+  put(__low2float(negative));
+  put(__high2float(negative));
   put(static_cast<float>(static_cast<double>(x) * y));
   put(x < y ? 1.0f : 0.0f);
   put(!(x >= y) ? 1.0f : 0.0f);

@@ -14,7 +14,7 @@ struct CompressedSplit {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
   static constexpr int kMinBlocks = 3;  // for four, registers would spill here
 #else
-  static constexpr int kMinBlocks = Kind ? 4 : 3;
+  static constexpr int kMinBlocks = Kind && !Rebuild ? 4 : 3;
 #endif
   using Arguments = CompressedSplitArguments<T>;
   using Own = CompressedSums<T, Kind>;

@@ -97,12 +97,9 @@ struct Scores {
   MC_HD float& operator()(int query, int token) const { return x[query * kStride + token]; }
   // Of tokens first, first + 1, first + 8, first + 9: a thread's part of 16 tokens. `first` is even.
   MC_HD void load(int query, int first, float (&out)[4]) const {
-    struct alignas(8) Two {
-      float x[2];
-    };
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const Two two = *reinterpret_cast<const Two*>(&(*this)(query, first + 8 * j));
+      const Two<float> two = *reinterpret_cast<const Two<float>*>(&(*this)(query, first + 8 * j));
       out[2 * j] = two.x[0];
       out[2 * j + 1] = two.x[1];
     }

@@ -163,6 +163,7 @@ struct MapFragmentsArguments {
   StreamShape shape;
   ReadMaps maps;
   const float* inverse_frequencies;
+  bool paired;  // as `rebuild_fragment` says
   void* out;    // [slots][rebuild_fragments]
   char* turns;  // KeyRebuild's table
 
@@ -200,8 +201,8 @@ struct MapFragments {
   MC_HD static void fill(const MapFragmentsArguments<T>& a, int slot, std::int64_t n) {
     const StreamShape& shape = a.shape;
     const int steps = rebuild_steps(shape), lane = static_cast<int>(n % kWarp);
-    const int step = static_cast<int>(n / kWarp % steps);
-    const int d = KeyRebuild::component(shape.dim, static_cast<int>(n / kWarp / steps) * 8 + lane / 4);
+    const int step = static_cast<int>(n / kWarp % steps), tile = static_cast<int>(n / kWarp / steps);
+    const int d = KeyRebuild::component(shape.dim, tile * 8 + lane / 4);
     const HeadMatrix map{a.maps.map, a.maps.map_heads, shape.stored};
     const HeadMatrix residual{a.maps.residual_map, shape.heads, shape.dim};
     auto number = [&](int c) {
@@ -212,7 +213,8 @@ struct MapFragments {
       if (matrix.data == nullptr) return static_cast<float>(column == d);
       return matrix.of(slot, shape.dim)[static_cast<std::int64_t>(d) * matrix.columns + column];
     };
-    FragmentB<E>& target = static_cast<FragmentB<E>*>(a.out)[slot * rebuild_fragments<T>(shape) + n];
+    FragmentB<E>* const out = static_cast<FragmentB<E>*>(a.out) + slot * rebuild_fragments<T>(shape);
+    FragmentB<E>& target = out[rebuild_fragment(a.paired, steps, tile, step, lane)];
     int first = shape.stored, length = shape.dim;  // of the run that the step belongs to
     for (int s = 0; s < shape.segments; ++s) {
       const Segment& segment = shape.segment[s];

@@ -1,7 +1,7 @@
 // Logits of keys stored before RoPE: a warp rebuilds 16 keys at a time on the tensor cores, turns them by their places in
 // the cache block, and multiplies with queries turned back by the block's position. Neither leaves the chip.
 //
-//     q . R(p + r) k = (R(-p) q) . (R(r) k),    k = nu ([y | residual] [P | A]^T) + c
+//     q . R(p + r) k = (R(-p) q) . (R(r) k),    k = (nu [y | residual]) [P | A]^T + c
 //
 // Halves of a key (component i is paired with i + D / 2) are padded to a multiple of 16 components each.
 #pragma once
@@ -21,14 +21,24 @@ MC_HD int rebuild_steps(const StreamShape& shape) {
   return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
 }
 
-// Fragments B of [P | A]^T of one slot: [padded key / 8][steps][lanes].
+// Fragments B of [P | A]^T of one slot: [padded key / 8][steps][lanes], or of known streams (`paired`)
+// [padded key / 8][steps / 2][lanes][2].
 template <class T>
 MC_HD std::int64_t rebuild_fragments(const StreamShape& shape) {
   return static_cast<std::int64_t>(2 * padded_half(shape.dim) / 8) * rebuild_steps(shape) * kWarp;
 }
+MC_HD int rebuild_fragment(bool paired, int steps, int tile, int step, int lane) {
+  if (!paired) return (tile * steps + step) * kWarp + lane;
+  return ((tile * steps + (step & ~1)) * kWarp + 2 * lane) + step % 2;
+}
+template <class E>
+struct alignas(16) FragmentPair {
+  FragmentB<E> step[2];
+};
 
 struct KeyRebuild {
-  const void* map;  // fragments, in shared memory if they fit
+  const void* map;             // fragments,
+  std::int32_t map_in_shared;  // or where they lie in shared memory if they fit there; -1: they do not
   char* rows;       // [y | residual] of the warps' tokens, as fragments A that only their own threads use
   char* turns;      // [kBlockSize][padded half / 2] `Turn`s
   float* offset;    // c of the slot by component of the padded key
@@ -85,58 +95,34 @@ struct KeyRebuild {
   MC_HD void logits(Block& block, const Stage<Kind, Formats>& stage, const QueryFragments& queries, int first,
                     float scale, Scores scores, int token) const {
     using E = Code<T>;
-    constexpr bool kOwn = is_known(Kind);  // the products' operands stay in registers
-    constexpr int kSteps = kOwn ? Kind / 16 : 1;
     const StreamShape& shape = stage.reader.shape;
-    const int steps = kOwn ? kSteps : rebuild_steps(shape), half = padded_half(shape.dim);
-    typename Block::template PerThread<FragmentA<E>> y[kSteps];
-    if constexpr (kOwn) {
-      read_rows<T>(block, stage, y);
-    } else {
-      store_rows<T>(block, stage, steps);
-    }
+    const int half = padded_half(shape.dim);
     typename Block::template PerThread<FragmentD> logit;
     block.each([&](Thread thread) { logit(thread) = FragmentD{}; });
-    for (int d = 0; d < half; d += 16) {
-      // Sums 0, 1: components d to d + 15; 2, 3: those they are paired with.
-      typename Block::template PerThread<FragmentD> key[4];
-      block.each([&](Thread thread) {
-        MC_UNROLL
-        for (int n = 0; n < 4; ++n) key[n](thread) = FragmentD{};
-      });
-      auto add = [&](int step, const typename Block::template PerThread<FragmentA<E>>& part) {
-        MC_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          const int tile = (d + n / 2 * half) / 8 + n % 2;
-          typename Block::template PerThread<FragmentB<E>> map_part;
-          block.each([&](Thread thread) {
-            map_part(thread) = static_cast<const FragmentB<E>*>(map)[(tile * steps + step) * kWarp + thread.lane()];
-          });
-          block.multiply_add(key[n], part, map_part);
-        }
-      };
-      if constexpr (kOwn) {
-        MC_UNROLL
-        for (int step = 0; step < kSteps; ++step) add(step, y[step]);
-      } else {
-        for (int step = 0; step < steps; ++step) {
-          block.each([&](Thread thread) { y[0](thread) = row<E>(thread, steps, step); });
-          add(step, y[0]);
-        }
-      }
+    // Keys of the warp's tokens, components d to d + 15 (sums 0 and 1) and those they are paired with (2 and 3).
+    auto add = [&](int d, typename Block::template PerThread<FragmentD>(&key)[4]) {
       typename Block::template PerThread<FragmentA<E>> turned[2];
       block.each([&](Thread thread) {
         const FragmentD sums[4] = {key[0](thread), key[1](thread), key[2](thread), key[3](thread)};
-        turn_keys<T>(thread, stage, sums, d, turned[0](thread), turned[1](thread));
+        turn_keys<T>(thread, shape.dim, sums, d, turned[0](thread), turned[1](thread));
       });
       MC_UNROLL
       for (int n = 0; n < 2; ++n) {
         typename Block::template PerThread<FragmentB<E>> query;
         block.each([&](Thread thread) {
-          query(thread) = queries.at<E, T>(first + (d + n * half) / 16, thread.lane());
+          query(thread) = queries.at<E, T>(first + (d >> 4) + n * (half >> 4), thread.lane());
         });
         block.multiply_add(logit, turned[n], query);
       }
+    };
+    if constexpr (is_known(Kind)) {
+      typename Block::template PerThread<FragmentA<E>> y[Kind / 16];
+      read_rows<T>(block, stage, y);
+      rebuild_known<Kind, E>(block, half, y, add);
+    } else {
+      const int steps = rebuild_steps(shape);
+      store_rows<T>(block, stage, steps);
+      rebuild_any<E>(block, half, steps, add);
     }
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
@@ -146,6 +132,79 @@ struct KeyRebuild {
   }
 
  private:
+  // Tile number n of the four that `add` takes: components, counted in eights.
+  MC_HD static int tile_of(int d, int half, int n) { return (d >> 3) + n / 2 * (half >> 3) + n % 2; }
+
+  // c, to which the products with the map are added.
+  template <class Block>
+  MC_HD void begin(Block& block, int d, int half, typename Block::template PerThread<FragmentD> (&key)[4]) const {
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        const auto c = detail::load<Two<float>>(offset + d + n / 2 * half + 8 * (n % 2) + 2 * (thread.lane() % 4));
+        key[n](thread) = FragmentD{{c.x[0], c.x[1], c.x[0], c.x[1]}};
+      }
+    });
+  }
+
+  template <int Kind, class E, class Block, class F>
+  MC_HD void rebuild_known(Block& block, int half, const typename Block::template PerThread<FragmentA<E>> (&y)[Kind / 16],
+                           F add) const {
+    constexpr int kSteps = Kind / 16;
+    auto rebuild = [&](const FragmentPair<E>* map) {
+      MC_NO_UNROLL
+      for (int d = 0; d < half; d += 16) {
+        typename Block::template PerThread<FragmentD> key[4];
+        begin(block, d, half, key);
+        MC_UNROLL
+        for (int step = 0; step < kSteps; step += 2) {
+          MC_UNROLL
+          for (int n = 0; n < 4; ++n) {
+            const int place = rebuild_fragment(true, kSteps, tile_of(d, half, n), step, 0) / 2;
+            typename Block::template PerThread<FragmentB<E>> part[2];
+            block.each([&](Thread thread) {
+              const FragmentPair<E> both = map[place + thread.lane()];
+              part[0](thread) = both.step[0];
+              part[1](thread) = both.step[1];
+            });
+            block.multiply_add(key[n], y[step], part[0]);
+            block.multiply_add(key[n], y[step + 1], part[1]);
+          }
+        }
+        add(d, key);
+      }
+    };
+    // Twice, so that the compiler knows which memory it is.
+    if (map_in_shared >= 0) {
+      rebuild(reinterpret_cast<const FragmentPair<E>*>(block.shared + map_in_shared));
+    } else {
+      rebuild(static_cast<const FragmentPair<E>*>(map));
+    }
+  }
+
+  template <class E, class Block, class F>
+  MC_HD void rebuild_any(Block& block, int half, int steps, F add) const {
+    const auto* const parts =
+        static_cast<const FragmentB<E>*>(map_in_shared >= 0 ? block.shared + map_in_shared : map);
+    for (int d = 0; d < half; d += 16) {
+      typename Block::template PerThread<FragmentD> key[4];
+      begin(block, d, half, key);
+      for (int step = 0; step < steps; ++step) {
+        typename Block::template PerThread<FragmentA<E>> y;
+        block.each([&](Thread thread) { y(thread) = row<E>(thread, steps, step); });
+        MC_UNROLL
+        for (int n = 0; n < 4; ++n) {
+          typename Block::template PerThread<FragmentB<E>> part;
+          block.each([&](Thread thread) {
+            part(thread) = parts[rebuild_fragment(false, steps, tile_of(d, half, n), step, thread.lane())];
+          });
+          block.multiply_add(key[n], y, part);
+        }
+      }
+      add(d, key);
+    }
+  }
+
   // A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
   template <class T, Format F, int N, int Kind, class Formats>
   MC_HD static void dequantize(Thread thread, const Stage<Kind, Formats>& stage, int n, int at,
@@ -156,21 +215,28 @@ struct KeyRebuild {
     auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
     FragmentA<Element<T, F>> unit[N / 4];
     read_unit<T, F, N, false>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
-    const TokenRanges ranges = stage.token_ranges(n);
+    const TokenRanges ranges = stage.token_ranges(n), norms = stage.norms();
+    // Of rows 0 and 1 of the thread: what unit and constant are multiplied with.
+    Pair<E> factor[2], constant[2];
+    MC_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const float norm = norms.scale(own + 8 * j);
+      const float scale = norm * ranges.scale(own + 8 * j), lowest = norm * ranges.minimum(own + 8 * j);
+      factor[j] = make_pair<E>(scale, scale);
+      constant[j] = make_pair<E>(lowest, lowest);
+    }
+    const bool plain = ranges.scales < 0 && norms.scales < 0;
     MC_UNROLL
     for (int s = 0; s < N / 4; ++s) {
       MC_UNROLL
       for (int j = 0; j < 4; ++j) {
-        if constexpr (has_ranges(F)) {
-          const float scale = ranges.scale(own + 8 * (j % 2)), lowest = ranges.minimum(own + 8 * (j % 2));
+        if constexpr (std::is_same_v<Element<T, F>, E>) {
           const Pair<E> x = pair_of(unit[s], j);
-          put_pair(out[s], j,
-                   ranges.scales < 0 ? x : fused(x, make_pair<E>(scale, scale), make_pair<E>(lowest, lowest)));
-        } else if constexpr (std::is_same_v<Element<T, F>, E>) {
-          put_pair(out[s], j, pair_of(unit[s], j));
+          put_pair(out[s], j, plain ? x : fused(x, factor[j % 2], constant[j % 2]));
         } else {
           const auto x = pair_of(unit[s], j);
-          put_pair(out[s], j, make_pair<E>(first_of(x), second_of(x)));
+          const float norm = norms.scale(own + 8 * (j % 2));
+          put_pair(out[s], j, make_pair<E>(norm * first_of(x), norm * second_of(x)));
         }
       }
     }
@@ -218,25 +284,18 @@ struct KeyRebuild {
 
   // Keys as they come out of the product, turned by their places, become fragments A of the next one: columns 8 n + 2 t +
   // i are its k.
-  template <class T, int Kind, class Formats>
-  MC_HD void turn_keys(Thread thread, const Stage<Kind, Formats>& stage, const FragmentD (&sums)[4], int d,
-                       FragmentA<Code<T>>& low, FragmentA<Code<T>>& high) const {
+  template <class T>
+  MC_HD void turn_keys(Thread thread, int dim, const FragmentD (&sums)[4], int d, FragmentA<Code<T>>& low,
+                       FragmentA<Code<T>>& high) const {
     using E = Code<T>;
-    const int dim = stage.reader.shape.dim, half = padded_half(dim);
     const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
-    const TokenRanges norms = stage.norms();
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const float norm = norms.scale(row + 8 * j);
       MC_UNROLL
       for (int n = 0; n < 2; ++n) {
-        const int c = d + 8 * n + 2 * t;
-        const float* const lower = offset + c;
-        const float* const upper = offset + c + half;
-        const Pair<E> a = round_pair<E>(norm * sums[n].x[2 * j] + lower[0], norm * sums[n].x[2 * j + 1] + lower[1]);
-        const Pair<E> b =
-            round_pair<E>(norm * sums[n + 2].x[2 * j] + upper[0], norm * sums[n + 2].x[2 * j + 1] + upper[1]);
-        const Turn<E> by = turn<E>(dim, row + 8 * j, c / 2);
+        const Pair<E> a = round_pair<E>(sums[n].x[2 * j], sums[n].x[2 * j + 1]);
+        const Pair<E> b = round_pair<E>(sums[n + 2].x[2 * j], sums[n + 2].x[2 * j + 1]);
+        const Turn<E> by = turn<E>(dim, row + 8 * j, (d >> 1) + 4 * n + t);
         const Pair<E> zero = make_pair<E>(-0.0f, -0.0f);
         put_pair(low, j + 2 * n, fused(a, by.cosine, negated(fused(b, by.sine, zero))));
         put_pair(high, j + 2 * n, fused(b, by.cosine, fused(a, by.sine, zero)));

@@ -85,13 +85,16 @@ MC_HD void level_pairs(std::uint32_t codes, Pair<Half> (&out)[4]) {
       out[p + 1].bits = permute_bytes(low, high, 0x7362);
     }
   } else {
-    const std::uint32_t ordered = permute_bytes(codes, 0, 0x3120);  // codes 0, 1, 4, 5, then 2, 3, 6, 7
+    // Magnitudes: codes c and 15 - c differ in sign.
+    const std::uint32_t negative = ~codes & 0x88888888u;
+    const std::uint32_t places = (codes ^ (negative - (negative >> 3))) & 0x77777777u;
+    const std::uint32_t ordered = permute_bytes(places, 0, 0x3120);  // codes 0, 1, 4, 5, then 2, 3, 6, 7
     MC_UNROLL
     for (int p = 0; p < 4; p += 2) {
-      std::uint32_t low, high;
-      look_up<4>(ordered >> (8 * p), low, high);
-      out[p].bits = permute_bytes(low, high, 0x6240);
-      out[p + 1].bits = permute_bytes(low, high, 0x7351);
+      const std::uint32_t index = ordered >> (8 * p);
+      const std::uint32_t low = permute_bytes(kLow0, kLow1, index), high = permute_bytes(kHigh0, kHigh1, index);
+      out[p].bits = permute_bytes(low, high, 0x6240) | (~codes << (12 - 4 * p) & 0x80008000u);
+      out[p + 1].bits = permute_bytes(low, high, 0x7351) | (~codes << (8 - 4 * p) & 0x80008000u);
     }
   }
 }

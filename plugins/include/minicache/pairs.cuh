@@ -19,6 +19,12 @@ struct CodeOf<float> {
 template <class T>
 using Code = typename CodeOf<T>::type;
 
+// Two neighbours, loaded at once.
+template <class X>
+struct alignas(2 * sizeof(X)) Two {
+  X x[2];
+};
+
 template <class E>
 struct Pair {
   std::uint32_t bits;  // the first number in the low half
@@ -110,7 +116,13 @@ MC_HD Pair<E> convert(Pair<Half> x) {
   }
 }
 
-MC_HD Pair<Half> negated(Pair<Half> x) { return Pair<Half>{x.bits ^ 0x80008000u}; }
+MC_HD Pair<Half> negated(Pair<Half> x) {
+#if MC_ON_DEVICE
+  return Pair<Half>{bit_cast<std::uint32_t>(__hneg2(bit_cast<__half2>(x.bits)))};
+#else
+  return Pair<Half>{x.bits ^ 0x80008000u};
+#endif
+}
 MC_HD Pair<float> negated(Pair<float> x) { return Pair<float>{{-x.x[0], -x.x[1]}}; }
 
 // Numbers 2 j and 2 j + 1 of a fragment.

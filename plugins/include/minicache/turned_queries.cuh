@@ -47,15 +47,17 @@ struct TurnedQueries {
       for (int n = thread.warp(); n < steps; n += kDecodeWarps) {
         MC_UNROLL
         for (int j = 0; j < 2; ++j) {
+          const int c = 16 * n + 2 * (thread.lane() % 4) + 8 * j;
           float x[2] = {}, y[2] = {};
-          MC_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const int c = 16 * n + 2 * (thread.lane() % 4) + 8 * j + i;
-            if (c >= dim / 2 || !used) continue;
-            const float p = to_float(row[c]), q = to_float(row[c + dim / 2]);
-            const Base base = bases[c];
-            x[i] = p * base.cosine + q * base.sine;
-            y[i] = q * base.cosine - p * base.sine;
+          if (c < dim / 2 && used) {  // dim / 2 is even
+            const Pair<T> p = detail::load<Pair<T>>(row + c), q = detail::load<Pair<T>>(row + c + dim / 2);
+            const Two<Base> base = detail::load<Two<Base>>(bases + c);
+            MC_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              const float low = i == 0 ? first_of(p) : second_of(p), high = i == 0 ? first_of(q) : second_of(q);
+              x[i] = low * base.x[i].cosine + high * base.x[i].sine;
+              y[i] = high * base.x[i].cosine - low * base.x[i].sine;
+            }
           }
           put_pair(fragments.template at<E, T>(first + n, thread.lane()), j, make_pair<E>(x[0], x[1]));
           put_pair(fragments.template at<E, T>(first + steps + n, thread.lane()), j, make_pair<E>(y[0], y[1]));
@@ -70,7 +72,8 @@ struct TurnedQueries {
     const StreamShape& shape = a.key.shape;
     const int bytes = static_cast<int>(rebuild_fragments<T>(shape) * sizeof(FragmentB<Code<T>>));
     const char* const map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
-    rebuild.map = a.shared.map_in_shared ? block.shared + a.shared.map : map;
+    rebuild.map = map;
+    rebuild.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
     rebuild.rows = block.shared + a.shared.rows;
     rebuild.turns = block.shared + a.shared.turns;
     rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
