@@ -205,52 +205,63 @@ struct KeyRebuild {
     }
   }
 
+  // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
+  // added: ranges and norms of the tokens.
+  template <class E>
+  struct RowRanges {
+    bool any;
+    Pair<E> factor[2], constant[2];
+
+    MC_HD static RowRanges of(const TokenRanges& ranges, const TokenRanges& norms, int row) {
+      RowRanges result{ranges.scales >= 0 || norms.scales >= 0, {}, {}};
+      MC_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float norm = norms.scale(row + 8 * j);
+        const float scale = norm * ranges.scale(row + 8 * j), lowest = norm * ranges.minimum(row + 8 * j);
+        result.factor[j] = round_pair<E>(scale, scale);
+        result.constant[j] = round_pair<E>(lowest, lowest);
+      }
+      return result;
+    }
+  };
+
   // A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
   template <class T, Format F, int N, int Kind, class Formats>
-  MC_HD static void dequantize(Thread thread, const Stage<Kind, Formats>& stage, int n, int at,
-                               FragmentA<Code<T>>* out) {
+  MC_HD static void dequantize(Thread thread, const Stage<Kind, Formats>& stage, const RowRanges<Code<T>>& ranges, int n,
+                               int at, FragmentA<Code<T>>* out) {
     using E = Code<T>;
     const char* const base = stage.rows(n);
-    const int own = 16 * thread.warp() + thread.lane() / 4, stride = stage.stride(n);
+    const int own = own_row(thread), stride = stage.stride(n);
     auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
     FragmentA<Element<T, F>> unit[N / 4];
     read_unit<T, F, N, false>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
-    const TokenRanges ranges = stage.token_ranges(n), norms = stage.norms();
-    // Of rows 0 and 1 of the thread: what unit and constant are multiplied with.
-    Pair<E> factor[2], constant[2];
-    MC_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const float norm = norms.scale(own + 8 * j);
-      const float scale = norm * ranges.scale(own + 8 * j), lowest = norm * ranges.minimum(own + 8 * j);
-      factor[j] = make_pair<E>(scale, scale);
-      constant[j] = make_pair<E>(lowest, lowest);
-    }
-    const bool plain = ranges.scales < 0 && norms.scales < 0;
     MC_UNROLL
     for (int s = 0; s < N / 4; ++s) {
       MC_UNROLL
       for (int j = 0; j < 4; ++j) {
         if constexpr (std::is_same_v<Element<T, F>, E>) {
           const Pair<E> x = pair_of(unit[s], j);
-          put_pair(out[s], j, plain ? x : fused(x, factor[j % 2], constant[j % 2]));
+          put_pair(out[s], j, ranges.any ? fused(x, ranges.factor[j % 2], ranges.constant[j % 2]) : x);
         } else {
           const auto x = pair_of(unit[s], j);
-          const float norm = norms.scale(own + 8 * (j % 2));
-          put_pair(out[s], j, make_pair<E>(norm * first_of(x), norm * second_of(x)));
+          const float norm = stage.norms().scale(own + 8 * (j % 2));
+          put_pair(out[s], j, round_pair<E>(norm * first_of(x), norm * second_of(x)));
         }
       }
     }
   }
+  MC_HD static int own_row(Thread thread) { return 16 * thread.warp() + thread.lane() / 4; }
 
   // Rows of the warp's 16 tokens, components in the order of `QueryFragments::component`: in registers,
   template <class T, int Kind, class Formats, class Block>
   MC_HD static void read_rows(Block& block, const Stage<Kind, Formats>& stage,
                               typename Block::template PerThread<FragmentA<Code<T>>> (&y)[Kind / 16]) {
     block.each([&](Thread thread) {
+      const auto ranges = RowRanges<Code<T>>::of(stage.token_ranges(0), stage.norms(), own_row(thread));
       MC_UNROLL
       for (int at = 0; at < Kind; at += 32) {
         FragmentA<Code<T>> unit[2];
-        dequantize<T, Formats::format, 8>(thread, stage, 0, at, unit);
+        dequantize<T, Formats::format, 8>(thread, stage, ranges, 0, at, unit);
         y[at / 16](thread) = unit[0];
         y[at / 16 + 1](thread) = unit[1];
       }
@@ -267,15 +278,16 @@ struct KeyRebuild {
       Formats::with(stage.run(n).format, [&](auto tag) {
         constexpr Format kFormat = decltype(tag)::value;
         block.each([&](Thread thread) {
+          const auto ranges = RowRanges<E>::of(stage.token_ranges(n), stage.norms(), own_row(thread));
           FragmentA<E> unit[2];
           int at = 0;
           for (; at + 32 <= length; at += 32) {
-            dequantize<T, kFormat, 8>(thread, stage, n, at, unit);
+            dequantize<T, kFormat, 8>(thread, stage, ranges, n, at, unit);
             row<E>(thread, steps, first + at / 16) = unit[0];
             row<E>(thread, steps, first + at / 16 + 1) = unit[1];
           }
           if (at == length) return;
-          dequantize<T, kFormat, 4>(thread, stage, n, at, unit);
+          dequantize<T, kFormat, 4>(thread, stage, ranges, n, at, unit);
           row<E>(thread, steps, first + at / 16) = unit[0];
         });
       });

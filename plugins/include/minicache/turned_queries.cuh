@@ -15,19 +15,25 @@ struct TurnedQueries {
   MC_HD static Base* bases_of(char* shared, const Arguments& a, int u) {
     return reinterpret_cast<Base*>(shared + a.shared.bases) + u * padded_half(a.key.shape.dim);
   }
+  // `first`: position of the first of `blocks` blocks. A thread turns one component from block to block.
   template <class Block>
   MC_HD static void fill_bases(Block& block, const Arguments& a, int first, int blocks) {
+    constexpr int kOwn = 4;  // blocks of a thread
     const int dim = a.key.shape.dim, half = padded_half(dim);
     const float* const frequencies = a.problem.shape.inverse_frequencies;
     block.each([&](Thread thread) {
-      for (int k = thread.index; k < blocks * half; k += kDecodeThreads) {
-        const int u = k / half, c = k % half;
-        Base base{1.0f, 0.0f};
+      for (int k = thread.index; k < ceil_div(blocks, kOwn) * half; k += kDecodeThreads) {
+        const int c = k % half, u = k / half * kOwn;
+        Base base{1.0f, 0.0f}, step{1.0f, 0.0f};
         if (c < dim / 2) {
           const float place = static_cast<float>(first + u * kBlockSize);
           sine_and_cosine(multiply(place, frequencies[c]), base.sine, base.cosine);
+          sine_and_cosine(multiply(static_cast<float>(kBlockSize), frequencies[c]), step.sine, step.cosine);
         }
-        bases_of(block.shared, a, u)[c] = base;
+        for (int i = u; i < minimum(u + kOwn, blocks); ++i) {
+          bases_of(block.shared, a, i)[c] = base;
+          base = {base.cosine * step.cosine - base.sine * step.sine, base.sine * step.cosine + base.cosine * step.sine};
+        }
       }
     });
   }
