@@ -110,7 +110,7 @@ struct DecodeAttention {
       const MapFragmentsArguments<T> arguments{key.shape,
                                                key.maps,
                                                a.shape.inverse_frequencies,
-                                               key.known_length(value) > 0,
+                                               key.plain() && value.plain(),
                                                workspace + layout.map_fragments,
                                                workspace + layout.turns};
       const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::turns(key.shape));

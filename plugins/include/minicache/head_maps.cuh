@@ -200,7 +200,7 @@ struct MapFragments {
  private:
   MC_HD static void fill(const MapFragmentsArguments<T>& a, int slot, std::int64_t n) {
     const StreamShape& shape = a.shape;
-    const int steps = rebuild_steps(shape), lane = static_cast<int>(n % kWarp);
+    const int steps = padded_steps(rebuild_steps(shape)), lane = static_cast<int>(n % kWarp);
     const int step = static_cast<int>(n / kWarp % steps), tile = static_cast<int>(n / kWarp / steps);
     const int d = KeyRebuild::component(shape.dim, tile * 8 + lane / 4);
     const HeadMatrix map{a.maps.map, a.maps.map_heads, shape.stored};
@@ -209,7 +209,7 @@ struct MapFragments {
       const bool own = c < shape.stored;
       const HeadMatrix matrix = own ? map : residual;
       const int column = own ? c : c - shape.stored;
-      if (d < 0) return 0.0f;
+      if (d < 0 || step >= rebuild_steps(shape)) return 0.0f;
       if (matrix.data == nullptr) return static_cast<float>(column == d);
       return matrix.of(slot, shape.dim)[static_cast<std::int64_t>(d) * matrix.columns + column];
     };

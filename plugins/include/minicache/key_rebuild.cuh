@@ -21,18 +21,22 @@ MC_HD int rebuild_steps(const StreamShape& shape) {
   return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
 }
 
-// Fragments B of [P | A]^T of one slot: [padded key / 8][steps][lanes], or of known streams (`paired`)
-// [padded key / 8][steps / 2][lanes][2].
+// The same with a step of zeros behind an odd number of them.
+MC_HD constexpr int padded_steps(int steps) { return (steps + 1) / 2 * 2; }
+
+// Fragments B of [P | A]^T of one slot: [padded key / 8][padded steps][lanes], or of plain streams (`paired`)
+// [padded key / 8][padded steps / 2][lanes][2].
 template <class T>
 MC_HD std::int64_t rebuild_fragments(const StreamShape& shape) {
-  return static_cast<std::int64_t>(2 * padded_half(shape.dim) / 8) * rebuild_steps(shape) * kWarp;
+  return static_cast<std::int64_t>(2 * padded_half(shape.dim) / 8) * padded_steps(rebuild_steps(shape)) * kWarp;
 }
 MC_HD int rebuild_fragment(bool paired, int steps, int tile, int step, int lane) {
   if (!paired) return (tile * steps + step) * kWarp + lane;
   return ((tile * steps + (step & ~1)) * kWarp + 2 * lane) + step % 2;
 }
+constexpr int kPlainSteps = 32 * kDecodeWarps / 16;  // of a plain stream, at most
 template <class E>
-struct alignas(16) FragmentPair {
+struct alignas(2 * sizeof(FragmentB<E>)) FragmentPair {
   FragmentB<E> step[2];
 };
 
@@ -118,11 +122,23 @@ struct KeyRebuild {
     if constexpr (is_known(Kind)) {
       typename Block::template PerThread<FragmentA<E>> y[Kind / 16];
       read_rows<T>(block, stage, y);
-      rebuild_known<Kind, E>(block, half, y, add);
+      rebuild_plain<E, Kind / 16>(block, half, Fixed<Kind / 16>{}, y, add);
     } else {
       const int steps = rebuild_steps(shape);
       store_rows<T>(block, stage, steps);
-      rebuild_any<E>(block, half, steps, add);
+      if constexpr (Kind == kPlain) {
+        typename Block::template PerThread<FragmentA<E>> y[kPlainSteps];
+        block.each([&](Thread thread) {
+          MC_UNROLL
+          for (int step = 0; step < kPlainSteps; ++step) {
+            if (step < padded_steps(steps)) y[step](thread) = FragmentA<E>{};
+            if (step < steps) y[step](thread) = row<E>(thread, steps, step);
+          }
+        });
+        rebuild_plain<E, kPlainSteps>(block, half, padded_steps(steps), y, add);
+      } else {
+        rebuild_any<E>(block, half, steps, add);
+      }
     }
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
@@ -147,20 +163,21 @@ struct KeyRebuild {
     });
   }
 
-  template <int Kind, class E, class Block, class F>
-  MC_HD void rebuild_known(Block& block, int half, const typename Block::template PerThread<FragmentA<E>> (&y)[Kind / 16],
-                           F add) const {
-    constexpr int kSteps = Kind / 16;
+  // `steps`: an even number, at most Most.
+  template <class E, int Most, class Block, class Steps, class F>
+  MC_HD void rebuild_plain(Block& block, int half, Steps steps,
+                           const typename Block::template PerThread<FragmentA<E>> (&y)[Most], F add) const {
     auto rebuild = [&](const FragmentPair<E>* map) {
       MC_NO_UNROLL
       for (int d = 0; d < half; d += 16) {
         typename Block::template PerThread<FragmentD> key[4];
         begin(block, d, half, key);
         MC_UNROLL
-        for (int step = 0; step < kSteps; step += 2) {
+        for (int step = 0; step < Most; step += 2) {
+          if (step >= steps) break;
           MC_UNROLL
           for (int n = 0; n < 4; ++n) {
-            const int place = rebuild_fragment(true, kSteps, tile_of(d, half, n), step, 0) / 2;
+            const int place = rebuild_fragment(true, steps, tile_of(d, half, n), step, 0) / 2;
             typename Block::template PerThread<FragmentB<E>> part[2];
             block.each([&](Thread thread) {
               const FragmentPair<E> both = map[place + thread.lane()];
@@ -196,7 +213,7 @@ struct KeyRebuild {
         for (int n = 0; n < 4; ++n) {
           typename Block::template PerThread<FragmentB<E>> part;
           block.each([&](Thread thread) {
-            part(thread) = parts[rebuild_fragment(false, steps, tile_of(d, half, n), step, thread.lane())];
+            part(thread) = parts[rebuild_fragment(false, padded_steps(steps), tile_of(d, half, n), step, thread.lane())];
           });
           block.multiply_add(key[n], y, part);
         }
