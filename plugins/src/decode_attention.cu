@@ -81,6 +81,7 @@ struct DecodeAttention {
 
   // Rows that maps are applied to.
   int map_rows() const { return a.step.decodes * problem.group; }
+  bool few_rows() const { return map_rows() <= 8 * kFewMapTiles; }
 
   std::int32_t map_queries() const {
     const ReadMaps& maps = key.maps;
@@ -92,15 +93,16 @@ struct DecodeAttention {
          {maps.residual_map, shape.heads, shape.dim},
          {maps.offset, shape.heads, 1}},
         {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)}};
-    return map_rows() <= kFewMapRows ? map_queries<kFewMapRows>(arguments) : map_queries<kMapRows>(arguments);
+    return few_rows() ? map_queries<kFewMapTiles>(arguments) : map_queries<kMapTiles>(arguments);
   }
 
-  template <int Rows>
+  template <int Tiles>
   std::int32_t map_queries(const QueryMapArguments<T>& arguments) const {
-    using Kernel = QueryMap<T, Rows>;
+    using Kernel = QueryMap<T, Tiles>;
     int tiles = 0;
     for (int n = 0; n < kQueryMaps; ++n) tiles += Kernel::tiles(arguments, n);
-    return launch_kernel<Kernel>(kName, {tiles, ceil_div(map_rows(), Rows), a.shape.heads}, Kernel::kShared, arguments, stream);
+    return launch_kernel<Kernel>(kName, {tiles, ceil_div(map_rows(), Kernel::kRows), a.shape.heads}, Kernel::kShared,
+                                 arguments, stream);
   }
 
   std::int32_t run_compressed() const {
@@ -169,7 +171,7 @@ struct DecodeAttention {
     T* out = static_cast<T*>(a.out);
     const CombineArguments<T> arguments{problem, full(), compressed(), value, mapped, at(layout.sums),
                                         at(layout.residual_sums), at(layout.plain), out, a.out_stride};
-    const int shared = (kDecodeWarps + sizes.full_splits + sizes.compressed_splits) * 4;
+    const int shared = kDecodeWarps * (sizes.full_splits + sizes.compressed_splits) * 4;
     const std::int32_t status =
         launch_kernel<CombineSplits<T>>(kName, {a.shape.query_heads, a.step.decodes, 1}, shared, arguments, stream);
     if (status != ok || !mapped) return status;
@@ -183,14 +185,14 @@ struct DecodeAttention {
                                     at(layout.plain),
                                     out,
                                     a.out_stride};
-    return map_rows() <= kFewMapRows ? map_output<kFewMapRows>(map) : map_output<kMapRows>(map);
+    return few_rows() ? map_output<kFewMapTiles>(map) : map_output<kMapTiles>(map);
   }
 
-  template <int Rows>
+  template <int Tiles>
   std::int32_t map_output(const OutputMapArguments<T>& map) const {
-    using Kernel = OutputMap<T, Rows>;
-    return launch_kernel<Kernel>(kName, {a.shape.dim / Kernel::kComponents, ceil_div(map_rows(), Rows), a.shape.heads},
-                         Kernel::kShared, map, stream);
+    using Kernel = OutputMap<T, Tiles>;
+    const Grid grid{ceil_div(a.shape.dim, Kernel::kColumns), ceil_div(map_rows(), Kernel::kRows), a.shape.heads};
+    return launch_kernel<Kernel>(kName, grid, Kernel::kShared, map, stream);
   }
 };
 

@@ -108,14 +108,18 @@ inline std::int32_t check_pointers(const AttentionArguments& a, std::size_t numb
   }
   if (a.q == nullptr) return missing("q");
   if (a.out == nullptr) return missing("out");
-  if (!aligned(a.q, number) || !aligned(a.out, number)) {
-    return fail(invalid_argument, "%s: q or out is not aligned to its numbers", kName);
-  }
+  if (!aligned(a.q, 16)) return fail(invalid_argument, "%s: q is not aligned to 16 bytes", kName);
+  if (!aligned(a.out, number)) return fail(invalid_argument, "%s: out is not aligned to its numbers", kName);
   const std::int64_t width = static_cast<std::int64_t>(a.shape.query_heads) * a.shape.dim;
   if (a.q_stride < width || a.out_stride < width) {
     return fail(invalid_argument, "%s: q_stride and out_stride: expected at least %lld, got %lld and %lld", kName,
                 static_cast<long long>(width), static_cast<long long>(a.q_stride),
                 static_cast<long long>(a.out_stride));
+  }
+  const auto unit = static_cast<std::int64_t>(16 / number);
+  if (a.q_stride % unit != 0) {
+    return fail(invalid_argument, "%s: q_stride: expected a multiple of %lld, got %lld", kName,
+                static_cast<long long>(unit), static_cast<long long>(a.q_stride));
   }
   if (step.query_start == nullptr) return missing("query_start");
   if (step.context_len == nullptr) return missing("context_len");

@@ -16,102 +16,96 @@ struct CombineArguments {
   std::int64_t out_stride;
 };
 
-// Thread block: (query head, decode). Shared memory: a factor per split, and a number per warp.
+// Thread block: (query head, decode). Shared memory: a factor per split, for each warp on its own.
 template <class T>
 struct CombineSplits {
   static constexpr int kThreads = kDecodeThreads;
 
+  // A query row's records of the splits that one tier has.
+  struct Records {
+    const float* first;
+    int count, stride;
+    MC_HD const float* at(int n) const { return first + n * stride; }
+  };
+
   template <class Block>
   MC_HD static void run(Block& block, const CombineArguments<T>& a) {
     const int sequence = block.y(), head = block.x();
-    const std::int64_t row = a.problem.query_row(sequence, head);
-    const TokenRange full = splits_of(visible(a.problem, false, sequence));
-    const TokenRange compressed =
-        a.compressed.splits == 0 ? TokenRange{0, 0} : splits_of(visible(a.problem, true, sequence));
-    const int full_count = full.last - full.first, count = full_count + compressed.last - compressed.first;
-    auto record = [&](int n) {
-      return n < full_count ? a.full.at(row, full.first + n) : a.compressed.at(row, compressed.first + n - full_count);
-    };
-    float* warps = reinterpret_cast<float*>(block.shared);
-    float* factors = warps + kDecodeWarps;
-    typename Block::template PerThread<float> number;
+    const Records full = records(a, false, sequence, head), compressed = records(a, true, sequence, head);
+    const int count = full.count + compressed.count;
+    auto record = [&](int n) { return n < full.count ? full.at(n) : compressed.at(n - full.count); };
+    auto factors = [&](Thread thread) { return reinterpret_cast<float*>(block.shared) + thread.warp() * count; };
+    typename Block::template PerThread<float> peak, total;
     block.each([&](Thread thread) {
-      number(thread) = -kInfinity;
-      for (int n = thread.index; n < count; n += kThreads) number(thread) = maximum(number(thread), record(n)[0]);
+      peak(thread) = -kInfinity;
+      for (int n = thread.lane(); n < count; n += kWarp) peak(thread) = maximum(peak(thread), record(n)[0]);
     });
-    block.template reduce_max<kWarp>(number);
-    const float peak = over_warps(block, number, warps, [](float x, float y) { return maximum(x, y); });
-    const float shift = peak == -kInfinity ? 0.0f : peak;
+    block.template reduce_max<kWarp>(peak);
     block.each([&](Thread thread) {
-      number(thread) = 0.0f;
-      for (int n = thread.index; n < count; n += kThreads) {
-        factors[n] = exp2_of(record(n)[0] - shift);
-        number(thread) += factors[n] * record(n)[1];
+      const float shift = peak(thread) == -kInfinity ? 0.0f : peak(thread);
+      total(thread) = 0.0f;
+      for (int n = thread.lane(); n < count; n += kWarp) {
+        const float factor = exp2_of(record(n)[0] - shift);
+        factors(thread)[n] = factor;
+        total(thread) += factor * record(n)[1];
       }
     });
-    block.template reduce_add<kWarp>(number);
-    const float total = over_warps(block, number, warps, [](float x, float y) { return x + y; });
-    // Component of a vector, added up over the tier's splits.
-    auto sum = [&](bool compressed_tier, int place) {
-      float result = 0.0f;
-      const int first = compressed_tier ? full_count : 0, last = compressed_tier ? count : full_count;
-      MC_UNROLL
-      for (int n = first; n < last; ++n) result += factors[n] * record(n)[place];
-      return result;
-    };
-    write(block, a, sequence, head, total > 0.0f ? 1.0f / total : 0.0f, count > full_count, sum);
+    block.template reduce_add<kWarp>(total);
+    block.sync_warp();
+    block.each([&](Thread thread) {
+      const float* const own = factors(thread);
+      // Component of a vector, added up over a tier's splits.
+      auto sum = [&](const Records& records, const float* factor, int place) {
+        float result = 0.0f;
+        for (int n = 0; n < records.count; ++n) result += factor[n] * records.at(n)[place];
+        return result;
+      };
+      write(thread, a, sequence, head, total(thread) > 0.0f ? 1.0f / total(thread) : 0.0f, compressed.count > 0,
+            [&](int place) { return sum(full, own, place); },
+            [&](int place) { return sum(compressed, own + full.count, place); });
+    });
   }
 
  private:
-  MC_HD static TokenRange splits_of(TokenRange tokens) {
-    if (tokens.empty()) return {0, 0};
-    return {tokens.first / kSplitTokens, ceil_div(tokens.last, kSplitTokens)};
+  MC_HD static Records records(const CombineArguments<T>& a, bool compressed_tier, int sequence, int head) {
+    const Partials& partials = compressed_tier ? a.compressed : a.full;
+    if (partials.splits == 0) return {nullptr, 0, 0};
+    const TokenRange tokens = visible(a.problem, compressed_tier, sequence);
+    if (tokens.empty()) return {nullptr, 0, 0};
+    const int first = tokens.first / kSplitTokens;
+    return {partials.at(a.problem.query_row(sequence, head), first), ceil_div(tokens.last, kSplitTokens) - first,
+            partials.record};
   }
 
-  // The same number for every thread, from one per warp.
-  template <class Block, class F>
-  MC_HD static float over_warps(Block& block, const typename Block::template PerThread<float>& x, float* warps,
-                                F join) {
-    block.sync();
-    block.each([&](Thread thread) {
-      if (thread.lane() == 0) warps[thread.warp()] = x(thread);
-    });
-    block.sync();
-    float result = warps[0];
-    for (int w = 1; w < kDecodeWarps; ++w) result = join(result, warps[w]);
-    return result;
-  }
-
-  template <class Block, class Sum>
-  MC_HD static void write(Block& block, const CombineArguments<T>& a, int sequence, int head, float inverse,
-                          bool has_compressed, Sum sum) {
+  // `full(place)`, `compressed(place)`: sums over the splits of either tier.
+  template <class Full, class Compressed>
+  MC_HD static void write(Thread thread, const CombineArguments<T>& a, int sequence, int head, float inverse,
+                          bool has_compressed, Full full, Compressed compressed) {
     const StreamShape& shape = a.value.shape;
     const int dim = a.problem.shape.dim, slot = has_compressed ? a.value.slot(head / a.problem.group) : 0;
     const std::int64_t row = a.problem.query_row(sequence, head);
     T* out = a.out + a.problem.step.query_start[sequence] * a.out_stride + static_cast<std::int64_t>(head) * dim;
-    block.each([&](Thread thread) {
-      const bool offset = has_compressed && a.value.maps.offset != nullptr;
-      const float weight = offset ? sum(true, 2) : 0.0f;
-      for (int d = thread.index; d < dim; d += kThreads) {
-        float x = sum(false, kRecordHead + d);
-        if (offset) x += weight * a.value.maps.offset[slot * dim + d];
-        if (has_compressed && shape.retained > 0) x += sum(true, exact_vector(shape) + d);
-        if (has_compressed && !a.mapped) {
-          x += sum(true, kRecordHead + d);
-          if (shape.has_residual()) x += sum(true, residual_vector(shape) + d);
-        }
-        if (a.mapped) {
-          a.plain[row * dim + d] = x * inverse;
-          if (shape.has_residual()) a.residual_sums[row * dim + d] = sum(true, residual_vector(shape) + d) * inverse;
-        } else {
-          out[d] = from_float<T>(x * inverse);
-        }
+    const bool offset = has_compressed && a.value.maps.offset != nullptr;
+    const float weight = offset ? compressed(2) : 0.0f;
+    for (int d = thread.index; d < dim; d += kThreads) {
+      float x = full(kRecordHead + d);
+      if (offset) x += weight * a.value.maps.offset[slot * dim + d];
+      if (has_compressed && shape.retained > 0) x += compressed(exact_vector(shape) + d);
+      if (has_compressed && !a.mapped) {
+        x += compressed(kRecordHead + d);
+        if (shape.has_residual()) x += compressed(residual_vector(shape) + d);
       }
-      if (!a.mapped) return;
-      for (int c = thread.index; c < shape.stored; c += kThreads) {
-        a.sums[row * shape.stored + c] = sum(true, kRecordHead + c) * inverse;
+      if (a.mapped) {
+        a.plain[row * dim + d] = x * inverse;
+        if (shape.has_residual()) a.residual_sums[row * dim + d] = compressed(residual_vector(shape) + d) * inverse;
+      } else {
+        out[d] = from_float<T>(x * inverse);
       }
-    });
+    }
+    if (!a.mapped) return;
+    for (int c = thread.index; c < shape.stored; c += kThreads) {
+      a.sums[row * shape.stored + c] = compressed(kRecordHead + c) * inverse;
+    }
   }
 };
 

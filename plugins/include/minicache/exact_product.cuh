@@ -15,6 +15,7 @@
 
 #include <type_traits>
 
+#include "minicache/fragments.cuh"
 #include "minicache/tile.cuh"
 
 namespace minicache {
@@ -46,17 +47,6 @@ struct ExactPlace {
         g(thread.index >> 2 & 7),
         t(thread.index & 3) {}
 };
-
-// Numbers `first` and `second` as sums of parts.
-template <class E, int Parts>
-MC_HD void split_pair(float first, float second, Pair<E> (&out)[Parts]) {
-  MC_UNROLL
-  for (int i = 0; i < Parts; ++i) {
-    out[i] = round_pair<E>(first, second);
-    first -= first_of(out[i]);
-    second -= second_of(out[i]);
-  }
-}
 
 // One part of a warp's rows in `Steps` steps of 16 components.
 template <class Block, class E, int Steps>

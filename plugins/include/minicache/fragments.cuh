@@ -32,4 +32,15 @@ MC_HD FragmentB<T> half_of(const FragmentA<T>& both, int half) {
   return result;
 }
 
+// Numbers `first` and `second` as sums of parts.
+template <class E, int Parts>
+MC_HD void split_pair(float first, float second, Pair<E> (&out)[Parts]) {
+  MC_UNROLL
+  for (int i = 0; i < Parts; ++i) {
+    out[i] = round_pair<E>(first, second);
+    first -= first_of(out[i]);
+    second -= second_of(out[i]);
+  }
+}
+
 }  // namespace minicache

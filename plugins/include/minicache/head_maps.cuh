@@ -1,14 +1,14 @@
 // Linear maps of decode attention, applied once to queries and once to sums of values: products of the rows of all
-// decodes' query heads of a KV head with that head's matrix, in float32.
+// decodes' query heads of a KV head with that head's matrix.
 #pragma once
 
-#include "minicache/decode_split.cuh"
+#include "minicache/head_product.cuh"
 #include "minicache/key_rebuild.cuh"
 
 namespace minicache {
 
-// Query rows of a thread block, and of one where there are no more.
-constexpr int kMapRows = 16, kFewMapRows = 4;
+// Tiles of 8 query rows of a thread block, and of one where there are no more.
+constexpr int kMapTiles = 4, kFewMapTiles = 1;
 
 // One matrix per slot, [heads, D, columns] row-major; heads is H, or 1: the same for all. Null: none.
 struct HeadMatrix {
@@ -19,12 +19,18 @@ struct HeadMatrix {
   }
 };
 
-// Row number `n` of a KV head: its sequence and query head.
+// Query rows of a KV head that a thread block has to do with: `count` from number `first` on.
 template <class T>
-MC_HD void map_row(const DecodeProblem<T>& problem, int head, int n, int& sequence, int& query) {
-  sequence = n / problem.group;
-  query = head * problem.group + n % problem.group;
-}
+struct MapRows {
+  const DecodeProblem<T>& problem;
+  int head, first, count;
+
+  MC_HD MapRows(const DecodeProblem<T>& of, int head, int first, int most)
+      : problem(of), head(head), first(first), count(minimum(of.step.decodes * of.group - first, most)) {}
+  MC_HD int sequence(int n) const { return (first + n) / problem.group; }
+  MC_HD int query(int n) const { return head * problem.group + (first + n) % problem.group; }
+  MC_HD std::int64_t row(int n) const { return problem.query_row(sequence(n), query(n)); }
+};
 
 constexpr int kQueryMaps = 3;  // P, A, c
 
@@ -36,50 +42,50 @@ struct QueryMapArguments {
   float* out[kQueryMaps];  // [query rows, columns]
 };
 
-// q M for each matrix. Thread block: (128 columns of one matrix, Rows rows, KV head).
-template <class T, int Rows>
+// q M for each matrix. Thread block: (columns of one matrix, query rows, KV head).
+template <class T, int Tiles>
 struct QueryMap {
   static constexpr int kThreads = kDecodeThreads;
-  static constexpr int kShared = Rows * kMaxHeadDim * 4;
+  using Product = HeadProduct<T, Tiles>;
+  using Numbers = typename Product::Numbers;
+  static constexpr int kRows = Product::kRows, kShared = Product::shared_bytes(kMaxHeadDim);
 
   MC_HD static int tiles(const QueryMapArguments<T>& a, int n) {
-    return a.matrix[n].data == nullptr ? 0 : ceil_div(a.matrix[n].columns, kThreads);
+    return a.matrix[n].data == nullptr ? 0 : ceil_div(a.matrix[n].columns, Product::kColumns);
   }
 
   template <class Block>
   MC_HD static void run(Block& block, const QueryMapArguments<T>& a) {
     int n = 0, tile = block.x();
     for (; n < kQueryMaps - 1 && tile >= tiles(a, n); ++n) tile -= tiles(a, n);
-    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * Rows;
-    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, Rows);
-    float* query = reinterpret_cast<float*>(block.shared);  // [D][Rows]
-    block.each([&](Thread thread) {
-      for (int i = thread.index; i < Rows * dim; i += kThreads) {
-        const int row = i / dim, c = i % dim;
-        int sequence, number;
-        map_row(a.problem, head, first + minimum(row, rows - 1), sequence, number);
-        query[c * Rows + row] = to_float(a.problem.query(sequence, number)[c]);
-      }
-    });
-    block.sync();
+    const int dim = a.problem.shape.dim, head = block.z(), columns = a.matrix[n].columns;
+    const MapRows<T> rows(a.problem, head, block.y() * kRows, kRows);
     const float* matrix = a.matrix[n].of(a.slots == nullptr ? head : static_cast<int>(a.slots[head]), dim);
-    const int columns = a.matrix[n].columns;
-    block.each([&](Thread thread) {
-      const int column = tile * kThreads + thread.index;
-      if (column >= columns) return;
-      float sum[Rows] = {};
-      for (int d = 0; d < dim; ++d) {
-        const float x = matrix[static_cast<std::int64_t>(d) * columns + column];
-        MC_UNROLL
-        for (int row = 0; row < Rows; ++row) sum[row] += x * query[d * Rows + row];
-      }
+    const int first = tile * Product::kColumns;
+    auto query = [&](int row, int k) {
+      Numbers x{};
+      if (row >= rows.count) return x;
+      const auto stored = detail::load<Two<Pair<T>>>(a.problem.query(rows.sequence(row), rows.query(row)) + k);
       MC_UNROLL
-      for (int row = 0; row < Rows; ++row) {
-        if (row >= rows) continue;
-        int sequence, number;
-        map_row(a.problem, head, first + row, sequence, number);
-        a.out[n][a.problem.query_row(sequence, number) * columns + column] = sum[row];
+      for (int i = 0; i < 2; ++i) {
+        x.x[2 * i] = first_of(stored.x[i]);
+        x.x[2 * i + 1] = second_of(stored.x[i]);
       }
+      return x;
+    };
+    auto column = [&](int m, int k) {
+      Numbers x{};
+      if (first + m >= columns) return x;
+      const float* const from = matrix + static_cast<std::int64_t>(k) * columns + first + m;
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) x.x[i] = from[i * columns];
+      return x;
+    };
+    typename Product::template Sums<Block> sums;
+    Product::clear(block, sums);
+    Product::add(block, sums, dim, columns - first, query, column);
+    Product::each_sum(block, sums, [&](int row, int m, float sum) {
+      if (row < rows.count && first + m < columns) a.out[n][rows.row(row) * columns + first + m] = sum;
     });
   }
 };
@@ -94,66 +100,46 @@ struct OutputMapArguments {
   std::int64_t out_stride;
 };
 
-// plain + sums P^T + residual_sums A^T. Thread block: (16 components, Rows rows, KV head).
-template <class T, int Rows>
+// plain + sums P^T + residual_sums A^T. Thread block: (components, query rows, KV head).
+template <class T, int Tiles>
 struct OutputMap {
   static constexpr int kThreads = kDecodeThreads;
-  static constexpr int kLanes = 8;  // of one component
-  static constexpr int kComponents = kThreads / kLanes;
-  static constexpr int kShared = Rows * kMaxRank * 4;
+  using Product = HeadProduct<T, Tiles>;
+  using Numbers = typename Product::Numbers;
+  static constexpr int kRows = Product::kRows, kColumns = Product::kColumns;
+  static constexpr int kShared = Product::shared_bytes(kMaxRank);
 
   template <class Block>
   MC_HD static void run(Block& block, const OutputMapArguments<T>& a) {
-    const int dim = a.problem.shape.dim, head = block.z(), first = block.y() * Rows;
-    const int rows = minimum(a.problem.step.decodes * a.problem.group - first, Rows);
+    const int dim = a.problem.shape.dim, head = block.z(), first = block.x() * kColumns;
+    const MapRows<T> rows(a.problem, head, block.y() * kRows, kRows);
     const int slot = a.slots == nullptr ? head : static_cast<int>(a.slots[head]);
-    typename Block::template PerThread<float> total[Rows];
-    block.each([&](Thread thread) {
-      MC_UNROLL
-      for (int row = 0; row < Rows; ++row) total[row](thread) = 0.0f;
-    });
+    typename Product::template Sums<Block> total;
+    Product::clear(block, total);
     auto add = [&](const HeadMatrix& matrix, const float* sums) {
       if (sums == nullptr) return;
-      const int columns = matrix.columns;
-      float* x = reinterpret_cast<float*>(block.shared);  // [Rows][columns]
-      block.sync();
-      block.each([&](Thread thread) {
-        for (int i = thread.index; i < Rows * columns; i += kThreads) {
-          int sequence, number;
-          map_row(a.problem, head, first + minimum(i / columns, rows - 1), sequence, number);
-          x[i] = sums[a.problem.query_row(sequence, number) * columns + i % columns];
-        }
-      });
-      block.sync();
-      block.each([&](Thread thread) {
-        const int component = block.x() * kComponents + thread.index / kLanes;
-        const float* line = matrix.data == nullptr ? nullptr : matrix.of(slot, dim) + component * columns;
-        for (int c = thread.index % kLanes * 4; c < columns; c += kLanes * 4) {
-          MC_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const float factor = line == nullptr ? static_cast<float>(c + i == component) : line[c + i];
-            MC_UNROLL
-            for (int row = 0; row < Rows; ++row) total[row](thread) += factor * x[row * columns + c + i];
-          }
-        }
-      });
+      auto sum = [&](int row, int k) {
+        return row < rows.count ? detail::load<Numbers>(sums + rows.row(row) * matrix.columns + k) : Numbers{};
+      };
+      auto column = [&](int m, int k) {
+        const int component = first + m;
+        Numbers x{};
+        if (component >= dim) return x;
+        if (matrix.data != nullptr) return detail::load<Numbers>(matrix.of(slot, dim) + component * matrix.columns + k);
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) x.x[i] = static_cast<float>(k + i == component);
+        return x;
+      };
+      Product::add(block, total, matrix.columns, dim - first, sum, column);
     };
     add(a.latent, a.sums);
     add(a.residual, a.residual_sums);
-    MC_UNROLL
-    for (int row = 0; row < Rows; ++row) block.template reduce_add<kLanes>(total[row]);
-    block.each([&](Thread thread) {
-      const int component = block.x() * kComponents + thread.index / kLanes;
-      if (thread.index % kLanes != 0) return;
-      MC_UNROLL
-      for (int row = 0; row < Rows; ++row) {
-        if (row >= rows) continue;
-        int sequence, number;
-        map_row(a.problem, head, first + row, sequence, number);
-        const float plain = a.plain[a.problem.query_row(sequence, number) * dim + component];
-        T* out = a.out + a.problem.step.query_start[sequence] * a.out_stride + static_cast<std::int64_t>(number) * dim;
-        out[component] = from_float<T>(plain + total[row](thread));
-      }
+    Product::each_sum(block, total, [&](int row, int m, float sum) {
+      const int component = first + m;
+      if (row >= rows.count || component >= dim) return;
+      const int sequence = rows.sequence(row);
+      T* const out = a.out + a.problem.step.query_start[sequence] * a.out_stride + rows.query(row) * dim;
+      out[component] = from_float<T>(a.plain[rows.row(row) * dim + component] + sum);
     });
   }
 };
