@@ -173,7 +173,8 @@ struct DecodeAttention {
                                         at(layout.residual_sums), at(layout.plain), out, a.out_stride};
     const int shared = kDecodeWarps * (sizes.full_splits + sizes.compressed_splits) * 4;
     const std::int32_t status =
-        launch_kernel<CombineSplits<T>>(kName, {a.shape.query_heads, a.step.decodes, 1}, shared, arguments, stream);
+        launch_kernel<CombineSplits<T>>(kName, {ceil_div(a.shape.query_heads, kDecodeWarps), a.step.decodes, 1}, shared,
+                                        arguments, stream);
     if (status != ok || !mapped) return status;
     const StreamShape& shape = value.shape;
     const OutputMapArguments<T> map{problem,

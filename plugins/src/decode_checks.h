@@ -25,8 +25,14 @@ inline std::int32_t check_maps(const char* part, const StreamShape& shape, const
     return fail(invalid_argument, "%s: %s.map_heads: expected 1 or %d, got %d", kName, part, shape.heads,
                 maps.map_heads);
   }
-  if (maps.map != nullptr && !aligned(maps.map, 16)) {
-    return fail(invalid_argument, "%s: %s.map is not aligned to 16 bytes", kName, part);
+  const struct {
+    const char* name;
+    const float* data;
+  } matrices[] = {{"map", maps.map}, {"residual_map", maps.residual_map}, {"offset", maps.offset}};
+  for (const auto& matrix : matrices) {
+    if (!aligned(matrix.data, 16)) {
+      return fail(invalid_argument, "%s: %s.%s is not aligned to 16 bytes", kName, part, matrix.name);
+    }
   }
   if (shape.has_residual() && shape.align && maps.residual_map == nullptr) return absent("residual_map");
   if (shape.merge == Merge::linear && maps.offset == nullptr) return absent("offset");

@@ -16,95 +16,125 @@ struct CombineArguments {
   std::int64_t out_stride;
 };
 
-// Thread block: (query head, decode). Shared memory: a factor per split, for each warp on its own.
+// Thread block: (query heads, one per warp, decode). Shared memory: a factor per split for each warp.
 template <class T>
 struct CombineSplits {
   static constexpr int kThreads = kDecodeThreads;
+  static constexpr int kRun = 4;  // components of a lane
 
-  // A query row's records of the splits that one tier has.
+  struct alignas(16) Run {
+    float x[kRun];
+    MC_HD void add(float factor, const float* from) {
+      const Run other = detail::load<Run>(from);
+      MC_UNROLL
+      for (int i = 0; i < kRun; ++i) x[i] += factor * other.x[i];
+    }
+    MC_HD void store(float factor, float* to) const {
+      Run scaled = *this;
+      for (float& y : scaled.x) y *= factor;
+      *reinterpret_cast<Run*>(to) = scaled;
+    }
+  };
+
+  // A query row's records of the splits that one tier has, and their factors.
   struct Records {
-    const float* first;
+    const float *first, *factors;
     int count, stride;
     MC_HD const float* at(int n) const { return first + n * stride; }
+    // Components from `place` on of a vector, a multiple of kRun, added up over the splits.
+    MC_HD void add(Run& sum, int place) const {
+      for (int n = 0; n < count; ++n) sum.add(factors[n], at(n) + place);
+    }
   };
 
   template <class Block>
   MC_HD static void run(Block& block, const CombineArguments<T>& a) {
-    const int sequence = block.y(), head = block.x();
-    const Records full = records(a, false, sequence, head), compressed = records(a, true, sequence, head);
-    const int count = full.count + compressed.count;
-    auto record = [&](int n) { return n < full.count ? full.at(n) : compressed.at(n - full.count); };
-    auto factors = [&](Thread thread) { return reinterpret_cast<float*>(block.shared) + thread.warp() * count; };
+    const int sequence = block.y(), heads = a.problem.shape.query_heads;
+    auto head = [&](Thread thread) { return block.x() * kDecodeWarps + thread.warp(); };
+    if (!block.any_warp([&](Thread thread) { return head(thread) < heads; })) return;
     typename Block::template PerThread<float> peak, total;
+    typename Block::template PerThread<Records> full, compressed;
+    auto record = [&](Thread thread, int n) {
+      return n < full(thread).count ? full(thread).at(n) : compressed(thread).at(n - full(thread).count);
+    };
     block.each([&](Thread thread) {
+      const int own = minimum(head(thread), heads - 1);
+      float* const factors = reinterpret_cast<float*>(block.shared) +
+                             thread.warp() * (a.full.splits + a.compressed.splits);
+      full(thread) = records(a, false, sequence, own, factors);
+      compressed(thread) = records(a, true, sequence, own, factors + full(thread).count);
       peak(thread) = -kInfinity;
-      for (int n = thread.lane(); n < count; n += kWarp) peak(thread) = maximum(peak(thread), record(n)[0]);
+      for (int n = thread.lane(); n < full(thread).count + compressed(thread).count; n += kWarp) {
+        peak(thread) = maximum(peak(thread), record(thread, n)[0]);
+      }
     });
     block.template reduce_max<kWarp>(peak);
     block.each([&](Thread thread) {
       const float shift = peak(thread) == -kInfinity ? 0.0f : peak(thread);
+      float* const factors = const_cast<float*>(full(thread).factors);
       total(thread) = 0.0f;
-      for (int n = thread.lane(); n < count; n += kWarp) {
-        const float factor = exp2_of(record(n)[0] - shift);
-        factors(thread)[n] = factor;
-        total(thread) += factor * record(n)[1];
+      for (int n = thread.lane(); n < full(thread).count + compressed(thread).count; n += kWarp) {
+        factors[n] = exp2_of(record(thread, n)[0] - shift);
+        total(thread) += factors[n] * record(thread, n)[1];
       }
     });
     block.template reduce_add<kWarp>(total);
     block.sync_warp();
     block.each([&](Thread thread) {
-      const float* const own = factors(thread);
-      // Component of a vector, added up over a tier's splits.
-      auto sum = [&](const Records& records, const float* factor, int place) {
-        float result = 0.0f;
-        for (int n = 0; n < records.count; ++n) result += factor[n] * records.at(n)[place];
-        return result;
-      };
-      write(thread, a, sequence, head, total(thread) > 0.0f ? 1.0f / total(thread) : 0.0f, compressed.count > 0,
-            [&](int place) { return sum(full, own, place); },
-            [&](int place) { return sum(compressed, own + full.count, place); });
+      if (head(thread) >= heads) return;
+      const float inverse = total(thread) > 0.0f ? 1.0f / total(thread) : 0.0f;
+      write(thread, a, sequence, head(thread), inverse, full(thread), compressed(thread));
     });
   }
 
  private:
-  MC_HD static Records records(const CombineArguments<T>& a, bool compressed_tier, int sequence, int head) {
+  MC_HD static Records records(const CombineArguments<T>& a, bool compressed_tier, int sequence, int head,
+                               const float* factors) {
     const Partials& partials = compressed_tier ? a.compressed : a.full;
-    if (partials.splits == 0) return {nullptr, 0, 0};
+    if (partials.splits == 0) return {nullptr, factors, 0, 0};
     const TokenRange tokens = visible(a.problem, compressed_tier, sequence);
-    if (tokens.empty()) return {nullptr, 0, 0};
+    if (tokens.empty()) return {nullptr, factors, 0, 0};
     const int first = tokens.first / kSplitTokens;
-    return {partials.at(a.problem.query_row(sequence, head), first), ceil_div(tokens.last, kSplitTokens) - first,
-            partials.record};
+    return {partials.at(a.problem.query_row(sequence, head), first), factors,
+            ceil_div(tokens.last, kSplitTokens) - first, partials.record};
   }
 
-  // `full(place)`, `compressed(place)`: sums over the splits of either tier.
-  template <class Full, class Compressed>
   MC_HD static void write(Thread thread, const CombineArguments<T>& a, int sequence, int head, float inverse,
-                          bool has_compressed, Full full, Compressed compressed) {
+                          const Records& full, const Records& compressed) {
     const StreamShape& shape = a.value.shape;
-    const int dim = a.problem.shape.dim, slot = has_compressed ? a.value.slot(head / a.problem.group) : 0;
+    const int dim = a.problem.shape.dim;
     const std::int64_t row = a.problem.query_row(sequence, head);
     T* out = a.out + a.problem.step.query_start[sequence] * a.out_stride + static_cast<std::int64_t>(head) * dim;
-    const bool offset = has_compressed && a.value.maps.offset != nullptr;
-    const float weight = offset ? compressed(2) : 0.0f;
-    for (int d = thread.index; d < dim; d += kThreads) {
-      float x = full(kRecordHead + d);
-      if (offset) x += weight * a.value.maps.offset[slot * dim + d];
-      if (has_compressed && shape.retained > 0) x += compressed(exact_vector(shape) + d);
-      if (has_compressed && !a.mapped) {
-        x += compressed(kRecordHead + d);
-        if (shape.has_residual()) x += compressed(residual_vector(shape) + d);
+    const float* offset = compressed.count > 0 ? a.value.maps.offset : nullptr;
+    float weight = 0.0f;
+    if (offset != nullptr) {
+      offset += a.value.slot(head / a.problem.group) * dim;
+      for (int n = 0; n < compressed.count; ++n) weight += compressed.factors[n] * compressed.at(n)[2];
+    }
+    const int step = kRun * kWarp;
+    for (int d = kRun * thread.lane(); d < dim; d += step) {
+      Run x{};
+      full.add(x, kRecordHead + d);
+      if (offset != nullptr) x.add(weight, offset + d);
+      if (shape.retained > 0) compressed.add(x, exact_vector(shape) + d);
+      if (!a.mapped) {
+        compressed.add(x, kRecordHead + d);
+        if (shape.has_residual()) compressed.add(x, residual_vector(shape) + d);
+        MC_UNROLL
+        for (int i = 0; i < kRun; ++i) out[d + i] = from_float<T>(x.x[i] * inverse);
+        continue;
       }
-      if (a.mapped) {
-        a.plain[row * dim + d] = x * inverse;
-        if (shape.has_residual()) a.residual_sums[row * dim + d] = compressed(residual_vector(shape) + d) * inverse;
-      } else {
-        out[d] = from_float<T>(x * inverse);
-      }
+      x.store(inverse, a.plain + row * dim + d);
+      if (!shape.has_residual()) continue;
+      Run residual{};
+      compressed.add(residual, residual_vector(shape) + d);
+      residual.store(inverse, a.residual_sums + row * dim + d);
     }
     if (!a.mapped) return;
-    for (int c = thread.index; c < shape.stored; c += kThreads) {
-      a.sums[row * shape.stored + c] = compressed(kRecordHead + c) * inverse;
+    for (int c = kRun * thread.lane(); c < shape.stored; c += step) {
+      Run latent{};
+      compressed.add(latent, kRecordHead + c);
+      latent.store(inverse, a.sums + row * shape.stored + c);
     }
   }
 };
