@@ -48,6 +48,16 @@ def test_streams_of_one_run(kernels: Kernels, plan: str, dim: int, dtype: torch.
         assert_agrees(kernels, case, layer)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [80, 128])
+@pytest.mark.parametrize("plan", ["pair KLT", "three layers, dropped segment, retention"])
+def test_more_queries_than_a_block_maps(kernels: Kernels, plan: str, dim: int, dtype: torch.dtype) -> None:
+    """Rows of a KV head over two thread blocks, the second one not full."""
+    config = model(dim, 2, 8)
+    batch = step([(70 + 3 * n, 64, 1) for n in range(7)])
+    assert_agrees(kernels, Case.random(kernels, config, all_plans(config)[plan], batch, dtype))
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 511, 512, 513, 1000])
 def test_lengths_around_blocks_and_splits(kernels: Kernels, length: int) -> None:
     config = model(128, 2, 4)

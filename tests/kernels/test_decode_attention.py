@@ -343,7 +343,7 @@ def test_no_decodes_is_nothing_to_do(host_library: KernelLibrary) -> None:
         ("step.full_columns", 0, "full_columns"),
         ("step.compressed_len", None, "compressed_len is null"),
         ("step.compressed_columns", 0, "compressed_columns"),
-        ("q_stride", 479, "q_stride: expected at least"),
+        ("q_stride", 479, "q_stride and out_stride: expected at least"),
         ("q_stride", 482, "q_stride: expected a multiple of 4, got 482"),
         ("sliding_window", -1, "sliding_window"),
         ("shape.softcap", -1, "softcap: expected 0 or more"),
