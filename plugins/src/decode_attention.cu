@@ -40,6 +40,9 @@ struct DecodeAttention {
     if (!sizes.compressed()) return;
     key = stream_reader<T>(*a.key.shape, a.key.pools, a.key.maps);
     value = stream_reader<T>(*a.value.shape, a.value.pools, a.value.maps);
+    if (key.known_length(value) == 0) return;
+    key = stream_reader<T>(*a.key.shape, a.key.pools, a.key.maps, true);
+    value = stream_reader<T>(*a.value.shape, a.value.pools, a.value.maps, true);
   }
 
   float* at(std::int64_t offset) const { return offset < 0 ? nullptr : reinterpret_cast<float*>(workspace + offset); }
@@ -113,6 +116,7 @@ struct DecodeAttention {
                                                key.maps,
                                                a.shape.inverse_frequencies,
                                                key.plain() && value.plain(),
+                                               key.known_length(value) > 0,
                                                workspace + layout.map_fragments,
                                                workspace + layout.turns};
       const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::turns(key.shape));

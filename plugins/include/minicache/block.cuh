@@ -35,6 +35,14 @@ MC_HD Thread forgotten(Thread thread) {
   return thread;
 }
 
+// An address of which the compiler knows nothing: what is added to it later is added to the whole.
+MC_HD const char* forgotten(const char* address) {
+#if MC_ON_DEVICE
+  asm volatile("" : "+l"(address));
+#endif
+  return address;
+}
+
 struct Grid {
   int x = 1, y = 1, z = 1;
 };
@@ -116,6 +124,13 @@ struct CudaBlock {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes));
+  }
+  // The same from and to places behind the given ones.
+  template <int Target, int Source>
+  __device__ __forceinline__ static void copy_async_at(void* target, const void* source) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(address), "l"(source), "n"(Target),
+                 "n"(Source));
   }
   __device__ __forceinline__ static void commit_async() { asm volatile("cp.async.commit_group;"); }
   // Waits until at most `Pending` of the thread's latest groups are under way; other threads see the data after `sync`.
@@ -263,6 +278,10 @@ struct HostBlock {
     } else {
       std::memset(target, 0, 16);
     }
+  }
+  template <int Target, int Source>
+  static void copy_async_at(void* target, const void* source) {
+    copy_async(static_cast<char*>(target) + Target, static_cast<const char*>(source) + Source);
   }
   static void commit_async() {}
   template <int Pending>

@@ -120,14 +120,13 @@ MC_HD Pair<Half> offset_codes(std::uint32_t word) {
 }  // namespace detail
 
 // Formats whose codes may be read with an offset, which is then taken off sums of them: component pairs (columns) p of
-// `read_offset_run` (`read_offset_columns`) are kCodeOffset + kOffsetStep code for odd p, kCodeOffset + code for others.
+// `read_offset_word` (`read_offset_columns`) are kCodeOffset + kOffsetStep code for odd p, kCodeOffset + code for others.
 constexpr float kCodeOffset = 1024.0f, kOffsetStep = 16.0f;
 template <class T, Format F>
 constexpr bool kOffsetCodes = F == Format::int4 && sizeof(T) == 2;
 
-// Eight components from a multiple of 8 on; rows are aligned to 4 bytes.
-MC_HD void read_offset_run(const void* row, int index, Pair<Half> (&out)[4]) {
-  const std::uint32_t word = detail::load<std::uint32_t>(static_cast<const char*>(row) + index / 2);
+// Eight components, from a stored word of 4-bit codes.
+MC_HD void read_offset_word(std::uint32_t word, Pair<Half> (&out)[4]) {
   out[0] = detail::offset_codes<false>(word);
   out[1] = detail::offset_codes<true>(word);
   out[2] = detail::offset_codes<false>(word >> 8);
@@ -198,6 +197,26 @@ MC_HD void read_run(const void* row, int index, bool words, Pair<Element<T, F>> 
         }
       }
     }
+  }
+}
+
+// Eight components, from a stored word of 4-bit codes of a format with ranges or gaussian.
+template <class T, Format F>
+MC_HD void read_word(std::uint32_t word, Pair<Code<T>> (&out)[4]) {
+  static_assert(bits_of(F) == 4, "eight codes in a word");
+  const std::uint32_t codes[2] = {word ^ detail::kFlip, 0};
+  if constexpr (sizeof(T) == 4) {
+    float x[8];
+    for (int i = 0; i < 8; ++i) {
+      const int code = codes[0] >> (4 * i) & 15u;
+      x[i] = is_gaussian(F) ? gaussian_level(4, code) : static_cast<float>(code);
+    }
+    for (int p = 0; p < 4; ++p) out[p] = make_pair<float>(x[p], x[p + 4]);
+  } else if constexpr (is_gaussian(F)) {
+    detail::gaussian_pairs<4, 8>(codes, out);
+  } else {
+    MC_UNROLL
+    for (int p = 0; p < 4; ++p) out[p] = detail::integer_pair<4, 8>(codes, p);
   }
 }
 

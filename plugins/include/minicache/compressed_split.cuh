@@ -36,10 +36,13 @@ struct CompressedSplit {
       stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
       return result;
     };
-    typename Block::template PerThread<StageSource<T, Kind>> keys, values;
+    using KeySource = StageSource<T, Kind, Part::key>;
+    using ValueSource = StageSource<T, Kind, Part::value>;
+    typename Block::template PerThread<KeySource> keys;
+    typename Block::template PerThread<ValueSource> values;
     block.each([&](Thread thread) {
-      keys(thread) = StageSource<T, Kind>::of(thread, a.key, key_slot);
-      values(thread) = StageSource<T, Kind>::of(thread, a.value, value_slot);
+      keys(thread) = KeySource::of(thread, a.key, key_slot);
+      values(thread) = ValueSource::of(thread, a.value, value_slot);
     });
     auto fetch_value = [&](int u) {
       char* const stage = next(filled);
@@ -57,7 +60,8 @@ struct CompressedSplit {
     for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
 
     const QueryFragments fragments = fragments_of(block, a);
-    const int exact_step = prepare_queries(block, a, item, fragments);
+    constexpr bool kKnownQueries = is_known(Kind) && !Rebuild;
+    const int exact_step = kKnownQueries ? 0 : prepare_queries(block, a, item, fragments);
     KeyRebuild rebuild{};
     if constexpr (Rebuild) rebuild = Turned::prepare_rebuild(block, a, key_slot);
     const float scale = a.problem.shape.scale * kLog2e;
@@ -66,7 +70,7 @@ struct CompressedSplit {
       for (int u = 0; u < blocks; ++u) {
         wait_stage(block, a.shared.stages);
         fetch(u + a.shared.stages - 1);
-        read(Stage<Kind, decltype(formats)>{a.key, next(ready)}, start + u * kBlockSize);
+        read(KeyStage<Kind, decltype(formats)>{a.key, next(ready)}, start + u * kBlockSize);
       }
     };
     if constexpr (Rebuild) {
@@ -81,13 +85,12 @@ struct CompressedSplit {
           if (u + 1 < blocks) turn(u + 1);
         });
       });
-    } else if constexpr (is_known(Kind)) {
-      typename Block::template PerThread<QueryConstants> constants;
-      block.sync();
-      block.each([&](Thread thread) { constants(thread) = QueryConstants::of(thread, fragments, offset_codes(a.key), scale); });
+    } else if constexpr (kKnownQueries) {
+      KnownQueries<T, Kind, Block> queries;
+      prepare_known(block, a, item, scale, fragments.data, queries);
       each_format(a.key, [&](auto formats) {
         read_keys(formats, [&](const auto& stage, int token) {
-          known_logits<T>(block, stage, fragments, constants, scale, scores, token);
+          known_logits<T>(block, stage, queries, scale, scores, token);
         });
       });
     } else {
@@ -118,7 +121,7 @@ struct CompressedSplit {
       for (int u = 0; u < blocks; ++u) {
         wait_stage(block, a.shared.stages);
         fetch_value(u + a.shared.stages - 1);
-        const Stage<Kind, decltype(formats)> stage{a.value, next(ready)};
+        const ValueStage<Kind, decltype(formats)> stage{a.value, next(ready)};
         prepare_weights<T>(block, stage, scores, start + u * kBlockSize, weights, constants);
         block.sync();
         Own::add_stage(block, stage, weights, sums);
@@ -170,9 +173,39 @@ struct CompressedSplit {
   MC_HD static bool offset_codes(const StreamReader& reader) {
     bool result = false;
     each_format(reader, [&](auto formats) {
-      result = Stage<Kind, decltype(formats)>{reader, nullptr}.template offset_codes<T>();
+      result = KeyStage<Kind, decltype(formats)>{reader, nullptr}.template offset_codes<T>();
     });
     return result;
+  }
+
+  template <class Queries, class Block>
+  MC_HD static void prepare_known(Block& block, const Arguments& a, const SplitItem& item, float scale, char* shared,
+                                  Queries& queries) {
+    auto row = [&](int query) { return a.problem.query_row(item.sequence, item.query + query); };
+    auto numbers = [&](int query, int c, float (&x)[8]) {
+      for (float& y : x) y = 0.0f;
+      if (query >= item.queries) return;
+      if (a.queries.latent == nullptr) {
+        struct alignas(8 * sizeof(T)) Eight {
+          T x[8];
+        };
+        const auto own = detail::load<Eight>(a.problem.query(item.sequence, item.query + query) + c);
+        MC_UNROLL
+        for (int i = 0; i < 8; ++i) x[i] = to_float(own.x[i]);
+        return;
+      }
+      const float* const mapped = a.queries.latent + row(query) * a.key.shape.stored + c;
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const auto own = detail::load<Two<float>>(mapped + 2 * i);
+        x[2 * i] = own.x[0];
+        x[2 * i + 1] = own.x[1];
+      }
+    };
+    queries.prepare(block, shared, offset_codes(a.key), numbers, [&](int query) {
+      const bool used = a.queries.offset != nullptr && query < item.queries;
+      return used ? scale * a.queries.offset[row(query)] : 0.0f;
+    });
   }
 
   // Queries as fragments; returns the first step of those for retained keys.
@@ -188,11 +221,11 @@ struct CompressedSplit {
     if constexpr (Rebuild) {
       step = 2 * turned_steps(shape.dim);
     } else {
-      Stage<Kind>{a.key, nullptr}.each_run([&](int n) {
+      KeyStage<Kind>{a.key, nullptr}.each_run([&](int n) {
         const StageRun& run = a.key.runs[n];
         const float* mapped = n == kResidualRun ? a.queries.residual : a.queries.latent;
         const int width = n == kResidualRun ? shape.dim : shape.stored, start = n == kResidualRun ? 0 : run.stored;
-        fill_fragments<T>(block, fragments, n, run.format, run.length, step, offset_codes(a.key), [&](int query, int c) {
+        fill_fragments<T>(block, fragments, n, run.format, run.length, step, [&](int query, int c) {
           if (mapped == nullptr || query >= item.queries) return plain(query, start + c);
           return mapped[row(query) * width + start + c];
         });
@@ -200,7 +233,7 @@ struct CompressedSplit {
       });
     }
     if (!Kind && shape.retained > 0)
-      fill_fragments<T>(block, fragments, kExactRun, shape.retained_format, shape.dim, step, false, plain);
+      fill_fragments<T>(block, fragments, kExactRun, shape.retained_format, shape.dim, step, plain);
     block.each([&](Thread thread) {
       if (thread.index >= kQueryTile) return;
       const bool used = a.queries.offset != nullptr && thread.index < item.queries;
@@ -209,7 +242,7 @@ struct CompressedSplit {
     block.sync();
     finish_fragments(block, fragments, [&](int n) {
       if (n == kExactRun) return shape.retained > 0;
-      return !Rebuild && (a.key.has_run(n) || (n == QueryFragments::kOffsets && offset_codes(a.key)));
+      return !Rebuild && a.key.has_run(n);
     });
     return step;
   }

@@ -57,7 +57,7 @@ struct CompressedSums {
   }
 
   template <class Formats, class Block>
-  MC_HD static void add_stage(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights,
+  MC_HD static void add_stage(Block& block, const ValueStage<Kind, Formats>& stage, const WeightFragments& weights,
                               Sums<Block> (&sums)[kOwn]) {
     if constexpr (Kind) {
       stage.each_run([&](int r) {
@@ -87,7 +87,7 @@ struct CompressedSums {
 
   // Run r's part of units `first` and following, one per warp.
   template <class Formats, class Block>
-  MC_HD static void add_unit(Block& block, const Stage<Kind, Formats>& stage, const WeightFragments& weights, int r,
+  MC_HD static void add_unit(Block& block, const ValueStage<Kind, Formats>& stage, const WeightFragments& weights, int r,
                              int first, Sums<Block>& sum) {
     const char* base = stage.rows(r);
     const int stride = stage.stride(r);

@@ -23,6 +23,12 @@ MC_HD Pair<T> round_pair(float first, float second) {
 #endif
 }
 
+// Fragments B of two steps, loaded at once.
+template <class E>
+struct alignas(2 * sizeof(FragmentB<E>)) FragmentPair {
+  FragmentB<E> step[2];
+};
+
 // Fragments B of two neighbouring products, as `load_matrices` reads them together: neighbouring registers, which the
 // product takes as they are.
 template <class T>

@@ -150,6 +150,7 @@ struct MapFragmentsArguments {
   ReadMaps maps;
   const float* inverse_frequencies;
   bool paired;  // as `rebuild_fragment` says
+  bool known;   // components in the order of `known_component`
   void* out;    // [slots][rebuild_fragments]
   char* turns;  // KeyRebuild's table
 
@@ -159,8 +160,8 @@ struct MapFragmentsArguments {
 };
 
 // What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the order
-// of `QueryFragments::component`, run by run; and the turns of a block's places. Thread block: (128 fragments, slot), behind the last slot 128
-// turns.
+// of `QueryFragments::component`, run by run; and the turns of a block's places. Thread block: (128 fragments, slot),
+// behind the last slot 128 turns.
 template <class T>
 struct MapFragments {
   static constexpr int kThreads = kDecodeThreads;
@@ -210,7 +211,10 @@ struct MapFragments {
       length = segment.length;
     }
     for (int j = 0; j < 2; ++j) {
-      auto component = [&](int i) { return first + QueryFragments::component(length, step - first / 16, lane, j, i); };
+      auto component = [&](int i) {
+        if (a.known) return known_component(length, step, lane, j, i);
+        return first + QueryFragments::component(length, step - first / 16, lane, j, i);
+      };
       put_pair(target, j, make_pair<E>(number(component(0)), number(component(1))));
     }
   }

@@ -11,12 +11,8 @@ namespace minicache {
 // (4) neighbouring components of a unit, from N t on; step s (of 16 components) of the unit takes its pairs 2 s and
 // 2 s + 1.
 struct QueryFragments {
-  static constexpr int kOffsets = 1;  // with known formats there is one run
-
   char* data;
-  // [kRuns][kQueryTile]: sum of a query's components of a run, as rounded. Number kOffsets: what the offset of codes adds
-  // to the products, where codes are read with one.
-  float* sums;
+  float* sums;    // [kRuns][kQueryTile]: sum of a query's components of a run, as rounded
   float* parts;   // [kRuns][kDecodeWarps][kQueryTile]
   float* offset;  // [kQueryTile]
 
@@ -35,45 +31,35 @@ struct QueryFragments {
   }
 };
 
-// Fills the fragments of a run from step `first` on; `number(query, component)` is the query. Offset: codes are read with
-// one, so that the components of every second pair are divided by its step.
+// Fills the fragments of a run from step `first` on; `number(query, component)` is the query.
 template <class T, class Block, class F>
 MC_HD void fill_fragments(Block& block, const QueryFragments& fragments, int n, Format format, int length, int first,
-                          bool offset, F number) {
-  typename Block::template PerThread<float> sum, offsets;
+                          F number) {
+  typename Block::template PerThread<float> sum;
   block.each([&](Thread thread) {
     const int lane = thread.lane();
-    float total = 0.0f, plain = 0.0f;
+    float total = 0.0f;
     for (int step = thread.warp(); step < length / 16; step += kDecodeWarps) {
       for (int j = 0; j < 2; ++j) {
-        const float unit = offset && j == 1 ? kOffsetStep : 1.0f;
         float x[2];
-        for (int i = 0; i < 2; ++i) {
-          x[i] = number(lane / 4, QueryFragments::component(length, step, lane, j, i)) / unit;
-        }
+        for (int i = 0; i < 2; ++i) x[i] = number(lane / 4, QueryFragments::component(length, step, lane, j, i));
         if (format == Format::model) {
           const Pair<T> pair = make_pair<T>(x[0], x[1]);
           put_pair(fragments.at<T, T>(first + step, lane), j, pair);
         } else {
           const Pair<Code<T>> pair = make_pair<Code<T>>(x[0], x[1]);
           put_pair(fragments.at<Code<T>, T>(first + step, lane), j, pair);
-          plain += first_of(pair) + second_of(pair);
-          total += unit * (first_of(pair) + second_of(pair));
+          total += first_of(pair) + second_of(pair);
         }
       }
     }
     sum(thread) = total;
-    offsets(thread) = kCodeOffset * plain;
   });
-  auto store = [&](int number, typename Block::template PerThread<float>& x) {
-    block.template reduce_add<4>(x);
-    block.each([&](Thread thread) {
-      if (thread.lane() % 4 != 0) return;
-      fragments.parts[(number * kDecodeWarps + thread.warp()) * kQueryTile + thread.lane() / 4] = x(thread);
-    });
-  };
-  store(n, sum);
-  if (offset) store(QueryFragments::kOffsets, offsets);
+  block.template reduce_add<4>(sum);
+  block.each([&](Thread thread) {
+    if (thread.lane() % 4 != 0) return;
+    fragments.parts[(n * kDecodeWarps + thread.warp()) * kQueryTile + thread.lane() / 4] = sum(thread);
+  });
 }
 
 // After a `sync` that follows the filling; another one must follow. `filled(n)`: whether run n has been.
@@ -88,52 +74,55 @@ MC_HD void finish_fragments(Block& block, const QueryFragments& fragments, F fil
   });
 }
 
-// The thread's part of a unit of N t-runs (Offset: of codes read with one) as fragments A: rows lane / 4 and lane / 4 + 8
-// of the warp's tile, from component `at` of the run on.
-template <class T, Format F, int N, bool Offset, class Rows>
+// Scales and minima of components `index` and following, in the order of pairs, applied to two rows.
+template <Format F, class E, int Pairs>
+MC_HD void apply_ranges(const ChannelRanges& ranges, int index, Pair<E> (&x)[2][Pairs]) {
+  if (!ranges.any) return;
+  Pair<Half> scale[Pairs] = {}, lowest[Pairs] = {};
+  read_numbers<2 * Pairs>(ranges.scales + index, scale);
+  if constexpr (is_integer(F)) read_numbers<2 * Pairs>(ranges.minima + index, lowest);
+  MC_UNROLL
+  for (int p = 0; p < Pairs; ++p) {
+    const Pair<E> factor = convert<E>(scale[p]);
+    const Pair<E> constant = is_integer(F) ? convert<E>(lowest[p]) : make_pair<E>(-0.0f, -0.0f);
+    MC_UNROLL
+    for (int half = 0; half < 2; ++half) x[half][p] = fused(x[half][p], factor, constant);
+  }
+}
+
+// Pairs of rows lane / 4 and lane / 4 + 8 as fragments A of steps of 16 components: two pairs of each row.
+template <class E, int Pairs>
+MC_HD void put_rows(const Pair<E> (&x)[2][Pairs], FragmentA<E>* keys) {
+  MC_UNROLL
+  for (int s = 0; s < Pairs / 2; ++s) {
+    MC_UNROLL
+    for (int j = 0; j < 4; ++j) put_pair(keys[s], j, x[j % 2][2 * s + j / 2]);
+  }
+}
+
+// The thread's part of a unit of N t-runs as fragments A: rows lane / 4 and lane / 4 + 8 of the warp's tile, from
+// component `at` of the run on.
+template <class T, Format F, int N, class Rows>
 MC_HD void read_unit(Thread thread, int at, Rows rows, bool words, const ChannelRanges& ranges,
                      FragmentA<Element<T, F>>* keys) {
   using E = Element<T, F>;
   const int index = at + N * (thread.lane() % 4);
   Pair<E> x[2][N / 2];
   MC_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    if constexpr (Offset) {
-      read_offset_run(rows(thread, half), index, x[half]);
-    } else {
-      read_run<T, F, N>(rows(thread, half), index, words, x[half]);
-    }
-  }
-  if constexpr (has_ranges(F) && !Offset) {
-    if (ranges.any) {
-      Pair<Half> scale[N / 2] = {}, lowest[N / 2] = {};
-      read_numbers<N>(ranges.scales + index, scale);
-      if constexpr (is_integer(F)) read_numbers<N>(ranges.minima + index, lowest);
-      MC_UNROLL
-      for (int p = 0; p < N / 2; ++p) {
-        const Pair<E> factor = convert<E>(scale[p]);
-        const Pair<E> constant = is_integer(F) ? convert<E>(lowest[p]) : make_pair<E>(-0.0f, -0.0f);
-        MC_UNROLL
-        for (int half = 0; half < 2; ++half) x[half][p] = fused(x[half][p], factor, constant);
-      }
-    }
-  }
-  MC_UNROLL
-  for (int s = 0; s < N / 4; ++s) {
-    MC_UNROLL
-    for (int j = 0; j < 4; ++j) put_pair(keys[s], j, x[j % 2][2 * s + j / 2]);
-  }
+  for (int half = 0; half < 2; ++half) read_run<T, F, N>(rows(thread, half), index, words, x[half]);
+  if constexpr (has_ranges(F)) apply_ranges<F>(ranges, index, x);
+  put_rows(x, keys);
 }
 
 // Adds a unit's products with the queries.
-template <class T, Format F, int N, bool Offset, class Block, class Rows>
+template <class T, Format F, int N, class Block, class Rows>
 MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
                     int step, int at, Rows rows, bool words, const ChannelRanges& ranges) {
   using E = Element<T, F>;
   typename Block::template PerThread<FragmentA<E>> keys[N / 4];
   block.each([&](Thread thread) {
     FragmentA<E> own[N / 4];
-    read_unit<T, F, N, Offset>(thread, at, rows, words, ranges, own);
+    read_unit<T, F, N>(thread, at, rows, words, ranges, own);
     MC_UNROLL
     for (int s = 0; s < N / 4; ++s) keys[s](thread) = own[s];
   });
@@ -147,89 +136,23 @@ MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>&
 
 // Products of 16 rows per warp with the queries over one run. `rows(thread, half)` is row lane / 4 + 8 half of the
 // warp's tile.
-template <class T, class Formats, class Block, class Length, class Rows>
+template <class T, class Formats, class Block, class Rows>
 MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
-                   int step, Format format, Length length, Rows rows, bool words, const ChannelRanges& ranges) {
-  auto body = [&](auto tag) {
+                   int step, Format format, int length, Rows rows, bool words, const ChannelRanges& ranges) {
+  Formats::with(format, [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
-    auto add = [&](auto offset, int at) {
-      constexpr bool kOffset = decltype(offset)::value;
-      add_unit<T, kFormat, 8, kOffset>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
-    };
-    using Plain = std::false_type;
-    if constexpr (std::is_same_v<Length, int>) {
-      int at = 0;
-      MC_NO_UNROLL
-      for (; at + 32 <= length; at += 32) add(Plain{}, at);
-      if (at == length) return;
-      add_unit<T, kFormat, 4, false>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
-    } else {
-      static_assert(Length{} % 32 == 0, "whole units");
-      if (kOffsetCodes<T, kFormat> && !ranges.any) {
-        MC_UNROLL
-        for (int at = 0; at < length; at += 32) add(std::bool_constant<kOffsetCodes<T, kFormat>>{}, at);
-      } else {
-        MC_UNROLL
-        for (int at = 0; at < length; at += 32) add(Plain{}, at);
-      }
+    int at = 0;
+    MC_NO_UNROLL
+    for (; at + 32 <= length; at += 32) {
+      add_unit<T, kFormat, 8>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
     }
-  };
-  Formats::with(format, body);
-}
-
-// What the logits of a known run take from the queries of the thread's columns, besides their products with codes.
-struct QueryConstants {
-  // As in QueryFragments: sums of the run, sums of kOffsets (0 for codes without offset), offset times the scale.
-  float sum[2], codes[2], offset[2];
-
-  MC_HD static QueryConstants of(Thread thread, const QueryFragments& fragments, bool offset_codes, float scale) {
-    QueryConstants result;
-    MC_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int query = 2 * (thread.lane() % 4) + i;
-      result.sum[i] = fragments.sums[query];
-      result.codes[i] = offset_codes ? fragments.sums[QueryFragments::kOffsets * kQueryTile + query] : 0.0f;
-      result.offset[i] = scale * fragments.offset[query];
-    }
-    return result;
-  }
-};
-
-// Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on: of a known run.
-template <class T, int Kind, class Formats, class Block>
-MC_HD void known_logits(Block& block, const Stage<Kind, Formats>& stage, const QueryFragments& fragments,
-                        const typename Block::template PerThread<QueryConstants>& constants, float scale, Scores scores,
-                        int token) {
-  typename Block::template PerThread<FragmentD> sum;
-  block.each([&](Thread thread) {
-    MC_UNROLL
-    for (int i = 0; i < 4; ++i) sum(thread).x[i] = -constants(thread).codes[i % 2];
-  });
-  const int stride = stage.stride(0);
-  auto rows = [&](Thread thread, int half) {
-    return stage.rows(0) + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
-  };
-  add_run<T, Formats>(block, sum, fragments, 0, Formats::format, stage.length(0), rows, true, stage.channel_ranges(0));
-  const TokenRanges ranges = stage.token_ranges(0), norms = stage.norms();
-  block.each([&](Thread thread) {
-    const QueryConstants& own = constants(thread);
-    const int row = 16 * thread.warp() + thread.lane() / 4, query = 2 * (thread.lane() % 4);
-    MC_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const float norm = scale * norms.scale(row + 8 * half);
-      const float factor = norm * ranges.scale(row + 8 * half), lowest = norm * ranges.minimum(row + 8 * half);
-      MC_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const float constant = ranges.minima < 0 ? own.offset[i] : lowest * own.sum[i] + own.offset[i];
-        scores(query + i, token + row + 8 * half) = factor * sum(thread).x[2 * half + i] + constant;
-      }
-    }
+    if (at < length) add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
   });
 }
 
-// The same of any runs.
+// Logits of a stage's 64 tokens, 16 per warp, to `scores` from `token` on.
 template <class T, int Kind, class Formats, class Block>
-MC_HD void key_logits(Block& block, const Stage<Kind, Formats>& stage, const QueryFragments& fragments, float scale,
+MC_HD void key_logits(Block& block, const KeyStage<Kind, Formats>& stage, const QueryFragments& fragments, float scale,
                       Scores scores, int token) {
   typename Block::template PerThread<FragmentD> total;
   block.each([&](Thread thread) { total(thread) = FragmentD{}; });

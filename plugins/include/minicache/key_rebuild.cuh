@@ -7,7 +7,7 @@
 #pragma once
 
 #include "minicache/fragments.cuh"
-#include "minicache/key_logits.cuh"
+#include "minicache/known_logits.cuh"
 
 namespace minicache {
 
@@ -35,10 +35,6 @@ MC_HD int rebuild_fragment(bool paired, int steps, int tile, int step, int lane)
   return ((tile * steps + (step & ~1)) * kWarp + 2 * lane) + step % 2;
 }
 constexpr int kPlainSteps = 32 * kDecodeWarps / 16;  // of a plain stream, at most
-template <class E>
-struct alignas(2 * sizeof(FragmentB<E>)) FragmentPair {
-  FragmentB<E> step[2];
-};
 
 struct KeyRebuild {
   const void* map;             // fragments,
@@ -96,7 +92,7 @@ struct KeyRebuild {
 
   // `first`: step of the fragments from which on the queries lie that are turned back by the stage's position.
   template <class T, int Kind, class Formats, class Block>
-  MC_HD void logits(Block& block, const Stage<Kind, Formats>& stage, const QueryFragments& queries, int first,
+  MC_HD void logits(Block& block, const KeyStage<Kind, Formats>& stage, const QueryFragments& queries, int first,
                     float scale, Scores scores, int token) const {
     using E = Code<T>;
     const StreamShape& shape = stage.reader.shape;
@@ -240,26 +236,32 @@ struct KeyRebuild {
       }
       return result;
     }
+    MC_HD FragmentA<E> apply(const FragmentA<E>& unit) const {
+      if (!any) return unit;
+      FragmentA<E> result;
+      MC_UNROLL
+      for (int j = 0; j < 4; ++j) put_pair(result, j, fused(pair_of(unit, j), factor[j % 2], constant[j % 2]));
+      return result;
+    }
   };
 
   // A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
   template <class T, Format F, int N, int Kind, class Formats>
-  MC_HD static void dequantize(Thread thread, const Stage<Kind, Formats>& stage, const RowRanges<Code<T>>& ranges, int n,
-                               int at, FragmentA<Code<T>>* out) {
+  MC_HD static void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowRanges<Code<T>>& ranges,
+                               int n, int at, FragmentA<Code<T>> (&out)[2]) {
     using E = Code<T>;
     const char* const base = stage.rows(n);
     const int own = own_row(thread), stride = stage.stride(n);
     auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
     FragmentA<Element<T, F>> unit[N / 4];
-    read_unit<T, F, N, false>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
+    read_unit<T, F, N>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
     MC_UNROLL
     for (int s = 0; s < N / 4; ++s) {
-      MC_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (std::is_same_v<Element<T, F>, E>) {
-          const Pair<E> x = pair_of(unit[s], j);
-          put_pair(out[s], j, ranges.any ? fused(x, ranges.factor[j % 2], ranges.constant[j % 2]) : x);
-        } else {
+      if constexpr (std::is_same_v<Element<T, F>, E>) {
+        out[s] = ranges.apply(unit[s]);
+      } else {
+        MC_UNROLL
+        for (int j = 0; j < 4; ++j) {
           const auto x = pair_of(unit[s], j);
           const float norm = stage.norms().scale(own + 8 * (j % 2));
           put_pair(out[s], j, round_pair<E>(norm * first_of(x), norm * second_of(x)));
@@ -269,25 +271,26 @@ struct KeyRebuild {
   }
   MC_HD static int own_row(Thread thread) { return 16 * thread.warp() + thread.lane() / 4; }
 
-  // Rows of the warp's 16 tokens, components in the order of `QueryFragments::component`: in registers,
+  // Rows of the warp's 16 tokens: of known runs in registers, components in the order of `known_component`,
   template <class T, int Kind, class Formats, class Block>
-  MC_HD static void read_rows(Block& block, const Stage<Kind, Formats>& stage,
+  MC_HD static void read_rows(Block& block, const KeyStage<Kind, Formats>& stage,
                               typename Block::template PerThread<FragmentA<Code<T>>> (&y)[Kind / 16]) {
     block.each([&](Thread thread) {
       const auto ranges = RowRanges<Code<T>>::of(stage.token_ranges(0), stage.norms(), own_row(thread));
+      const RowWords<Kind> rows[2] = {RowWords<Kind>::load(thread, stage, 0), RowWords<Kind>::load(thread, stage, 1)};
       MC_UNROLL
-      for (int at = 0; at < Kind; at += 32) {
+      for (int n = 0; n < RowWords<Kind>::kWords; ++n) {
         FragmentA<Code<T>> unit[2];
-        dequantize<T, Formats::format, 8>(thread, stage, ranges, 0, at, unit);
-        y[at / 16](thread) = unit[0];
-        y[at / 16 + 1](thread) = unit[1];
+        read_known_unit<T, Formats::format, false>(thread, rows, n, stage.channel_ranges(0), unit);
+        y[2 * n](thread) = ranges.apply(unit[0]);
+        y[2 * n + 1](thread) = ranges.apply(unit[1]);
       }
     });
   }
 
-  // or in `rows`, run by run.
+  // of others in `rows`, run by run, in the order of `QueryFragments::component`.
   template <class T, int Kind, class Formats, class Block>
-  MC_HD void store_rows(Block& block, const Stage<Kind, Formats>& stage, int steps) const {
+  MC_HD void store_rows(Block& block, const KeyStage<Kind, Formats>& stage, int steps) const {
     using E = Code<T>;
     stage.each_run([&](int n) {
       const int length = stage.length(n);

@@ -46,8 +46,16 @@ struct StageLayout {
 // banks; others stay as they are stored, one after another.
 MC_HD constexpr int stage_stride(int bytes) { return bytes % 16 != 0 || bytes / 16 % 2 == 1 ? bytes : bytes + 16; }
 
+// Rows of a known stream's codes. Threads read keys by rows, whose units of 16 bytes then lie in different banks as they
+// are stored; values by columns.
+MC_HD constexpr int known_stride(Part part, int length) {
+  const int bytes = length * kKnownBits / 8;
+  return part == Part::key ? bytes : stage_stride(bytes);
+}
+
+// `known`: whether the kernel is compiled for the stream's runs.
 template <class T>
-StageLayout stage_layout(const StreamShape& shape) {
+StageLayout stage_layout(const StreamShape& shape, bool known) {
   StageLayout layout{};
   auto field = [&](int bytes, int rows, int stride) -> StageField {
     if (bytes == 0) return {-1, 0, 0, 0, 0};
@@ -57,7 +65,7 @@ StageLayout stage_layout(const StreamShape& shape) {
     return {offset, 16, 16, 0, rows * bytes / 16};
   };
   auto rows = [&](int bytes, std::int32_t& stride) {
-    stride = stage_stride(bytes);
+    stride = known ? known_stride(shape.part, shape.segment[0].length) : stage_stride(bytes);
     return field(bytes, kBlockSize, stride);
   };
   auto flat = [&](int bytes) { return field(bytes, 1, bytes); };
@@ -146,8 +154,9 @@ StageRun stage_run(const StreamShape& shape, const StageLayout& stage, int n) {
 }
 
 template <class T>
-StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, const ReadMaps& maps) {
-  StreamReader reader{shape, pools, maps, stage_layout<T>(shape), {}, {}, 0};
+StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, const ReadMaps& maps,
+                           bool known = false) {
+  StreamReader reader{shape, pools, maps, stage_layout<T>(shape, known), {}, {}, 0};
   for (int n = 0; n <= kResidualRun; ++n) {
     if (!reader.has_run(n)) continue;
     StageRun& run = reader.runs[n];

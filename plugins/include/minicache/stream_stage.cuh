@@ -2,6 +2,7 @@
 #pragma once
 
 #include "minicache/code_reader.cuh"
+#include "minicache/fragments.cuh"
 #include "minicache/stage_layout.cuh"
 
 namespace minicache {
@@ -36,9 +37,9 @@ struct AnyStageSource {
 
 // Of a known stream: addresses in block 0, and how far it is to the next one. A thread copies 16 bytes of every
 // kRows-th row, and one unit of the ranges or of the norms, if there is one for it.
-template <int Kind>
+template <int Kind, Part Of>
 struct KnownStageSource {
-  static constexpr int kBytes = Kind * kKnownBits / 8, kStride = stage_stride(kBytes);
+  static constexpr int kBytes = Kind * kKnownBits / 8, kStride = known_stride(Of, Kind);
   static constexpr int kShift = row_shift(kBytes), kRows = kDecodeThreads >> kShift;
   static constexpr int kNormThreads = kDecodeThreads / 2;  // threads from here on copy norms, those before ranges
   static_assert(kBlockSize % kRows == 0 && kBytes == 16 << kShift, "all threads copy alike");
@@ -53,13 +54,13 @@ struct KnownStageSource {
     const StreamBlock first = reader.block(0), second = reader.block(1);
     const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
     KnownStageSource source{};
-    source.codes = reinterpret_cast<const char*>(first.codes(slot)) + row * kBytes + column;
+    source.codes = forgotten(reinterpret_cast<const char*>(first.codes(slot)) + row * kBytes + column);
     source.codes_step = static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot));
     source.target = row * kStride + column;
     source.unit_target = -1;
     auto take = [&](const StageField& field, const Half* from, const Half* next, int n) {
       if (field.offset < 0 || n >= field.rows) return;
-      source.unit = reinterpret_cast<const char*>(from) + 16 * n;
+      source.unit = forgotten(reinterpret_cast<const char*>(from) + 16 * n);
       source.unit_step = static_cast<std::uint32_t>((next - from) * sizeof(Half));
       source.unit_target = field.offset + 16 * n;
     };
@@ -76,15 +77,15 @@ struct KnownStageSource {
   MC_HD void fetch(Thread, const StreamReader&, char* stage, std::int32_t id) const {
     const std::uint64_t block = static_cast<std::uint32_t>(id);
     const char* const from = codes + block * codes_step;
-    MC_UNROLL
-    for (int i = 0; i < kBlockSize / kRows; ++i) {
-      Block::copy_async(stage + target + i * kRows * kStride, from + i * kRows * kBytes);
-    }
+    constexpr int kCopies = kBlockSize / kRows;
+    static_assert(kCopies <= 2, "one place and the next");
+    Block::copy_async(stage + target, from);
+    if constexpr (kCopies == 2) Block::template copy_async_at<kRows * kStride, kRows * kBytes>(stage + target, from);
     if (unit_target >= 0) Block::copy_async(stage + unit_target, unit + block * unit_step);
   }
 };
-template <class T, int Kind>
-using StageSource = std::conditional_t<is_known(Kind), KnownStageSource<Kind>, AnyStageSource<T, Kind>>;
+template <class T, int Kind, Part Of>
+using StageSource = std::conditional_t<is_known(Kind), KnownStageSource<Kind, Of>, AnyStageSource<T, Kind>>;
 
 // Ranges of a run's components, the same for all tokens, if it has such.
 struct ChannelRanges {
@@ -116,8 +117,8 @@ struct TokenRanges {
   }
 };
 
-// Reads a stage, with what is known of the stream (`Kind`) and of the formats of its runs.
-template <int Kind, class Formats = AnyFormat>
+// Reads a stage of keys or values, with what is known of the stream (`Kind`) and of the formats of its runs.
+template <int Kind, Part Of, class Formats = AnyFormat>
 struct Stage {
   const StreamReader& reader;
   const char* data;
@@ -143,7 +144,7 @@ struct Stage {
   MC_HD const char* rows(int n) const { return is_known(Kind) ? data : data + run(n).rows; }
   MC_HD int stride(int n) const {
     if constexpr (kCodes) {
-      return stage_stride(Kind * bits_of(Formats::format) / 8);
+      return known_stride(Of, Kind);
     } else {
       return run(n).stride;
     }
@@ -178,11 +179,16 @@ struct Stage {
  private:
   static constexpr bool kCodes = is_known(Kind) && !std::is_same_v<Formats, AnyFormat>;
   static constexpr int params_of_known() {
-    if constexpr (kCodes) return (kBlockSize * stage_stride(Kind * bits_of(Formats::format) / 8) + 127) / 128 * 128;
+    if constexpr (kCodes) return (kBlockSize * known_stride(Of, Kind) + 127) / 128 * 128;
     return 0;
   }
   static constexpr int kParams = params_of_known();
 };
+
+template <int Kind, class Formats = AnyFormat>
+using KeyStage = Stage<Kind, Part::key, Formats>;
+template <int Kind, class Formats = AnyFormat>
+using ValueStage = Stage<Kind, Part::value, Formats>;
 
 // Retained vectors of a split, numbered over its cache blocks: `capacity` of them each.
 struct ExactRows {

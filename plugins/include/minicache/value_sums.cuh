@@ -71,7 +71,7 @@ struct WeightSums {
 
 // Weights of a stage's tokens, one step per warp; `token`: place of its first one in `scores`.
 template <class T, int Kind, class Formats, class Block>
-MC_HD void prepare_weights(Block& block, const Stage<Kind, Formats>& stage, Scores scores, int token,
+MC_HD void prepare_weights(Block& block, const ValueStage<Kind, Formats>& stage, Scores scores, int token,
                            const WeightFragments& fragments,
                            typename Block::template PerThread<WeightSums<Kind>>& sums) {
   const TokenRanges norms = stage.norms();
