@@ -4,13 +4,16 @@ One row per operation and shape. What is bound by memory is compared with the ba
 PyTorch's flash attention on the same shape without compression, both measured in the same run. The baseline of decode
 is the fastest fp16 attention at hand over the same context: PyTorch's flash or cuDNN attention on contiguous keys and
 values, FlashInfer's paged decode where it is installed.
+
+With ``--once`` nothing is timed: each call runs once, in an NVTX range with its name, for Nsight Compute.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Annotated
@@ -23,6 +26,7 @@ from gpu import copy_bandwidth, gpu_description, require_gpu, seconds
 from kernel_baselines import decode_baselines, flash_prefill_seconds
 from kernel_costs import Context, compress_bytes, decode_bytes, prefill_flops, restore_bytes
 from kernel_plans import MODELS, PLANS, plan_of, random_cache
+from kernel_selection import OPS, Selection
 from reporting import JsonFile, write_report
 from torch import Tensor
 
@@ -57,6 +61,10 @@ class Row:
     baseline_seconds: float | None = None
 
     @property
+    def name(self) -> str:
+        return ", ".join((self.op, self.model, self.plan, self.shape))
+
+    @property
     def share(self) -> float:
         """Of the ceiling."""
         return self.amount / self.seconds / self.ceiling
@@ -79,17 +87,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every measurement shares."""
+    """What every measurement shares; ``repeats`` 0: each call runs once, and its time is not a number."""
 
     library: KernelLibrary
     device: torch.device
     bandwidth: float
     repeats: int
+    selection: Selection
 
-    def captured(self, run: Callable[[], Tensor]) -> float:
+    def captured(self, name: str, run: Callable[[], Tensor]) -> float:
         """Seconds of a call without what launching its kernels one by one costs."""
         with torch.inference_mode():
-            return seconds(CudaRecorder()(run), self.repeats)
+            if self.repeats > 0:
+                return seconds(CudaRecorder()(run), self.repeats)
+            torch.cuda.nvtx.range_push(name)
+            run()
+            torch.cuda.synchronize()
+            torch.cuda.nvtx.range_pop()
+            return math.nan
+
+    def row(self, run: Callable[[], Tensor], row: Row) -> Row:
+        """The row with its time."""
+        return replace(row, seconds=self.captured(row.name, run))
 
     def cache(self, config: ModelConfig, plan: CompressionPlan, full: int, compressed: int) -> KernelCache:
         cache = KernelCache(self.library, config, plan, self.device, DTYPE)
@@ -119,17 +138,16 @@ def decode_row(bench: Bench, model: str, name: str, batch: int, tokens: int, bas
     cache = bench.cache(config, plan, batch * full + 1, batch * compressed + 1)
     step = decode_step(StepInputs(StepShape.of_decodes(batch, full, compressed), bench.device), context, batch)
     q = torch.randn(batch, config.num_heads * config.head_dim, dtype=DTYPE, device=bench.device)
-    time = bench.captured(lambda: cache.read(step, q, 0))
     amount = decode_bytes(config, plan, batch, context)
-    shape = f"batch {batch}, context {tokens}"
-    return Row("decode", model, name, shape, time, amount, bench.bandwidth, *baseline)
+    row = Row("decode", model, name, f"batch {batch}, context {tokens}", 0.0, amount, bench.bandwidth, *baseline)
+    return bench.row(lambda: cache.read(step, q, 0), row)
 
 
 def decode_rows(bench: Bench, shapes: list[tuple[int, int]]) -> Iterator[Row]:
     """Shapes that do not fit the GPU's memory are left out, with a line that says so."""
-    for model, (batch, tokens) in product(MODELS, shapes):
-        baseline: tuple[str, float] | None = None
-        for name in PLANS:
+    for model, (batch, tokens) in product(bench.selection.models, shapes):
+        baseline: tuple[str, float] | None = None if bench.repeats else ("", math.nan)
+        for name in bench.selection.plans:
             try:
                 if baseline is None:
                     baseline = decode_baselines(MODELS[model], batch, tokens, bench.device, bench.repeats)
@@ -142,7 +160,8 @@ def decode_rows(bench: Bench, shapes: list[tuple[int, int]]) -> Iterator[Row]:
 
 def codec_rows(bench: Bench, blocks: int) -> Iterator[Row]:
     """Compressing ``blocks`` blocks of one stream, and restoring them for its first layer."""
-    for (model, config), name in product(MODELS.items(), [name for name in PLANS if name != "full"]):
+    for model, name in product(bench.selection.models, [name for name in bench.selection.plans if name != "full"]):
+        config = MODELS[model]
         plan = plan_of(name, config)
         cache = bench.cache(config, plan, blocks + 1, blocks + 1)
         for layer in range(1, config.num_layers):
@@ -152,10 +171,12 @@ def codec_rows(bench: Bench, blocks: int) -> Iterator[Row]:
             if layout.stream.layers[0] != 0:
                 continue
             what = f"{layout.stream.part} stream, {blocks} blocks"
-            restored = bench.captured(partial(cache.restore, layout.stream.part, 0, ids, ids))
-            yield Row("restore", model, name, what, restored, restore_bytes(layout, blocks), bench.bandwidth)
-            time = bench.captured(partial(_compressed, cache, layout, ids))
-            yield Row("compress", model, name, what, time, compress_bytes(layout, blocks), bench.bandwidth)
+            row = Row("restore", model, name, what, 0.0, restore_bytes(layout, blocks), bench.bandwidth)
+            if row.op in bench.selection.ops:
+                yield bench.row(partial(cache.restore, layout.stream.part, 0, ids, ids), row)
+            row = replace(row, op="compress", amount=compress_bytes(layout, blocks))
+            if row.op in bench.selection.ops:
+                yield bench.row(partial(_compressed, cache, layout, ids), row)
 
 
 def _compressed(cache: KernelCache, layout: StreamLayout, ids: Tensor) -> Tensor:
@@ -165,7 +186,9 @@ def _compressed(cache: KernelCache, layout: StreamLayout, ids: Tensor) -> Tensor
 
 def prefill_rows(bench: Bench, histories: tuple[int, ...]) -> Iterator[Row]:
     """A chunk behind histories, against PyTorch's flash attention over the same tokens uncompressed."""
-    for (model, config), name, history in product(MODELS.items(), ("full", "kivi4"), histories):
+    plans = [name for name in ("full", "kivi4") if name in bench.selection.plans]
+    for model, name, history in product(bench.selection.models, plans, histories):
+        config = MODELS[model]
         plan = plan_of(name, config)
         compressed = history if plan.compresses else 0
         exact = CHUNK + history - compressed
@@ -175,33 +198,49 @@ def prefill_rows(bench: Bench, histories: tuple[int, ...]) -> Iterator[Row]:
         step.tensors["query_start"].copy_(torch.tensor([0, CHUNK], dtype=torch.int32))
         decode_step(step, Context(compressed, exact), 1)
         q = torch.randn(CHUNK, config.num_heads * config.head_dim, dtype=DTYPE, device=bench.device)
-        time = bench.captured(partial(cache.read, step, q, 0))
-        flash = flash_prefill_seconds(config, history, CHUNK, bench.device, bench.repeats)
+        flash = (
+            flash_prefill_seconds(config, history, CHUNK, bench.device, bench.repeats) if bench.repeats else math.nan
+        )
         amount = prefill_flops(config, history, CHUNK)
         what = f"{CHUNK} tokens behind {history}"
-        yield Row("prefill", model, name, what, time, amount, amount / flash, "torch flash", flash)
+        row = Row("prefill", model, name, what, 0.0, amount, amount / flash, "torch flash", flash)
+        yield bench.row(partial(cache.read, step, q, 0), row)
+
+
+def rows_of(bench: Bench, quick: bool) -> Iterator[Row]:
+    """Everything selected, one after another."""
+    ops = bench.selection.ops
+    if "decode" in ops:
+        yield from decode_rows(bench, list(QUICK_DECODES) if quick else list(product(BATCHES, CONTEXTS)))
+    if "restore" in ops or "compress" in ops:
+        yield from codec_rows(bench, 256 if quick else 1024)
+    if "prefill" in ops:
+        yield from prefill_rows(bench, (0, 14336))
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="Few shapes.")] = False,
     repeats: Annotated[int, typer.Option(min=3, help="Measurements of each call, after one that warms up.")] = 20,
+    once: Annotated[bool, typer.Option(help="Run each call once, in an NVTX range, and time nothing.")] = False,
+    ops: Annotated[str, typer.Option(help=f"Some of {', '.join(OPS)}, comma-separated.")] = "",
+    models: Annotated[str, typer.Option(help=f"Some of {', '.join(MODELS)}, comma-separated.")] = "",
+    plans: Annotated[str, typer.Option(help=f"Some of {', '.join(PLANS)}, comma-separated.")] = "",
     json_file: JsonFile = None,
 ) -> None:
     """Achieved bytes or operations per second of every kernel over the ceiling measured in the same run."""
+    selection = Selection.of(ops, models, plans)
     device = require_gpu()
     library = cuda_library()
-    bench = Bench(library, device, copy_bandwidth(device), repeats)
-    stderr.print(f"copy bandwidth {bench.bandwidth / 1e9:.0f} GB/s")
-    shapes = list(QUICK_DECODES) if quick else list(product(BATCHES, CONTEXTS))
+    bandwidth = math.nan if once else copy_bandwidth(device)
+    bench = Bench(library, device, bandwidth, 0 if once else repeats, selection)
+    if not once:
+        stderr.print(f"copy bandwidth {bench.bandwidth / 1e9:.0f} GB/s")
     rows: list[Row] = []
-    for part in (
-        decode_rows(bench, shapes),
-        codec_rows(bench, 256 if quick else 1024),
-        prefill_rows(bench, (0, 14336)),
-    ):
-        for row in part:
-            stderr.print(" ".join(map(str, row.cells())))
-            rows.append(row)
+    for row in rows_of(bench, quick):
+        stderr.print(row.name if once else " ".join(map(str, row.cells())))
+        rows.append(row)
+    if once:
+        return
     columns = ("op", "model", "plan", "shape", "us", "GB/s or GFLOP/s", "of ceiling", "against baseline")
     results = {
         **gpu_description(device),

@@ -14,6 +14,7 @@ import torch
 
 from minicache_trt.config import ModelConfig
 from minicache_trt.contract import plan_layout
+from minicache_trt.errors import UserError
 from minicache_trt.kernels.library import KernelLibrary
 from tests.support.plugin_build import NVCC
 
@@ -77,12 +78,13 @@ def test_every_measurement_runs(module: Any, host_library: KernelLibrary, monkey
 
     config = ModelConfig("llama", 2, 128, 128, 4, 2, 64, 100, 4096)
     monkeypatch.setattr(kernels, "MODELS", {"small": config})
+    selection = kernels.Selection(models=("small",))
     monkeypatch.setattr(kernels, "CHUNK", 128)
     monkeypatch.setattr(kernels, "seconds", once)
     monkeypatch.setattr(kernels, "CudaRecorder", lambda: lambda run: run)
     monkeypatch.setattr(kernels, "decode_baselines", lambda *arguments: ("flash", 2e-3))
     monkeypatch.setattr(kernels, "flash_prefill_seconds", lambda *arguments: 1e-3)
-    bench = kernels.Bench(host_library, torch.device("cpu"), 1e12, 3)
+    bench = kernels.Bench(host_library, torch.device("cpu"), 1e12, 3, selection)
     rows = [
         *kernels.decode_rows(bench, [(2, 300), (1, 64)]),
         *kernels.codec_rows(bench, 3),
@@ -91,6 +93,34 @@ def test_every_measurement_runs(module: Any, host_library: KernelLibrary, monkey
     assert {row.op for row in rows} == {"decode", "compress", "restore", "prefill"}
     assert len(rows) == 2 * len(kernels.PLANS) + 2 * 2 * (len(kernels.PLANS) - 1) + 4
     assert rows[0].cells()[-1] == "2.00x flash" and rows[-1].share == pytest.approx(1.0)
+
+
+def test_each_call_once_for_a_profiler(
+    module: Any, host_library: KernelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: ModuleType = module("kernels")
+    ranges: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", ranges.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(kernels, "MODELS", {"small": ModelConfig("llama", 2, 128, 128, 4, 2, 64, 100, 4096)})
+    selection = kernels.Selection(("decode", "compress"), ("small",), ("full", "kivi4"))
+    bench = kernels.Bench(host_library, torch.device("cpu"), 1e12, 0, selection)
+    monkeypatch.setattr(kernels, "QUICK_DECODES", ((1, 70),))
+    rows = [*kernels.rows_of(bench, quick=True)]
+    assert ranges == [row.name for row in rows]
+    assert [(row.op, row.plan) for row in rows] == [
+        *(("decode", plan) for plan in ("full", "kivi4")),
+        *2 * [("compress", "kivi4")],
+    ]
+
+
+def test_what_is_measured_is_chosen(module: Any) -> None:
+    choice = module("kernel_selection")
+    selection = choice.Selection.of("prefill,decode", "", "kivi4, full")
+    assert selection == choice.Selection(("decode", "prefill"), tuple(choice.MODELS), ("full", "kivi4"))
+    with pytest.raises(UserError, match="--plans: unknown 'kivi5'"):
+        choice.Selection.of("", "", "kivi5")
 
 
 def test_peaks_are_compared(module: Any) -> None:
