@@ -154,17 +154,23 @@ struct DecodeAttention {
     return launch_kernel<CompressedSplit<T, Rebuild, Kind>>(kName, grid, arguments.shared.bytes, arguments, stream);
   }
 
-  // As many stages as leave room for the thread blocks that registers leave room for, then what fits at all.
+  // As many thread blocks on a multiprocessor as registers leave room for, then as many stages; what fits at all is better
+  // than a map outside of shared memory.
   std::int32_t choose_shared(CompressedShared& shared) const {
     DeviceLimits limits{};
     if (const std::int32_t status = device_limits(kName, limits)) return status;
     constexpr int kReserved = 1024;  // of each thread block
-    const int preferred = limits.processor / (sizes.rebuilt() ? 3 : 4) - kReserved;
+    auto fits = [&](int stages, bool resident, int bytes) {
+      shared = compressed_shared<T>(key, value, stages, resident);
+      return shared.bytes <= minimum(bytes, limits.block);
+    };
     for (const bool resident : {true, false}) {
-      for (int stages = 4; stages >= 2; --stages) {
-        shared = compressed_shared<T>(key, value, stages, resident);
-        if (shared.bytes <= (stages == 2 ? limits.block : minimum(limits.block, preferred))) return ok;
+      for (int blocks = sizes.rebuilt() ? 3 : 4; blocks >= 2; --blocks) {
+        for (int stages = 4; stages >= (blocks > 2 ? 3 : 2); --stages) {
+          if (fits(stages, resident, limits.processor / blocks - kReserved)) return ok;
+        }
       }
+      if (fits(2, resident, limits.block)) return ok;
     }
     return fail(unsupported, "%s: a block of these streams takes %d bytes of shared memory, the device has %d", kName,
                 shared.bytes, limits.block);

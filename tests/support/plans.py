@@ -25,7 +25,12 @@ def mixed_plan(config: ModelConfig) -> CompressionPlan:
     """Two layers, every format, both axes, segments of different formats, and distant layers in one group."""
     assert config.num_layers == 4 and config.head_dim >= 64
     d = config.head_dim
-    segments = (Segment(16, "int8"), Segment(16, "int4", "channel"), Segment(16, "int2"), Segment(d - 48, "model"))
+    segments = (
+        Segment(16, "int8"),
+        Segment(16, "int4", "channel"),
+        Segment(16, "int2", "channel"),
+        Segment(d - 48, "model"),
+    )
     return CompressionPlan(
         "custom",
         (

@@ -12,10 +12,12 @@ template <class T, bool Rebuild, int Kind>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
-  static constexpr int kMinBlocks = 3;  // for four, registers would spill here
+  static constexpr int kPlainBlocks = 3;  // for four, registers would spill here
 #else
-  static constexpr int kMinBlocks = Kind && !Rebuild ? 4 : 3;
+  static constexpr int kPlainBlocks = Kind ? 4 : 3;
 #endif
+  // Tables and maps of keys that are rebuilt leave shared memory for three, or for two.
+  static constexpr int kMinBlocks = !Rebuild ? kPlainBlocks : Kind == 128 ? 2 : 3;
   using Arguments = CompressedSplitArguments<T>;
   using Own = CompressedSums<T, Kind>;
   using Turned = TurnedQueries<T>;
