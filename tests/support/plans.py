@@ -28,7 +28,7 @@ def mixed_plan(config: ModelConfig) -> CompressionPlan:
     segments = (
         Segment(16, "int8"),
         Segment(16, "int4", "channel"),
-        Segment(16, "int2", "channel"),
+        Segment(16, "int2", "channel", "hadamard"),
         Segment(d - 48, "model"),
     )
     return CompressionPlan(
@@ -114,6 +114,8 @@ def _linear_streams(config: ModelConfig) -> dict[str, tuple[Stream, ...]]:
     g4g2 = (Segment(32, "g4", transform="hadamard"), Segment(64, "g2", transform="hadamard"))
     short = (Segment(16, "g4"), Segment(16, "g2", transform="hadamard"))
     int4drop = (Segment(48, "int4", transform="hadamard"), Segment(32, "drop"), Segment(16, "int8", "channel"))
+    # A transform through shared memory, then ranges of columns, which go there too.
+    shifted = (Segment(16, "int8"), Segment(32, "int4", transform="hadamard"), Segment(d - 48, "int2", "channel"))
     odd = (Segment(80, "int4", transform="hadamard"), Segment(48, "int4", "channel", "hadamard"))
     return {
         "pair KLT": (
@@ -133,6 +135,7 @@ def _linear_streams(config: ModelConfig) -> dict[str, tuple[Stream, ...]]:
         "hadamard of odd lengths": (
             Stream("key", (0, 1), odd, merge="linear"),
             Stream("value", (2,), (Segment(48, "int4", transform="hadamard"), Segment(d - 48, transform="hadamard"))),
+            Stream("value", (3,), shifted),
         ),
         "aligned KLT": (
             Stream("key", (0, 3), g4g2, merge="linear", align=True, match_heads=True, basis="pre_rope"),
