@@ -8,7 +8,7 @@
 namespace minicache {
 
 // What copies cache blocks of a stream, of one slot, to stages: a thread's part of it.
-template <class T, int Kind>
+template <class T>
 struct AnyStageSource {
   int slot;
 
@@ -20,49 +20,43 @@ struct AnyStageSource {
     const StreamBlock source = reader.block(id);
     const StageLayout& layout = reader.stage;
     const int member = reader.shape.member;
-    auto copy = [&](const StageField& field, const void* from) {
-      copy_rows<Block>(thread, stage + field.offset, field.stride, from, field.bytes, field.shift, field.rows,
-                       field.rows);
-    };
+    auto copy = [&](const StageField& field, const void* from) { copy_field<Block>(thread, stage, field, from); };
     if (layout.codes.offset >= 0) copy(layout.codes, source.codes(slot));
     if (layout.latent.offset >= 0) copy(layout.latent, source.template latent<T>(slot));
-    if (!Kind && layout.residual.offset >= 0) {
+    if (layout.residual.offset >= 0) {
       copy(layout.residual, source.residual(member, slot));
       copy(layout.residual_params, source.residual_params(member, slot));
     }
     if (layout.params.offset >= 0) copy(layout.params, source.params(slot));
     if (layout.norms.offset >= 0) copy(layout.norms, source.norms(member, slot));
   }
+
+  template <class Block>
+  MC_HD static void copy_field(Thread thread, char* stage, const StageField& field, const void* from) {
+    copy_rows<Block>(thread, stage + field.offset, field.stride, from, field.bytes, field.shift, field.rows,
+                     field.rows);
+  }
 };
 
-// Of a known stream: addresses in block 0, and how far it is to the next one. A thread copies 16 bytes of every
-// kRows-th row, and one unit of the ranges or of the norms, if there is one for it.
-template <int Kind, Part Of>
-struct KnownStageSource {
-  static constexpr int kBytes = Kind * kKnownBits / 8, kStride = known_stride(Of, Kind);
-  static constexpr int kShift = row_shift(kBytes), kRows = kDecodeThreads >> kShift;
+// Ranges and norms of a plain stream: a thread's unit of 16 bytes of either, in block 0, and how far it is to the next.
+struct StageUnit {
   static constexpr int kNormThreads = kDecodeThreads / 2;  // threads from here on copy norms, those before ranges
-  static_assert(kBlockSize % kRows == 0 && kBytes == 16 << kShift, "all threads copy alike");
-  static_assert(4 * (Kind > kBlockSize ? Kind : kBlockSize) <= 16 * kNormThreads, "one unit of the ranges a thread");
+  static_assert(2 * kMaxSegments * kBlockSize * 2 <= 16 * kNormThreads, "a thread for each unit of ranges per token");
+  static_assert(2 * 32 * kDecodeWarps * 2 <= 16 * kNormThreads, "and per channel");
 
-  const char *codes, *unit;
-  std::uint32_t codes_step, unit_step;
-  std::int32_t target, unit_target;  // in a stage; -1: no unit
+  const char* source;
+  std::uint32_t step;
+  std::int32_t target;  // in a stage; -1: none
 
-  MC_HD static KnownStageSource of(Thread thread, const StreamReader& reader, int slot) {
+  MC_HD static StageUnit of(Thread thread, const StreamReader& reader, int slot) {
     const StageLayout& layout = reader.stage;
     const StreamBlock first = reader.block(0), second = reader.block(1);
-    const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
-    KnownStageSource source{};
-    source.codes = forgotten(reinterpret_cast<const char*>(first.codes(slot)) + row * kBytes + column);
-    source.codes_step = static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot));
-    source.target = row * kStride + column;
-    source.unit_target = -1;
+    StageUnit unit{nullptr, 0, -1};
     auto take = [&](const StageField& field, const Half* from, const Half* next, int n) {
       if (field.offset < 0 || n >= field.rows) return;
-      source.unit = forgotten(reinterpret_cast<const char*>(from) + 16 * n);
-      source.unit_step = static_cast<std::uint32_t>((next - from) * sizeof(Half));
-      source.unit_target = field.offset + 16 * n;
+      unit.source = forgotten(reinterpret_cast<const char*>(from) + 16 * n);
+      unit.step = static_cast<std::uint32_t>((next - from) * sizeof(Half));
+      unit.target = field.offset + 16 * n;
     };
     if (thread.index < kNormThreads) {
       take(layout.params, first.params(slot), second.params(slot), thread.index);
@@ -70,22 +64,77 @@ struct KnownStageSource {
       const int member = reader.shape.member;
       take(layout.norms, first.norms(member, slot), second.norms(member, slot), thread.index - kNormThreads);
     }
-    return source;
+    return unit;
+  }
+
+  template <class Block>
+  MC_HD void fetch(char* stage, std::uint64_t block) const {
+    if (target >= 0) Block::copy_async(stage + target, source + block * step);
+  }
+};
+
+// Of a plain stream.
+template <class T>
+struct PlainStageSource {
+  const char* codes;  // of block 0
+  std::uint32_t codes_step;
+  int slot;
+  StageUnit unit;
+
+  MC_HD static PlainStageSource of(Thread thread, const StreamReader& reader, int slot) {
+    const StreamBlock first = reader.block(0), second = reader.block(1);
+    return {forgotten(reinterpret_cast<const char*>(first.codes(slot))),
+            static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot)), slot, StageUnit::of(thread, reader, slot)};
+  }
+
+  template <class Block>
+  MC_HD void fetch(Thread thread, const StreamReader& reader, char* stage, std::int32_t id) const {
+    const std::uint64_t block = static_cast<std::uint32_t>(id);
+    const StageLayout& layout = reader.stage;
+    auto copy = [&](const StageField& field, const void* from) {
+      AnyStageSource<T>::template copy_field<Block>(thread, stage, field, from);
+    };
+    if (layout.codes.offset >= 0) copy(layout.codes, codes + block * codes_step);
+    if (layout.latent.offset >= 0) copy(layout.latent, reader.block(id).template latent<T>(slot));
+    unit.template fetch<Block>(stage, block);
+  }
+};
+
+// Of a known stream: a thread copies 16 bytes of every kRows-th row.
+template <int Kind, Part Of>
+struct KnownStageSource {
+  static constexpr int kBytes = Kind * kKnownBits / 8, kStride = known_stride(Of, Kind);
+  static constexpr int kShift = row_shift(kBytes), kRows = kDecodeThreads >> kShift, kCopies = kBlockSize / kRows;
+  static_assert(kBlockSize % kRows == 0 && kBytes == 16 << kShift, "all threads copy alike");
+  static_assert(kCopies <= 2, "one place and the next");
+
+  const char* codes;  // in block 0
+  std::uint32_t codes_step;
+  std::int32_t target;  // in a stage
+  StageUnit unit;
+
+  MC_HD static KnownStageSource of(Thread thread, const StreamReader& reader, int slot) {
+    const StreamBlock first = reader.block(0), second = reader.block(1);
+    const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
+    return {forgotten(reinterpret_cast<const char*>(first.codes(slot)) + row * kBytes + column),
+            static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot)), row * kStride + column,
+            StageUnit::of(thread, reader, slot)};
   }
 
   template <class Block>
   MC_HD void fetch(Thread, const StreamReader&, char* stage, std::int32_t id) const {
     const std::uint64_t block = static_cast<std::uint32_t>(id);
     const char* const from = codes + block * codes_step;
-    constexpr int kCopies = kBlockSize / kRows;
-    static_assert(kCopies <= 2, "one place and the next");
     Block::copy_async(stage + target, from);
     if constexpr (kCopies == 2) Block::template copy_async_at<kRows * kStride, kRows * kBytes>(stage + target, from);
-    if (unit_target >= 0) Block::copy_async(stage + unit_target, unit + block * unit_step);
+    unit.template fetch<Block>(stage, block);
   }
 };
+
 template <class T, int Kind, Part Of>
-using StageSource = std::conditional_t<is_known(Kind), KnownStageSource<Kind, Of>, AnyStageSource<T, Kind>>;
+using StageSource =
+    std::conditional_t<is_known(Kind), KnownStageSource<Kind, Of>,
+                       std::conditional_t<Kind == kPlain, PlainStageSource<T>, AnyStageSource<T>>>;
 
 // Ranges of a run's components, the same for all tokens, if it has such.
 struct ChannelRanges {
