@@ -109,16 +109,21 @@ class Counter:
         return cache
 
 
-def decode_rows(counter: Counter, model: str, name: str, tokens: int) -> Iterator[Row]:
+def decode_rows(counter: Counter, model: str, name: str, batch: int, tokens: int) -> Iterator[Row]:
+    """A row for each kernel, then one for all of them."""
     config = MODELS[model]
     plan = plan_of(name, config)
     context = Context.of(tokens, plan.compresses)
     full, compressed = -(-context.exact // BLOCK_SIZE), max(1, context.compressed // BLOCK_SIZE)
-    cache = counter.cache(config, plan, full + 1, compressed + 1)
-    step = decode_step(StepInputs(StepShape.of_decodes(1, full, compressed), CPU), context, 1)
-    q = torch.randn(1, config.num_heads * config.head_dim, dtype=DTYPE)
-    amount = decode_bytes(config, plan, 1, context)
-    yield from counter.rows("decode", model, name, amount, lambda: cache.read(step, q, 0))
+    cache = counter.cache(config, plan, batch * full + 1, batch * compressed + 1)
+    step = decode_step(StepInputs(StepShape.of_decodes(batch, full, compressed), CPU), context, batch)
+    q = torch.randn(batch, config.num_heads * config.head_dim, dtype=DTYPE)
+    amount = decode_bytes(config, plan, batch, context)
+    rows = [*counter.rows("decode", model, name, amount, lambda: cache.read(step, q, 0))]
+    yield from rows
+    turns, best = sum(row.shared_turns for row in rows), sum(row.shared_turns_at_best for row in rows)
+    instructions, shared = sum(row.instructions for row in rows), max(row.shared_bytes for row in rows)
+    yield Row("decode", model, name, "all", amount, instructions, turns, best, shared)
 
 
 def codec_rows(counter: Counter, model: str, name: str, blocks: int) -> Iterator[Row]:
@@ -137,7 +142,8 @@ def codec_rows(counter: Counter, model: str, name: str, blocks: int) -> Iterator
 
 
 def main(
-    context: Annotated[int, typer.Option(min=64, help="Tokens of the sequence that is decoded.")] = 1024,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of each sequence that is decoded.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded.")] = 8,
     blocks: Annotated[int, typer.Option(min=1, help="Cache blocks that are compressed and restored.")] = 4,
     multiprocessors: Annotated[int, typer.Option(min=1, help="Of the GPU; an H200 has 132.")] = 132,
     clock: Annotated[float, typer.Option(min=0.1, help="Of the GPU, in GHz; an H200 reaches 1.98.")] = 1.98,
@@ -148,7 +154,7 @@ def main(
     rows: list[Row] = []
     for model in MODELS:
         for name in PLANS:
-            rows += decode_rows(counter, model, name, context)
+            rows += decode_rows(counter, model, name, batch, context)
     for name in PLANS:
         rows += codec_rows(counter, "Llama-3-8B 32/8/128", name, blocks)
     columns = (
@@ -164,7 +170,10 @@ def main(
     )
     cells = [row.cells(multiprocessors, clock * 1e9) for row in rows]
     results = {"library": counter.library.version, "rows": [asdict(row) for row in rows]}
-    title = f"Instructions of the kernels' PTX, fp16, one layer; GB/s at most: {multiprocessors} x {clock} GHz"
+    title = (
+        f"Instructions of the kernels' PTX, fp16, one layer; {batch} decodes behind {context} tokens; "
+        f"GB/s at most: {multiprocessors} x {clock} GHz"
+    )
     write_report(title, columns, cells, results, json_file)
 
 

@@ -148,13 +148,13 @@ def test_the_budget_goes_to_the_cache(module: Any) -> None:
 def test_instructions_are_counted(module: Any) -> None:
     script = module("instructions")
     counter, model = script.Counter.built(), "Llama-3-8B 32/8/128"
-    rows = [*script.decode_rows(counter, model, "kivi4", 128), *script.codec_rows(counter, model, "kivi4", 1)]
-    kernels = ["FullSplit", "CompressedSplit", "CombineSplits", *2 * ["RestoreKernel", "CompressKernel"]]
+    rows = [*script.decode_rows(counter, model, "kivi4", 1, 128), *script.codec_rows(counter, model, "kivi4", 1)]
+    kernels = ["FullSplit", "CompressedSplit", "CombineSplits", "all", *2 * ["RestoreKernel", "CompressKernel"]]
     assert [row.kernel for row in rows] == kernels
     assert all(row.instructions > 1000 and row.shared_turns >= row.shared_turns_at_best for row in rows)
     # Twice the history, twice the splits' work and little more: one more split of the same size would be too much.
     short, long = (
-        {row.kernel: row.instructions for row in script.decode_rows(counter, model, "full", tokens)}
+        {row.kernel: row.instructions for row in script.decode_rows(counter, model, "full", 1, tokens)}
         for tokens in (512, 1024)
     )
     assert 1.99 < long["FullSplit"] / short["FullSplit"] < 2.01
