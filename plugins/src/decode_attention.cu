@@ -119,7 +119,7 @@ struct DecodeAttention {
                                                key.known_length(value) > 0,
                                                workspace + layout.map_fragments,
                                                workspace + layout.turns};
-      const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::turns(key.shape));
+      const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::table(key.shape));
       const int blocks = static_cast<int>((most + kDecodeThreads - 1) / kDecodeThreads);
       status = launch_kernel<MapFragments<T>>(kName, {blocks, key.shape.heads + 1, 1}, 0, arguments, stream);
     }

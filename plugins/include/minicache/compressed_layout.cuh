@@ -51,7 +51,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.rows = field(rebuilt && !known ? KeyRebuild::row_bytes<T>(k) : 0);
   shared.map_in_shared = rebuilt && map_in_shared;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
-  shared.turns = field(rebuilt ? kBlockSize * KeyRebuild::turn_stride<Code<T>>(k.dim) : 0);
+  shared.turns = field(rebuilt ? KeyRebuild::turn_bytes<Code<T>>(k.dim) : 0);
   shared.offset = field(rebuilt ? 2 * padded_half(k.dim) * 4 : 0);
   shared.bases = field(rebuilt ? kSplitBlocks * padded_half(k.dim) * sizeof(KeyRebuild::Base) : 0);
   shared.table = field(kSplitBlocks * 4);

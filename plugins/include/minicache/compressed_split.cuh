@@ -77,8 +77,10 @@ struct CompressedSplit {
     };
     if constexpr (Rebuild) {
       Turned::fill_bases(block, a, item.split * kSplitTokens + start, blocks);
+      typename Block::template PerThread<typename Turned::Step> own;
+      block.each([&](Thread thread) { own(thread) = Turned::Step::of(a, item, thread, thread.warp()); });
       block.sync();
-      auto turn = [&](int u) { Turned::turn(block, a, item, fragments, u % 2 * turned_steps(a.key.shape.dim), u); };
+      auto turn = [&](int u) { Turned::turn(block, a, item, fragments, own, u % 2 * turned_steps(a.key.shape.dim), u); };
       turn(0);
       each_format(a.key, [&](auto formats) {
         read_keys(formats, [&](const auto& stage, int token) {

@@ -60,7 +60,7 @@ DecodeWorkspace decode_workspace(const DecodeSizes& sizes) {
   workspace.query_residual = field(query && sizes.key_maps->residual_map != nullptr, row * key.dim);
   workspace.query_offset = field(query && sizes.key_maps->offset != nullptr, row);
   workspace.map_fragments = field(sizes.rebuilt(), MapFragmentsArguments<T>::bytes(key));
-  workspace.turns = field(sizes.rebuilt(), kBlockSize * KeyRebuild::turn_stride<Code<T>>(key.dim));
+  workspace.turns = field(sizes.rebuilt(), KeyRebuild::table_bytes<Code<T>>(key.dim));
   workspace.sums = field(output, row * value.stored);
   workspace.residual_sums = field(output && value.has_residual(), row * value.dim);
   workspace.plain = field(output, row * value.dim);

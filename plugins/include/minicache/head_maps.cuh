@@ -160,14 +160,15 @@ struct MapFragmentsArguments {
 };
 
 // What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the order
-// of `QueryFragments::component`, run by run; and the turns of a block's places. Thread block: (128 fragments, slot),
-// behind the last slot 128 turns.
+// of `QueryFragments::component`, run by run; and the turns of a block's places and of a whole block. Thread block: (128
+// fragments, slot), behind the last slot 128 turns.
 template <class T>
 struct MapFragments {
   static constexpr int kThreads = kDecodeThreads;
   using E = Code<T>;
 
   MC_HD static std::int64_t turns(const StreamShape& shape) { return kBlockSize * padded_half(shape.dim) / 2; }
+  MC_HD static std::int64_t table(const StreamShape& shape) { return turns(shape) + padded_half(shape.dim); }
 
   template <class Block>
   MC_HD static void run(Block& block, const MapFragmentsArguments<T>& a) {
@@ -180,6 +181,10 @@ struct MapFragments {
         const int place = static_cast<int>(n) / pairs, pair = static_cast<int>(n) % pairs;
         auto* const row = reinterpret_cast<KeyRebuild::Turn<E>*>(a.turns + place * KeyRebuild::turn_stride<E>(dim));
         row[pair] = KeyRebuild::turn_of<E>(dim, a.inverse_frequencies, place, pair);
+      } else if (n < table(a.shape)) {
+        const int dim = a.shape.dim, c = static_cast<int>(n - turns(a.shape));
+        auto* const steps = reinterpret_cast<KeyRebuild::Base*>(a.turns + KeyRebuild::turn_bytes<E>(dim));
+        steps[c] = KeyRebuild::base_of(dim, a.inverse_frequencies, kBlockSize, c);
       }
     });
   }

@@ -57,6 +57,15 @@ struct KeyRebuild {
   MC_HD static int turn_stride(int dim) {
     return padded_half(dim) / 2 * static_cast<int>(sizeof(Turn<E>)) + 32;
   }
+  // Bytes of the table: `turns`, behind them [padded half] `Base`s of the place one cache block on.
+  template <class E>
+  MC_HD static int turn_bytes(int dim) {
+    return kBlockSize * turn_stride<E>(dim);
+  }
+  template <class E>
+  MC_HD static int table_bytes(int dim) {
+    return turn_bytes<E>(dim) + padded_half(dim) * static_cast<int>(sizeof(Base));
+  }
   template <class E>
   MC_HD Turn<E>& turn(int dim, int place, int n) const {
     return reinterpret_cast<Turn<E>*>(turns + place * turn_stride<E>(dim))[n];
@@ -72,6 +81,15 @@ struct KeyRebuild {
       sine_and_cosine(multiply(static_cast<float>(place), inverse_frequencies[2 * n + i]), sine[i], cosine[i]);
     }
     return {make_pair<E>(cosine[0], cosine[1]), make_pair<E>(sine[0], sine[1])};
+  }
+
+  // Of component c at a position; in the padding no turn.
+  MC_HD static Base base_of(int dim, const float* inverse_frequencies, int position, int c) {
+    Base base{1.0f, 0.0f};
+    if (c < dim / 2) {
+      sine_and_cosine(multiply(static_cast<float>(position), inverse_frequencies[c]), base.sine, base.cosine);
+    }
+    return base;
   }
 
   // Bytes of the rows of all warps as fragments A: [kDecodeWarps][steps][lanes].
@@ -164,7 +182,7 @@ struct KeyRebuild {
   MC_HD void rebuild_plain(Block& block, int half, Steps steps,
                            const typename Block::template PerThread<FragmentA<E>> (&y)[Most], F add) const {
     auto rebuild = [&](const FragmentPair<E>* map) {
-      MC_NO_UNROLL
+      MC_UNROLL_TWICE
       for (int d = 0; d < half; d += 16) {
         typename Block::template PerThread<FragmentD> key[4];
         begin(block, d, half, key);

@@ -20,16 +20,12 @@ struct TurnedQueries {
   MC_HD static void fill_bases(Block& block, const Arguments& a, int first, int blocks) {
     constexpr int kOwn = 4;  // blocks of a thread
     const int dim = a.key.shape.dim, half = padded_half(dim);
-    const float* const frequencies = a.problem.shape.inverse_frequencies;
+    const Base* const steps = reinterpret_cast<const Base*>(a.turns + KeyRebuild::turn_bytes<Code<T>>(dim));
     block.each([&](Thread thread) {
       for (int k = thread.index; k < ceil_div(blocks, kOwn) * half; k += kDecodeThreads) {
         const int c = k % half, u = k / half * kOwn;
-        Base base{1.0f, 0.0f}, step{1.0f, 0.0f};
-        if (c < dim / 2) {
-          const float place = static_cast<float>(first + u * kBlockSize);
-          sine_and_cosine(multiply(place, frequencies[c]), base.sine, base.cosine);
-          sine_and_cosine(multiply(static_cast<float>(kBlockSize), frequencies[c]), step.sine, step.cosine);
-        }
+        const Base step = steps[c];
+        Base base = KeyRebuild::base_of(dim, a.problem.shape.inverse_frequencies, first + u * kBlockSize, c);
         for (int i = u; i < minimum(u + kOwn, blocks); ++i) {
           bases_of(block.shared, a, i)[c] = base;
           base = {base.cosine * step.cosine - base.sine * step.sine, base.sine * step.cosine + base.cosine * step.sine};
@@ -38,36 +34,56 @@ struct TurnedQueries {
     });
   }
 
+  // A query's components of a thread in step n of half the padded key, and those they are paired with: zeros without any.
+  struct Step {
+    float low[4], high[4];
+
+    MC_HD static Step of(const Arguments& a, const SplitItem& item, Thread thread, int n) {
+      const int dim = a.key.shape.dim, query = thread.lane() / 4;
+      Step step{};
+      MC_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int c = component(thread, n, j);
+        if (c >= dim / 2 || query >= item.queries) continue;  // dim / 2 is even
+        const T* const row = a.problem.query(item.sequence, item.query + query) + c;
+        const Pair<T> low = detail::load<Pair<T>>(row), high = detail::load<Pair<T>>(row + dim / 2);
+        step.low[2 * j] = first_of(low);
+        step.low[2 * j + 1] = second_of(low);
+        step.high[2 * j] = first_of(high);
+        step.high[2 * j + 1] = second_of(high);
+      }
+      return step;
+    }
+    MC_HD static int component(Thread thread, int n, int j) { return 16 * n + 2 * (thread.lane() % 4) + 8 * j; }
+  };
+
   // Queries turned back by the position of block u, from step `first` of the fragments on: their products with keys
-  // turned by the rest of their own positions are those of the queries with the keys.
+  // turned by the rest of their own positions are those of the queries with the keys. `own`: of the warp's first step.
   template <class Block>
   MC_HD static void turn(Block& block, const Arguments& a, const SplitItem& item, const QueryFragments& fragments,
-                         int first, int u) {
+                         const typename Block::template PerThread<Step>& own, int first, int u) {
     using E = Code<T>;
-    const int dim = a.key.shape.dim, steps = padded_half(dim) / 16;
+    const int steps = padded_half(a.key.shape.dim) / 16;
     const Base* const bases = bases_of(block.shared, a, u);
     block.each([&](Thread thread) {
-      const int query = thread.lane() / 4;
-      const bool used = query < item.queries;
-      const T* const row = a.problem.query(item.sequence, item.query + (used ? query : 0));
       for (int n = thread.warp(); n < steps; n += kDecodeWarps) {
+        const Step query = n < kDecodeWarps ? own(thread) : Step::of(a, item, thread, n);
+        FragmentB<E> low, high;
         MC_UNROLL
         for (int j = 0; j < 2; ++j) {
-          const int c = 16 * n + 2 * (thread.lane() % 4) + 8 * j;
-          float x[2] = {}, y[2] = {};
-          if (c < dim / 2 && used) {  // dim / 2 is even
-            const Pair<T> p = detail::load<Pair<T>>(row + c), q = detail::load<Pair<T>>(row + c + dim / 2);
-            const Two<Base> base = detail::load<Two<Base>>(bases + c);
-            MC_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              const float low = i == 0 ? first_of(p) : second_of(p), high = i == 0 ? first_of(q) : second_of(q);
-              x[i] = low * base.x[i].cosine + high * base.x[i].sine;
-              y[i] = high * base.x[i].cosine - low * base.x[i].sine;
-            }
+          const Two<Base> base = detail::load<Two<Base>>(bases + Step::component(thread, n, j));
+          float x[2], y[2];
+          MC_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const float p = query.low[2 * j + i], q = query.high[2 * j + i];
+            x[i] = p * base.x[i].cosine + q * base.x[i].sine;
+            y[i] = q * base.x[i].cosine - p * base.x[i].sine;
           }
-          put_pair(fragments.template at<E, T>(first + n, thread.lane()), j, make_pair<E>(x[0], x[1]));
-          put_pair(fragments.template at<E, T>(first + steps + n, thread.lane()), j, make_pair<E>(y[0], y[1]));
+          put_pair(low, j, make_pair<E>(x[0], x[1]));
+          put_pair(high, j, make_pair<E>(y[0], y[1]));
         }
+        fragments.template at<E, T>(first + n, thread.lane()) = low;
+        fragments.template at<E, T>(first + steps + n, thread.lane()) = high;
       }
     });
   }
@@ -84,7 +100,7 @@ struct TurnedQueries {
     rebuild.turns = block.shared + a.shared.turns;
     rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
     const float* const offset = a.key.maps.offset == nullptr ? nullptr : a.key.maps.offset + slot * shape.dim;
-    const int turn_bytes = kBlockSize * KeyRebuild::turn_stride<Code<T>>(shape.dim);
+    const int turn_bytes = KeyRebuild::turn_bytes<Code<T>>(shape.dim);
     block.each([&](Thread thread) {
       auto copy = [&](std::int32_t target, const char* source, int size) {
         for (int at = thread.index * 16; at < size; at += kDecodeThreads * 16) {
