@@ -133,7 +133,10 @@ struct CompressedSplit {
     });
     block.each([&](Thread thread) { constants(thread).store(weights, thread); });
     if (!Kind && exact.count > 0) Own::prepare_exact_weights(block, a, exact, weights);
+    char* const unused = block.shared + a.shared.scores;  // by what is left to do for known runs
+    Own::hand_over(block, unused, sums);
     Own::finish_constants(block, weights);
+    Own::take_over(block, unused, sums);
     if (offset_codes(a.value)) Own::take_offset(block, weights, sums);
     Own::store_latent(block, a, item, weights, sums);
     if (!Kind && exact.count > 0) Own::store_exact(block, a, item, exact, weights, sums);

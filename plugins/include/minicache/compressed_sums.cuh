@@ -11,6 +11,12 @@ struct CompressedSums {
   // Units of a warp: of latent components, then of residual ones.
   static constexpr int kOwn = Kind ? 1 : 2 * kOwnUnits;
 
+  // Where a known run has fewer units than there are warps, they share its tokens: steps of 16 of a stage that a warp adds.
+  static constexpr int kUnits = is_known(Kind) ? Kind / 32 : kDecodeWarps, kSharing = kDecodeWarps / kUnits;
+  static constexpr int kSteps = kBlockSize / 16 / kSharing;
+  MC_HD static int first_step(Thread thread) { return kSharing == 1 ? 0 : thread.warp() / kUnits * kSteps; }
+  MC_HD static int own_unit(Thread thread) { return kSharing == 1 ? thread.warp() : thread.warp() % kUnits; }
+
   template <class Block>
   using Sums = typename Block::template PerThread<FragmentD>[2];
 
@@ -38,6 +44,34 @@ struct CompressedSums {
         }
       }
     });
+  }
+
+  // Sums of warps that share a unit, before and after a `sync`: the first warp of each unit gets them all.
+  template <class Block>
+  MC_HD static void hand_over(Block& block, char* shared, const Sums<Block> (&sums)[kOwn]) {
+    if constexpr (kSharing > 1) {
+      block.each([&](Thread thread) {
+        if (thread.warp() < kUnits) return;
+        FragmentD* const to = reinterpret_cast<FragmentD*>(shared) + 2 * (thread.index - kUnits * kWarp);
+        to[0] = sums[0][0](thread);
+        to[1] = sums[0][1](thread);
+      });
+    }
+  }
+  template <class Block>
+  MC_HD static void take_over(Block& block, const char* shared, Sums<Block> (&sums)[kOwn]) {
+    if constexpr (kSharing > 1) {
+      block.each([&](Thread thread) {
+        if (thread.warp() >= kUnits) return;
+        MC_UNROLL
+        for (int n = 1; n < kSharing; ++n) {
+          const FragmentD* const from =
+              reinterpret_cast<const FragmentD*>(shared) + 2 * (thread.index + (n - 1) * kUnits * kWarp);
+          MC_UNROLL
+          for (int i = 0; i < 8; ++i) sums[0][i / 4](thread).x[i % 4] += from[i / 4].x[i % 4];
+        }
+      });
+    }
   }
 
   // `sum` to number n of `sums`, which stay in registers: n is not known when this is compiled.
@@ -91,13 +125,15 @@ struct CompressedSums {
                              int first, Sums<Block>& sum) {
     const char* base = stage.rows(r);
     const int stride = stage.stride(r);
-    auto rows = [&](int step, int k) { return base + (16 * step + k) * stride; };
-    auto unit = [&](Thread thread) { return first + thread.warp(); };
+    auto rows = [&](Thread thread, int step, int k) {
+      return base + (16 * (first_step(thread) + step) + k) * stride;
+    };
+    auto unit = [&](Thread thread) { return first + own_unit(thread); };
     auto weight = [&](auto tag, int step, Thread thread) {
       const int n = is_known(Kind) ? 0 : stage.run(r).weights;
-      return weights.template at<Element<T, decltype(tag)::value>, T>(n, step, thread.lane());
+      return weights.template at<Element<T, decltype(tag)::value>, T>(n, first_step(thread) + step, thread.lane());
     };
-    add_values<T, Formats, kBlockSize / 16>(block, sum, kBlockSize / 16, stage.run(r).format, stage.length(r),
+    add_values<T, Formats, kSteps>(block, sum, kSteps, stage.run(r).format, stage.length(r),
                                             is_known(Kind) ? 0 : stage.run(r).stored, rows, unit, weight,
                                             stage.words(r), stage.channel_ranges(r));
   }
@@ -186,7 +222,7 @@ struct CompressedSums {
     for (int n = 0; n < kOwnUnits && 32 * kDecodeWarps * n < shape.dim; ++n) {
       Sums<Block>& sum = sums[0];
       block.each([&](Thread thread) { sum[0](thread) = sum[1](thread) = FragmentD{}; });
-      auto rows = [&](int step, int k) { return exact.rows[exact.clamped(16 * step + k)]; };
+      auto rows = [&](Thread, int step, int k) { return exact.rows[exact.clamped(16 * step + k)]; };
       auto unit = [&](Thread thread) { return n * kDecodeWarps + thread.warp(); };
       auto weight = [&](auto tag, int step, Thread thread) {
         return own.template at<Element<T, decltype(tag)::value>, T>(0, step, thread.lane());

@@ -150,7 +150,7 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
     MC_UNROLL
     for (int k = 0; k < 2; ++k) {
       Pair<E> two[N];
-      const void *row = rows(step, first + 8 * k), *next = rows(step, first + 8 * k + 1);
+      const void *row = rows(thread, step, first + 8 * k), *next = rows(thread, step, first + 8 * k + 1);
       if constexpr (Offset) {
         read_offset_columns(row, next, index, two);
       } else {
@@ -170,7 +170,7 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
   for (int m = 0; m < N / 2; ++m) block.multiply_add(sums[m], values[m], weights);
 }
 
-// Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(step, k)` is row k of a step; `at(thread)` the thread's
+// Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(thread, step, k)` is row k of a step; `at(thread)` the thread's
 // first component within the run; warps for which `active(thread)` is false add nothing.
 template <class T, Format F, int N, int Steps, bool Offset, class Block, class Rows, class At, class Active,
           class Weight>
