@@ -17,7 +17,12 @@ struct CompressedSplit {
   static constexpr int kPlainBlocks = Kind ? 4 : 3;
 #endif
   // Tables and maps of keys that are rebuilt leave shared memory for three, or for two.
-  static constexpr int kMinBlocks = !Rebuild ? kPlainBlocks : Kind == 128 ? 2 : 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200
+  static constexpr int kRebuildBlocks = 2;
+#else
+  static constexpr int kRebuildBlocks = Kind == 128 ? 2 : 3;
+#endif
+  static constexpr int kMinBlocks = Rebuild ? kRebuildBlocks : kPlainBlocks;
   using Arguments = CompressedSplitArguments<T>;
   using Own = CompressedSums<T, Kind>;
   using Turned = TurnedQueries<T>;

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "minicache/fragments.cuh"
-#include "minicache/known_logits.cuh"
+#include "minicache/key_rows.cuh"
 
 namespace minicache {
 
@@ -16,12 +16,7 @@ MC_HD int padded_half(int dim) { return ceil_div(dim / 2, 16) * 16; }
 // Steps of 16 components of a turned query.
 MC_HD int turned_steps(int dim) { return 2 * padded_half(dim) / 16; }
 
-// Steps of 16 components of [y | residual].
-MC_HD int rebuild_steps(const StreamShape& shape) {
-  return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
-}
-
-// The same with a step of zeros behind an odd number of them.
+// Steps of [y | residual] with one of zeros behind an odd number of them.
 MC_HD constexpr int padded_steps(int steps) { return (steps + 1) / 2 * 2; }
 
 // Fragments B of [P | A]^T of one slot: [padded key / 8][padded steps][lanes], or of plain streams (`paired`)
@@ -34,14 +29,15 @@ MC_HD int rebuild_fragment(bool paired, int steps, int tile, int step, int lane)
   if (!paired) return (tile * steps + step) * kWarp + lane;
   return ((tile * steps + (step & ~1)) * kWarp + 2 * lane) + step % 2;
 }
+
 constexpr int kPlainSteps = 32 * kDecodeWarps / 16;  // of a plain stream, at most
 
 struct KeyRebuild {
   const void* map;             // fragments,
   std::int32_t map_in_shared;  // or where they lie in shared memory if they fit there; -1: they do not
-  char* rows;       // [y | residual] of the warps' tokens, as fragments A that only their own threads use
-  char* turns;      // [kBlockSize][padded half / 2] `Turn`s
-  float* offset;    // c of the slot by component of the padded key
+  KeyRows rows;                // of streams that are not known
+  char* turns;                 // [kBlockSize][padded half / 2] `Turn`s
+  float* offset;               // c of the slot by component of the padded key
 
   // Cosine and sine of a cache block's position, for one component of half a padded key.
   struct Base {
@@ -92,16 +88,6 @@ struct KeyRebuild {
     return base;
   }
 
-  // Bytes of the rows of all warps as fragments A: [kDecodeWarps][steps][lanes].
-  template <class T>
-  MC_HD static int row_bytes(const StreamShape& shape) {
-    return kDecodeThreads * rebuild_steps(shape) * static_cast<int>(sizeof(FragmentA<Code<T>>));
-  }
-  template <class E>
-  MC_HD FragmentA<E>& row(Thread thread, int steps, int step) const {
-    return reinterpret_cast<FragmentA<E>*>(rows)[(thread.warp() * steps + step) * kWarp + thread.lane()];
-  }
-
   // Component of the padded key's component d, -1 in the padding.
   MC_HD static int component(int dim, int d) {
     const int half = padded_half(dim), place = d % half;
@@ -139,14 +125,14 @@ struct KeyRebuild {
       rebuild_plain<E, Kind / 16>(block, half, Fixed<Kind / 16>{}, y, add);
     } else {
       const int steps = rebuild_steps(shape);
-      store_rows<T>(block, stage, steps);
+      rows.template store<T>(block, stage, steps);
       if constexpr (Kind == kPlain) {
         typename Block::template PerThread<FragmentA<E>> y[kPlainSteps];
         block.each([&](Thread thread) {
           MC_UNROLL
           for (int step = 0; step < kPlainSteps; ++step) {
             if (step < padded_steps(steps)) y[step](thread) = FragmentA<E>{};
-            if (step < steps) y[step](thread) = row<E>(thread, steps, step);
+            if (step < steps) y[step](thread) = rows.template row<E>(thread, steps, step);
           }
         });
         rebuild_plain<E, kPlainSteps>(block, half, padded_steps(steps), y, add);
@@ -222,7 +208,7 @@ struct KeyRebuild {
       begin(block, d, half, key);
       for (int step = 0; step < steps; ++step) {
         typename Block::template PerThread<FragmentA<E>> y;
-        block.each([&](Thread thread) { y(thread) = row<E>(thread, steps, step); });
+        block.each([&](Thread thread) { y(thread) = rows.template row<E>(thread, steps, step); });
         MC_UNROLL
         for (int n = 0; n < 4; ++n) {
           typename Block::template PerThread<FragmentB<E>> part;
@@ -234,102 +220,6 @@ struct KeyRebuild {
       }
       add(d, key);
     }
-  }
-
-  // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
-  // added: ranges and norms of the tokens.
-  template <class E>
-  struct RowRanges {
-    bool any;
-    Pair<E> factor[2], constant[2];
-
-    MC_HD static RowRanges of(const TokenRanges& ranges, const TokenRanges& norms, int row) {
-      RowRanges result{ranges.scales >= 0 || norms.scales >= 0, {}, {}};
-      MC_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float norm = norms.scale(row + 8 * j);
-        const float scale = norm * ranges.scale(row + 8 * j), lowest = norm * ranges.minimum(row + 8 * j);
-        result.factor[j] = round_pair<E>(scale, scale);
-        result.constant[j] = round_pair<E>(lowest, lowest);
-      }
-      return result;
-    }
-    MC_HD FragmentA<E> apply(const FragmentA<E>& unit) const {
-      if (!any) return unit;
-      FragmentA<E> result;
-      MC_UNROLL
-      for (int j = 0; j < 4; ++j) put_pair(result, j, fused(pair_of(unit, j), factor[j % 2], constant[j % 2]));
-      return result;
-    }
-  };
-
-  // A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
-  template <class T, Format F, int N, int Kind, class Formats>
-  MC_HD static void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowRanges<Code<T>>& ranges,
-                               int n, int at, FragmentA<Code<T>> (&out)[2]) {
-    using E = Code<T>;
-    const char* const base = stage.rows(n);
-    const int own = own_row(thread), stride = stage.stride(n);
-    auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
-    FragmentA<Element<T, F>> unit[N / 4];
-    read_unit<T, F, N>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
-    MC_UNROLL
-    for (int s = 0; s < N / 4; ++s) {
-      if constexpr (std::is_same_v<Element<T, F>, E>) {
-        out[s] = ranges.apply(unit[s]);
-      } else {
-        MC_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const auto x = pair_of(unit[s], j);
-          const float norm = stage.norms().scale(own + 8 * (j % 2));
-          put_pair(out[s], j, round_pair<E>(norm * first_of(x), norm * second_of(x)));
-        }
-      }
-    }
-  }
-  MC_HD static int own_row(Thread thread) { return 16 * thread.warp() + thread.lane() / 4; }
-
-  // Rows of the warp's 16 tokens: of known runs in registers, components in the order of `known_component`,
-  template <class T, int Kind, class Formats, class Block>
-  MC_HD static void read_rows(Block& block, const KeyStage<Kind, Formats>& stage,
-                              typename Block::template PerThread<FragmentA<Code<T>>> (&y)[Kind / 16]) {
-    block.each([&](Thread thread) {
-      const auto ranges = RowRanges<Code<T>>::of(stage.token_ranges(0), stage.norms(), own_row(thread));
-      const RowWords<Kind> rows[2] = {RowWords<Kind>::load(thread, stage, 0), RowWords<Kind>::load(thread, stage, 1)};
-      MC_UNROLL
-      for (int n = 0; n < RowWords<Kind>::kWords; ++n) {
-        FragmentA<Code<T>> unit[2];
-        read_known_unit<T, Formats::format, false>(thread, rows, n, stage.channel_ranges(0), unit);
-        y[2 * n](thread) = ranges.apply(unit[0]);
-        y[2 * n + 1](thread) = ranges.apply(unit[1]);
-      }
-    });
-  }
-
-  // of others in `rows`, run by run, in the order of `QueryFragments::component`.
-  template <class T, int Kind, class Formats, class Block>
-  MC_HD void store_rows(Block& block, const KeyStage<Kind, Formats>& stage, int steps) const {
-    using E = Code<T>;
-    stage.each_run([&](int n) {
-      const int length = stage.length(n);
-      const int first = (n == kResidualRun ? stage.reader.shape.stored : stage.run(n).stored) / 16;
-      Formats::with(stage.run(n).format, [&](auto tag) {
-        constexpr Format kFormat = decltype(tag)::value;
-        block.each([&](Thread thread) {
-          const auto ranges = RowRanges<E>::of(stage.token_ranges(n), stage.norms(), own_row(thread));
-          FragmentA<E> unit[2];
-          int at = 0;
-          for (; at + 32 <= length; at += 32) {
-            dequantize<T, kFormat, 8>(thread, stage, ranges, n, at, unit);
-            row<E>(thread, steps, first + at / 16) = unit[0];
-            row<E>(thread, steps, first + at / 16 + 1) = unit[1];
-          }
-          if (at == length) return;
-          dequantize<T, kFormat, 4>(thread, stage, ranges, n, at, unit);
-          row<E>(thread, steps, first + at / 16) = unit[0];
-        });
-      });
-    });
   }
 
   // Keys as they come out of the product, turned by their places, become fragments A of the next one: columns 8 n + 2 t +

@@ -96,7 +96,7 @@ struct TurnedQueries {
     const char* const map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
     rebuild.map = map;
     rebuild.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
-    rebuild.rows = block.shared + a.shared.rows;
+    rebuild.rows = {block.shared + a.shared.rows};
     rebuild.turns = block.shared + a.shared.turns;
     rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
     const float* const offset = a.key.maps.offset == nullptr ? nullptr : a.key.maps.offset + slot * shape.dim;

@@ -1,0 +1,125 @@
+// Stored keys of a warp's 16 tokens as numbers: [y | residual] with ranges and norms applied, as fragments A.
+#pragma once
+
+#include "minicache/known_logits.cuh"
+
+namespace minicache {
+
+// Steps of 16 components of [y | residual].
+MC_HD int rebuild_steps(const StreamShape& shape) {
+  return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
+}
+
+// A thread's first row of its warp's tile; the other is 8 further.
+MC_HD int own_row(Thread thread) { return 16 * thread.warp() + thread.lane() / 4; }
+
+// What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
+// added: ranges and norms of the tokens.
+template <class E>
+struct RowRanges {
+  bool any;
+  Pair<E> factor[2], constant[2];
+
+  MC_HD static RowRanges of(const TokenRanges& ranges, const TokenRanges& norms, int row) {
+    RowRanges result{ranges.scales >= 0 || norms.scales >= 0, {}, {}};
+    MC_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const float norm = norms.scale(row + 8 * j);
+      const float scale = norm * ranges.scale(row + 8 * j), lowest = norm * ranges.minimum(row + 8 * j);
+      result.factor[j] = round_pair<E>(scale, scale);
+      result.constant[j] = round_pair<E>(lowest, lowest);
+    }
+    return result;
+  }
+  MC_HD FragmentA<E> apply(const FragmentA<E>& unit) const {
+    if (!any) return unit;
+    FragmentA<E> result;
+    MC_UNROLL
+    for (int j = 0; j < 4; ++j) put_pair(result, j, fused(pair_of(unit, j), factor[j % 2], constant[j % 2]));
+    return result;
+  }
+};
+
+// A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
+template <class T, Format F, int N, int Kind, class Formats>
+MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowRanges<Code<T>>& ranges, int n,
+                      int at, FragmentA<Code<T>> (&out)[2]) {
+  using E = Code<T>;
+  const char* const base = stage.rows(n);
+  const int own = own_row(thread), stride = stage.stride(n);
+  auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
+  FragmentA<Element<T, F>> unit[N / 4];
+  read_unit<T, F, N>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
+  MC_UNROLL
+  for (int s = 0; s < N / 4; ++s) {
+    if constexpr (std::is_same_v<Element<T, F>, E>) {
+      out[s] = ranges.apply(unit[s]);
+    } else {
+      MC_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const auto x = pair_of(unit[s], j);
+        const float norm = stage.norms().scale(own + 8 * (j % 2));
+        put_pair(out[s], j, round_pair<E>(norm * first_of(x), norm * second_of(x)));
+      }
+    }
+  }
+}
+
+// Rows of the warp's 16 tokens of a known run, in registers, components in the order of `known_component`.
+template <class T, int Kind, class Formats, class Block>
+MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage,
+                     typename Block::template PerThread<FragmentA<Code<T>>> (&y)[Kind / 16]) {
+  block.each([&](Thread thread) {
+    const auto ranges = RowRanges<Code<T>>::of(stage.token_ranges(0), stage.norms(), own_row(thread));
+    const RowWords<Kind> rows[2] = {RowWords<Kind>::load(thread, stage, 0), RowWords<Kind>::load(thread, stage, 1)};
+    MC_UNROLL
+    for (int n = 0; n < RowWords<Kind>::kWords; ++n) {
+      FragmentA<Code<T>> unit[2];
+      read_known_unit<T, Formats::format, false>(thread, rows, n, stage.channel_ranges(0), unit);
+      y[2 * n](thread) = ranges.apply(unit[0]);
+      y[2 * n + 1](thread) = ranges.apply(unit[1]);
+    }
+  });
+}
+
+// Rows of any runs in shared memory, run by run, components in the order of `QueryFragments::component`: [kDecodeWarps]
+// [steps][lanes] fragments that only their own threads use.
+struct KeyRows {
+  char* data;
+
+  template <class T>
+  MC_HD static int bytes(const StreamShape& shape) {
+    return kDecodeThreads * rebuild_steps(shape) * static_cast<int>(sizeof(FragmentA<Code<T>>));
+  }
+  template <class E>
+  MC_HD FragmentA<E>& row(Thread thread, int steps, int step) const {
+    return reinterpret_cast<FragmentA<E>*>(data)[(thread.warp() * steps + step) * kWarp + thread.lane()];
+  }
+
+  template <class T, int Kind, class Formats, class Block>
+  MC_HD void store(Block& block, const KeyStage<Kind, Formats>& stage, int steps) const {
+    using E = Code<T>;
+    stage.each_run([&](int n) {
+      const int length = stage.length(n);
+      const int first = (n == kResidualRun ? stage.reader.shape.stored : stage.run(n).stored) / 16;
+      Formats::with(stage.run(n).format, [&](auto tag) {
+        constexpr Format kFormat = decltype(tag)::value;
+        block.each([&](Thread thread) {
+          const auto ranges = RowRanges<E>::of(stage.token_ranges(n), stage.norms(), own_row(thread));
+          FragmentA<E> unit[2];
+          int at = 0;
+          for (; at + 32 <= length; at += 32) {
+            dequantize<T, kFormat, 8>(thread, stage, ranges, n, at, unit);
+            row<E>(thread, steps, first + at / 16) = unit[0];
+            row<E>(thread, steps, first + at / 16 + 1) = unit[1];
+          }
+          if (at == length) return;
+          dequantize<T, kFormat, 4>(thread, stage, ranges, n, at, unit);
+          row<E>(thread, steps, first + at / 16) = unit[0];
+        });
+      });
+    });
+  }
+};
+
+}  // namespace minicache
