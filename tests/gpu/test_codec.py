@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from minicache_trt.compression.codec import restore_blocks as twin_restore
 from minicache_trt.compression.matrices import stream_matrices
@@ -14,8 +16,8 @@ from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.compression.segment import Segment
 from minicache_trt.compression.stream import PARTS, Stream
 from minicache_trt.compression.stream_constants import StreamConstants
-from minicache_trt.config import ModelConfig
-from minicache_trt.contract import plan_layout
+from minicache_trt.config import BLOCK_SIZE, ModelConfig
+from minicache_trt.contract import StreamLayout, plan_layout
 from minicache_trt.functions.stream_maps import read_maps
 from minicache_trt.kernels.cache import KernelCache
 from minicache_trt.kernels.codec import append_kv, restore_blocks
@@ -66,21 +68,12 @@ def test_products_are_as_exact_as_floats(
     matrices["streams.0.decode"] /= sizes.swapaxes(1, 2)
     matrices["streams.0.mean"] *= 1e-3
     plan = replace(plan, matrices=matrices)
-    cache = KernelCache(kernels.library, config, plan, kernels.device, dtype)
-    cache.allocate(7, 6)
     torch.manual_seed(dim)
-    shape = cache.tensors["kv.0"].shape
-    center = 2 * torch.randn(shape[-1])
-    for layer in range(members):
-        cache.tensors[f"kv.{layer}"].copy_(1e-3 * (center + torch.randn(shape)))
-    ids = [torch.tensor(x, dtype=torch.int32, device=kernels.device) for x in (SOURCE, TARGET, NUMBER)]
-    kernels.poison_free_memory()
-    cache.compress_stream(0, *ids)
+    center = 2 * torch.randn(dim)
+    cache = compressed_cache(kernels, config, plan, dtype, lambda shape: 1e-3 * (center + torch.randn(shape)))
     host = {pool_name: pool.cpu() for pool_name, pool in cache.tensors.items()}
     (layout,) = plan_layout(plan, config)
-    x = torch.stack([host[f"kv.{layer}"][SOURCE, PARTS.index("key")] for layer in range(members)])
-    fields = {kind: host[pool.name][TARGET] for kind, pool in layout.pools.items()}
-    assert_blocks_agree(plan, layout, fields, x, torch.tensor(NUMBER), dtype)
+    assert_compressed(plan, layout, host, dtype)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -100,35 +93,56 @@ def test_linear_merges_with_retention_before_rope(kernels: Kernels, dim: int) ->
     check_codec(kernels, config, replace(plan, matrices=random_matrices(plan, config)))
 
 
-def check_codec(kernels: Kernels, config: ModelConfig, plan: CompressionPlan) -> None:
-    """Codes differ from the reference's only at ties, other blocks keep their poison; then back, as the twin reads."""
-    dtype = torch.float16
+def compressed_cache(
+    kernels: Kernels,
+    config: ModelConfig,
+    plan: CompressionPlan,
+    dtype: torch.dtype,
+    numbers: Callable[[torch.Size], Tensor],
+) -> KernelCache:
+    """A cache with random blocks of every layer, of which some have been compressed."""
     cache = KernelCache(kernels.library, config, plan, kernels.device, dtype)
     cache.allocate(7, 6)
-    torch.manual_seed(0)
-    common = torch.randn(cache.tensors["kv.0"].shape)
-    for pool_name, pool in cache.tensors.items():
-        if pool_name.startswith("kv."):
-            pool.copy_(common + 0.5 * torch.randn(common.shape))
+    for name, pool in cache.tensors.items():
+        if name.startswith("kv."):
+            pool.copy_(numbers(pool.shape))
         else:
             pool.fill_(POISON)
     ids = [torch.tensor(x, dtype=torch.int32, device=kernels.device) for x in (SOURCE, TARGET, NUMBER)]
     kernels.poison_free_memory()
     cache.compress(*ids)
+    return cache
+
+
+def assert_compressed(
+    plan: CompressionPlan, layout: StreamLayout, host: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Codes differ from the reference's only at ties, other blocks keep their poison. Returns the compressed blocks."""
+    place = PARTS.index(layout.stream.part)
+    x = torch.stack([host[f"kv.{layer}"][SOURCE, place] for layer in layout.stream.layers])
+    pools = {kind: host[pool.name] for kind, pool in layout.pools.items()}
+    assert all((pool[[0, 3, 5]] == POISON).all() for pool in pools.values()), layout.stream
+    fields = {kind: pool[TARGET] for kind, pool in pools.items()}
+    assert_blocks_agree(plan, layout, fields, x, torch.tensor(NUMBER), dtype)
+    return fields
+
+
+def check_codec(kernels: Kernels, config: ModelConfig, plan: CompressionPlan) -> None:
+    """Blocks are compressed as the reference does, and come back as the twin reads them."""
+    dtype = torch.float16
+    torch.manual_seed(0)
+    common = torch.randn(7, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+    cache = compressed_cache(kernels, config, plan, dtype, lambda shape: common + 0.5 * torch.randn(shape))
     host = {pool_name: pool.cpu() for pool_name, pool in cache.tensors.items()}
+    ids = [torch.tensor(x, dtype=torch.int32, device=kernels.device) for x in (TARGET, NUMBER)]
     for layout in plan_layout(plan, config):
-        place = PARTS.index(layout.stream.part)
-        x = torch.stack([host[f"kv.{layer}"][SOURCE, place] for layer in layout.stream.layers])
-        pools = {kind: host[pool.name] for kind, pool in layout.pools.items()}
-        assert all((pool[[0, 3, 5]] == POISON).all() for pool in pools.values()), layout.stream
-        fields = {kind: pool[TARGET] for kind, pool in pools.items()}
-        assert_blocks_agree(plan, layout, fields, x, torch.tensor(NUMBER), dtype)
+        fields = assert_compressed(plan, layout, host, dtype)
         constants = StreamConstants.of(plan, layout.index)
         for member in range(len(layout.stream.layers)):
             arrays = read_maps(layout, stream_matrices(plan.matrices, layout.index), member)
             maps = device_maps(arrays, kernels.device)
             shape = StreamShape(kernels.library, layout, member)
-            mine = restore_blocks(kernels.library, shape, layout, cache.tensors, maps, ids[1], ids[2], config, dtype)
+            mine = restore_blocks(kernels.library, shape, layout, cache.tensors, maps, *ids, config, dtype)
             theirs = twin_restore(layout, fields, member, torch.tensor(NUMBER), constants)
             limit = ROUNDING[dtype] * theirs.abs().amax(-1, keepdim=True) + 1e-5
             assert ((mine.cpu().float() - theirs).abs() <= limit).all(), (layout.stream, member)
