@@ -164,7 +164,7 @@ struct CompressedSums {
   MC_HD static void finish_constants(Block& block, const WeightFragments& weights) {
     block.sync();
     block.each([&](Thread thread) {
-      if (thread.index >= kConstants * kQueryTile) return;
+      if (thread.index >= WeightSums<Kind>::kUsed * kQueryTile) return;
       const int n = thread.index / kQueryTile, query = thread.index % kQueryTile;
       float sum = 0.0f;
       for (int i = 0; i < 4 * kDecodeWarps; ++i) sum += weights.part(n, Thread{i / 4 * kWarp + 4 * query + i % 4});

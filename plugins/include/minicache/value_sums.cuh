@@ -47,8 +47,8 @@ constexpr int kOwnUnits = kMaxRank / 32 / kDecodeWarps;  // units of a warp: of 
 // `WeightFragments::parts`.
 template <int Kind>
 struct WeightSums {
-  static constexpr int kOwn = is_known(Kind) ? 1 + WeightFragments::kOffsets : 1;
-  float own[kOwn];
+  static constexpr int kUsed = is_known(Kind) ? 1 + WeightFragments::kOffsets : kConstants;  // of the constants
+  float own[is_known(Kind) ? kUsed : 1];
 
   MC_HD void add(const WeightFragments& fragments, int n, Thread thread, float x) {
     if constexpr (is_known(Kind)) {
@@ -59,12 +59,15 @@ struct WeightSums {
   }
   // Before the first one, and after the last one.
   MC_HD void clear(const WeightFragments& fragments, Thread thread) {
-    for (int n = 0; n < kConstants; ++n) fragments.part(n, thread) = 0.0f;
-    for (float& x : own) x = 0.0f;
+    if constexpr (is_known(Kind)) {
+      for (float& x : own) x = 0.0f;
+    } else {
+      for (int n = 0; n < kUsed; ++n) fragments.part(n, thread) = 0.0f;
+    }
   }
   MC_HD void store(const WeightFragments& fragments, Thread thread) const {
     if constexpr (is_known(Kind)) {
-      for (int n = 0; n < kOwn; ++n) fragments.part(n, thread) = own[n];
+      for (int n = 0; n < kUsed; ++n) fragments.part(n, thread) = own[n];
     }
   }
 };
