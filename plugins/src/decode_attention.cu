@@ -154,8 +154,8 @@ struct DecodeAttention {
     return launch_kernel<CompressedSplit<T, Rebuild, Kind>>(kName, grid, arguments.shared.bytes, arguments, stream);
   }
 
-  // As many thread blocks on a multiprocessor as registers leave room for, then as many stages; what fits at all is better
-  // than a map outside of shared memory.
+  // As many thread blocks on a multiprocessor as registers leave room for, then as many stages; what fits at all is
+  // better than a map outside of shared memory.
   std::int32_t choose_shared(CompressedShared& shared) const {
     DeviceLimits limits{};
     if (const std::int32_t status = device_limits(kName, limits)) return status;

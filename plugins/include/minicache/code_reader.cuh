@@ -119,8 +119,8 @@ MC_HD Pair<Half> offset_codes(std::uint32_t word) {
 
 }  // namespace detail
 
-// Formats whose codes may be read with an offset, which is then taken off sums of them: component pairs (columns) p of
-// `read_offset_word` (`read_offset_columns`) are kCodeOffset + kOffsetStep code for odd p, kCodeOffset + code for others.
+// Formats whose codes may be read with an offset, which is then taken off sums of them: pairs p of `read_offset_word`
+// (columns p of `read_offset_columns`) are kCodeOffset + kOffsetStep code for odd p, kCodeOffset + code for others.
 constexpr float kCodeOffset = 1024.0f, kOffsetStep = 16.0f;
 template <class T, Format F>
 constexpr bool kOffsetCodes = F == Format::int4 && sizeof(T) == 2;

@@ -85,12 +85,13 @@ struct CompressedSplit {
       typename Block::template PerThread<typename Turned::Step> own;
       block.each([&](Thread thread) { own(thread) = Turned::Step::of(a, item, thread, thread.warp()); });
       block.sync();
-      auto turn = [&](int u) { Turned::turn(block, a, item, fragments, own, u % 2 * turned_steps(a.key.shape.dim), u); };
+      auto first_step = [&](int u) { return u % 2 * turned_steps(a.key.shape.dim); };
+      auto turn = [&](int u) { Turned::turn(block, a, item, fragments, own, first_step(u), u); };
       turn(0);
       each_format(a.key, [&](auto formats) {
         read_keys(formats, [&](const auto& stage, int token) {
-          const int u = (token - start) / kBlockSize, first = u % 2 * turned_steps(a.key.shape.dim);
-          rebuild.template logits<T>(block, stage, fragments, first, scale, scores, token);
+          const int u = (token - start) / kBlockSize;
+          rebuild.template logits<T>(block, stage, fragments, first_step(u), scale, scores, token);
           if (u + 1 < blocks) turn(u + 1);
         });
       });

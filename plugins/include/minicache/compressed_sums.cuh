@@ -11,7 +11,8 @@ struct CompressedSums {
   // Units of a warp: of latent components, then of residual ones.
   static constexpr int kOwn = Kind ? 1 : 2 * kOwnUnits;
 
-  // Where a known run has fewer units than there are warps, they share its tokens: steps of 16 of a stage that a warp adds.
+  // Where a known run has fewer units than there are warps, they share its tokens: a warp adds kSteps of a stage's steps
+  // of 16.
   static constexpr int kUnits = is_known(Kind) ? Kind / 32 : kDecodeWarps, kSharing = kDecodeWarps / kUnits;
   static constexpr int kSteps = kBlockSize / 16 / kSharing;
   MC_HD static int first_step(Thread thread) { return kSharing == 1 ? 0 : thread.warp() / kUnits * kSteps; }
@@ -121,8 +122,8 @@ struct CompressedSums {
 
   // Run r's part of units `first` and following, one per warp.
   template <class Formats, class Block>
-  MC_HD static void add_unit(Block& block, const ValueStage<Kind, Formats>& stage, const WeightFragments& weights, int r,
-                             int first, Sums<Block>& sum) {
+  MC_HD static void add_unit(Block& block, const ValueStage<Kind, Formats>& stage, const WeightFragments& weights,
+                             int r, int first, Sums<Block>& sum) {
     const char* base = stage.rows(r);
     const int stride = stage.stride(r);
     auto rows = [&](Thread thread, int step, int k) {

@@ -160,8 +160,8 @@ struct MapFragmentsArguments {
 };
 
 // What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the order
-// of `QueryFragments::component`, run by run; and the turns of a block's places and of a whole block. Thread block: (128
-// fragments, slot), behind the last slot 128 turns.
+// of `QueryFragments::component`, run by run; and the turns of a block's places and of a whole block. Thread block:
+// (128 fragments, slot), behind the last slot 128 turns.
 template <class T>
 struct MapFragments {
   static constexpr int kThreads = kDecodeThreads;

@@ -47,8 +47,8 @@ struct HeadProduct {
   }
 
   // Adds the products over `depth` components, a multiple of 16: `row(n, k)` and `column(m, k)` are four Numbers from
-  // component k, a multiple of 4, of row n and column m of the thread block, of which `columns` are wanted. Begins with a
-  // `sync`.
+  // component k, a multiple of 4, of row n and column m of the thread block, of which `columns` are wanted. Begins with
+  // a `sync`.
   template <class Block, class Row, class Column>
   MC_HD static void add(Block& block, Sums<Block>& sums, int depth, int columns, Row row, Column column) {
     const int steps = depth / 16;

@@ -213,7 +213,8 @@ struct KeyRebuild {
         for (int n = 0; n < 4; ++n) {
           typename Block::template PerThread<FragmentB<E>> part;
           block.each([&](Thread thread) {
-            part(thread) = parts[rebuild_fragment(false, padded_steps(steps), tile_of(d, half, n), step, thread.lane())];
+            const int tile = tile_of(d, half, n);
+            part(thread) = parts[rebuild_fragment(false, padded_steps(steps), tile, step, thread.lane())];
           });
           block.multiply_add(key[n], y, part);
         }

@@ -1,8 +1,8 @@
 // Logits of compressed keys of a known run: as key_logits.cuh has it, but queries and what belongs to them stay in
 // registers.
 //
-// A thread with t = lane % 4 reads N = Kind / 4 neighbouring components of a row, from N t on, at once: N / 8 words of 4-bit
-// codes. A word, unit n of the row, makes two steps of 16 components: step 2 n + s takes its pairs 2 s and 2 s + 1.
+// A thread with t = lane % 4 reads N = Kind / 4 neighbouring components of a row, from N t on, at once: N / 8 words of
+// 4-bit codes. A word, unit n of the row, makes two steps of 16 components: step 2 n + s takes its pairs 2 s and 2 s + 1.
 #pragma once
 
 #include "minicache/key_logits.cuh"
@@ -63,8 +63,9 @@ struct KnownQueries {
   typename Block::template PerThread<FragmentPair<E>> pair[kUnits];
   typename Block::template PerThread<Constants> constants;
 
-  // `numbers(query, component, x)` reads eight of a query's components; `shared` has room for the fragments of all units.
-  // Codes are read with an offset where `codes` says so: components of every second pair are then divided by its step.
+  // `numbers(query, component, x)` reads eight of a query's components; `shared` has room for the fragments of all
+  // units. Codes are read with an offset where `codes` says so: components of every second pair are then divided by its
+  // step.
   template <class F, class Offset>
   MC_HD void prepare(Block& block, char* shared, bool codes, F numbers, Offset offset) {
     auto* const all = reinterpret_cast<FragmentPair<E>*>(shared);

@@ -46,8 +46,8 @@ struct StageLayout {
 // banks; others stay as they are stored, one after another.
 MC_HD constexpr int stage_stride(int bytes) { return bytes % 16 != 0 || bytes / 16 % 2 == 1 ? bytes : bytes + 16; }
 
-// Rows of a known stream's codes. Threads read keys by rows, whose units of 16 bytes then lie in different banks as they
-// are stored; values by columns.
+// Bytes between the rows of a known stream's codes. Threads read keys by rows, whose units of 16 bytes lie in different
+// banks as they are stored; values by columns.
 MC_HD constexpr int known_stride(Part part, int length) {
   const int bytes = length * kKnownBits / 8;
   return part == Part::key ? bytes : stage_stride(bytes);

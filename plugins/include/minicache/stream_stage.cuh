@@ -83,8 +83,9 @@ struct PlainStageSource {
 
   MC_HD static PlainStageSource of(Thread thread, const StreamReader& reader, int slot) {
     const StreamBlock first = reader.block(0), second = reader.block(1);
-    return {forgotten(reinterpret_cast<const char*>(first.codes(slot))),
-            static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot)), slot, StageUnit::of(thread, reader, slot)};
+    const auto step = static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot));
+    return {forgotten(reinterpret_cast<const char*>(first.codes(slot))), step, slot,
+            StageUnit::of(thread, reader, slot)};
   }
 
   template <class Block>

@@ -34,7 +34,8 @@ struct TurnedQueries {
     });
   }
 
-  // A query's components of a thread in step n of half the padded key, and those they are paired with: zeros without any.
+  // A query's components of a thread in step n of half the padded key, and those they are paired with; zeros without
+  // any.
   struct Step {
     float low[4], high[4];
 

@@ -173,8 +173,8 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
   for (int m = 0; m < N / 2; ++m) block.multiply_add(sums[m], values[m], weights);
 }
 
-// Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(thread, step, k)` is row k of a step; `at(thread)` the thread's
-// first component within the run; warps for which `active(thread)` is false add nothing.
+// Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(thread, step, k)` is row k of a step; `at(thread)` the
+// thread's first component within the run; warps for which `active(thread)` is false add nothing.
 template <class T, Format F, int N, int Steps, bool Offset, class Block, class Rows, class At, class Active,
           class Weight>
 MC_HD void add_components(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Rows rows,
@@ -186,7 +186,8 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = make_pair<Code<T>>(-0.0f, -0.0f);
-      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(stored.scales, is_integer(F) ? stored.minima : nullptr, at(thread));
+      const Half* const minima = is_integer(F) ? stored.minima : nullptr;
+      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(stored.scales, minima, at(thread));
     });
   }
   static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
