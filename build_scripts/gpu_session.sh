@@ -54,6 +54,9 @@ if [[ -n "$built" ]]; then
   [[ -f "$built/libminicache_cuda.so" ]] || fail "--built: no libminicache_cuda.so in $built" "run build_plugins.sh --cuda"
   built="$(cd "$built" && pwd)"
 fi
+if [[ ",$steps," == *,profile,* ]]; then
+  command -v ncu > /dev/null || fail "step profile: ncu is missing" "install Nsight Compute and put it on PATH"
+fi
 python="${PYTHON:-python3}"
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null ||
   fail "$python finds no GPU through PyTorch" "set PYTHON to one with PyTorch for CUDA, on a machine with an NVIDIA GPU"

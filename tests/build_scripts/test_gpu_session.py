@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "build_scripts" / "gpu_session.sh"
         (["--built", "."], "--built: no libminicache_cuda.so in ."),
         (["--output"], "--output: expected a value"),
         (["--fast"], "unknown option --fast"),
+        (["--steps", "tests,profile"], "step profile: ncu is missing"),
         pytest.param([], "finds no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     ],
 )
