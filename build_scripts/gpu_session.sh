@@ -50,12 +50,15 @@ done
 for name in ${steps//,/ }; do
   [[ " $known " == *" $name "* ]] || fail "--steps: unknown step $name" "steps: $known"
 done
+wanted() { [[ ",$steps," == *",$1,"* ]]; }
+if wanted profile; then
+  command -v ncu > /dev/null || fail "step profile: ncu is missing" "install Nsight Compute and put it on PATH"
+fi
 if [[ -n "$built" ]]; then
   [[ -f "$built/libminicache_cuda.so" ]] || fail "--built: no libminicache_cuda.so in $built" "run build_plugins.sh --cuda"
   built="$(cd "$built" && pwd)"
-fi
-if [[ ",$steps," == *,profile,* ]]; then
-  command -v ncu > /dev/null || fail "step profile: ncu is missing" "install Nsight Compute and put it on PATH"
+elif ! wanted build && [[ ! -f "$root/build/plugins-gpu/libminicache_cuda.so" ]]; then
+  fail "there are no kernels in $root/build/plugins-gpu" "add build to --steps, or name a build with --built"
 fi
 python="${PYTHON:-python3}"
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null ||
@@ -66,7 +69,6 @@ cd "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=0
 
-wanted() { [[ ",$steps," == *",$1,"* ]]; }
 seconds() { [[ -n "$quick" ]] && echo "$1" || echo "$2"; }  # quick, otherwise
 step() {  # name, seconds, command ...
   local name="$1" limit="$2" start=$SECONDS status=0

@@ -45,6 +45,7 @@ struct Runtime {
   std::mutex mutex;  // kernels run one at a time
   std::vector<std::unique_ptr<Module>> modules;
   std::map<const void*, Kernel> kernels;  // by the host function that launches it
+  std::vector<Kernel*> launched;          // since statistics were reset, in order of first launches
   Allowed allowed;
   std::map<const char*, std::size_t> allocations;
   bool reverse = false;
@@ -160,7 +161,7 @@ void run(Runtime& state, Kernel& kernel, dim3 grid, dim3 block, void** arguments
   const Dimensions blocks{grid.x, grid.y, grid.z};
   Block machine(program, blocks, {block.x, block.y, block.z}, static_cast<std::int64_t>(shared), allowed,
                 kernel.statistics);
-  ++kernel.statistics.launches;
+  if (kernel.statistics.launches++ == 0) state.launched.push_back(&kernel);
   kernel.statistics.shared_bytes =
       std::max(kernel.statistics.shared_bytes, program.shared_bytes + static_cast<std::int64_t>(shared));
   for (std::int64_t n = 0; n < blocks.count(); ++n) {
@@ -360,11 +361,10 @@ const char* emulator_statistics() {
   auto& state = runtime();
   const std::lock_guard<std::mutex> lock(state.mutex);
   state.answer = "{";
-  for (auto& [function, kernel] : state.kernels) {
-    if (kernel.statistics.launches == 0) continue;
-    emulator::add_up(kernel);
+  for (emulator::Kernel* kernel : state.launched) {
+    emulator::add_up(*kernel);
     if (state.answer.size() > 1) state.answer += ", ";
-    state.answer += "\"" + kernel.name + "\": " + kernel.statistics.json();
+    state.answer += "\"" + kernel->name + "\": " + kernel->statistics.json();
   }
   state.answer += "}";
   return state.answer.c_str();
@@ -377,4 +377,5 @@ void emulator_reset_statistics() {
     emulator::add_up(kernel);
     kernel.statistics = {};
   }
+  state.launched.clear();
 }

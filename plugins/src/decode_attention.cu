@@ -27,22 +27,21 @@ struct DecodeAttention {
   DecodeSizes sizes;
   DecodeWorkspace layout;
   DecodeProblem<T> problem;
+  int kind;  // of the compressed tier's streams
   StreamReader key, value;
   char* workspace;
   void* stream;
 
   DecodeAttention(const AttentionArguments& arguments, void* memory, void* on)
-      : a(arguments), sizes(sizes_of(a)), layout(decode_workspace<T>(sizes)), key{}, value{},
+      : a(arguments), sizes(sizes_of(a)), layout(decode_workspace<T>(sizes)), kind(kGeneral), key{}, value{},
         workspace(static_cast<char*>(memory)), stream(on) {
     const int group = a.shape.query_heads / a.shape.heads;
     problem = {a.shape, a.step, a.sliding_window, group, ceil_div(group, kQueryTile), sizes.full_splits,
                sizes.compressed_splits, static_cast<const T*>(a.q), a.q_stride};
     if (!sizes.compressed()) return;
-    key = stream_reader<T>(*a.key.shape, a.key.pools, a.key.maps);
-    value = stream_reader<T>(*a.value.shape, a.value.pools, a.value.maps);
-    if (key.known_length(value) == 0) return;
-    key = stream_reader<T>(*a.key.shape, a.key.pools, a.key.maps, true);
-    value = stream_reader<T>(*a.value.shape, a.value.pools, a.value.maps, true);
+    kind = kind_of(*a.key.shape, *a.value.shape);
+    key = stream_reader<T>(*a.key.shape, a.key.pools, a.key.maps, is_known(kind));
+    value = stream_reader<T>(*a.value.shape, a.value.pools, a.value.maps, is_known(kind));
   }
 
   float* at(std::int64_t offset) const { return offset < 0 ? nullptr : reinterpret_cast<float*>(workspace + offset); }
@@ -115,8 +114,8 @@ struct DecodeAttention {
       const MapFragmentsArguments<T> arguments{key.shape,
                                                key.maps,
                                                a.shape.inverse_frequencies,
-                                               key.plain() && value.plain(),
-                                               key.known_length(value) > 0,
+                                               kind != kGeneral,
+                                               is_known(kind),
                                                workspace + layout.map_fragments,
                                                workspace + layout.turns};
       const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::table(key.shape));
@@ -139,13 +138,15 @@ struct DecodeAttention {
 
   template <bool Rebuild>
   auto splitter_of() const {
-    switch (key.known_length(value)) {
+    switch (kind) {
       case 64:
         return launch_split<Rebuild, 64>;
       case 128:
         return launch_split<Rebuild, 128>;
+      case kPlain:
+        return launch_split<Rebuild, kPlain>;
       default:
-        return key.plain() && value.plain() ? launch_split<Rebuild, kPlain> : launch_split<Rebuild, kGeneral>;
+        return launch_split<Rebuild, kGeneral>;
     }
   }
 

@@ -20,7 +20,7 @@ from tests.gpu.cases import assert_agrees, model
 from tests.gpu.conftest import Kernels
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import build
-from tests.support.plugin_build import EMULATED_OUTPUT, HOST_OUTPUT, built_plugins, gpu_tensorrt_plugins
+from tests.support.plugin_build import EMULATED_OUTPUT, HOST_OUTPUT, built_plugins, gpu_plugins
 from tests.support.plugin_cases import STEPS, plugin_case
 from tests.support.plugin_engine import use_plugins
 from tests.support.plugin_harness import Harness
@@ -32,7 +32,7 @@ ENGINES = ["full", "kivi4", "minicache4", "keys before RoPE"]
 @pytest.fixture(scope="session")
 def harness(kernels: Kernels) -> Harness:
     if kernels.on_gpu:
-        folder = gpu_tensorrt_plugins()
+        folder = gpu_plugins(tensorrt=True)
     else:
         output = {"emulated": EMULATED_OUTPUT, "host": HOST_OUTPUT}[kernels.kind]
         folder = built_plugins(f"--{kernels.kind}", output=output)

@@ -43,17 +43,12 @@ def built_plugins(*options: str, output: Path) -> Path:
     return output
 
 
-def gpu_plugins() -> Path:
-    """The folder of kernels for this machine's GPU."""
-    made = os.environ.get(GPU_BUILD_VARIABLE)
-    return build_plugins("--cuda", "--arch", "native", output=GPU_OUTPUT) if made is None else Path(made)
-
-
-def gpu_tensorrt_plugins() -> Path:
-    """The same with TensorRT's plugins; a skip where they, or TensorRT's headers, are missing."""
+def gpu_plugins(tensorrt: bool = False) -> Path:
+    """The folder of kernels for this machine's GPU; a skip where it should have TensorRT's plugins and cannot."""
     made = os.environ.get(GPU_BUILD_VARIABLE)
     if made is None:
-        return built_plugins("--cuda", "--arch", "native", output=GPU_OUTPUT)
-    if not (Path(made) / "libminicache_trt_harness.so").exists():
+        build = built_plugins if tensorrt else build_plugins
+        return build("--cuda", "--arch", "native", output=GPU_OUTPUT)
+    if tensorrt and not (Path(made) / "libminicache_trt_harness.so").exists():
         pytest.skip(f"{made} was built without --tensorrt")
     return Path(made)

@@ -22,28 +22,26 @@ struct CombineSplits {
   static constexpr int kThreads = kDecodeThreads;
   static constexpr int kRun = 4;  // components of a lane
 
-  struct alignas(16) Run {
-    float x[kRun];
-    MC_HD void add(float factor, const float* from) {
-      const Run other = detail::load<Run>(from);
-      MC_UNROLL
-      for (int i = 0; i < kRun; ++i) x[i] += factor * other.x[i];
-    }
-    MC_HD void store(float factor, float* to) const {
-      Run scaled = *this;
-      for (float& y : scaled.x) y *= factor;
-      *reinterpret_cast<Run*>(to) = scaled;
-    }
-  };
+  using Run = Neighbours<float, kRun>;
+  MC_HD static void add(Run& sum, float factor, const float* from) {
+    const Run other = detail::load<Run>(from);
+    MC_UNROLL
+    for (int i = 0; i < kRun; ++i) sum.x[i] += factor * other.x[i];
+  }
+  MC_HD static void store(Run sum, float factor, float* to) {
+    for (float& x : sum.x) x *= factor;
+    *reinterpret_cast<Run*>(to) = sum;
+  }
 
   // A query row's records of the splits that one tier has, and their factors.
   struct Records {
-    const float *first, *factors;
+    const float* first;
+    float* factors;
     int count, stride;
     MC_HD const float* at(int n) const { return first + n * stride; }
     // Components from `place` on of a vector, a multiple of kRun, added up over the splits.
     MC_HD void add(Run& sum, int place) const {
-      for (int n = 0; n < count; ++n) sum.add(factors[n], at(n) + place);
+      for (int n = 0; n < count; ++n) CombineSplits::add(sum, factors[n], at(n) + place);
     }
   };
 
@@ -54,6 +52,7 @@ struct CombineSplits {
     if (!block.any_warp([&](Thread thread) { return head(thread) < heads; })) return;
     typename Block::template PerThread<float> peak, total;
     typename Block::template PerThread<Records> full, compressed;
+    auto count = [&](Thread thread) { return full(thread).count + compressed(thread).count; };
     auto record = [&](Thread thread, int n) {
       return n < full(thread).count ? full(thread).at(n) : compressed(thread).at(n - full(thread).count);
     };
@@ -64,16 +63,16 @@ struct CombineSplits {
       full(thread) = records(a, false, sequence, own, factors);
       compressed(thread) = records(a, true, sequence, own, factors + full(thread).count);
       peak(thread) = -kInfinity;
-      for (int n = thread.lane(); n < full(thread).count + compressed(thread).count; n += kWarp) {
+      for (int n = thread.lane(); n < count(thread); n += kWarp) {
         peak(thread) = maximum(peak(thread), record(thread, n)[0]);
       }
     });
     block.template reduce_max<kWarp>(peak);
     block.each([&](Thread thread) {
       const float shift = peak(thread) == -kInfinity ? 0.0f : peak(thread);
-      float* const factors = const_cast<float*>(full(thread).factors);
+      float* const factors = full(thread).factors;
       total(thread) = 0.0f;
-      for (int n = thread.lane(); n < full(thread).count + compressed(thread).count; n += kWarp) {
+      for (int n = thread.lane(); n < count(thread); n += kWarp) {
         factors[n] = exp2_of(record(thread, n)[0] - shift);
         total(thread) += factors[n] * record(thread, n)[1];
       }
@@ -89,7 +88,7 @@ struct CombineSplits {
 
  private:
   MC_HD static Records records(const CombineArguments<T>& a, bool compressed_tier, int sequence, int head,
-                               const float* factors) {
+                               float* factors) {
     const Partials& partials = compressed_tier ? a.compressed : a.full;
     if (partials.splits == 0) return {nullptr, factors, 0, 0};
     const TokenRange tokens = visible(a.problem, compressed_tier, sequence);
@@ -115,7 +114,7 @@ struct CombineSplits {
     for (int d = kRun * thread.lane(); d < dim; d += step) {
       Run x{};
       full.add(x, kRecordHead + d);
-      if (offset != nullptr) x.add(weight, offset + d);
+      if (offset != nullptr) add(x, weight, offset + d);
       if (shape.retained > 0) compressed.add(x, exact_vector(shape) + d);
       if (!a.mapped) {
         compressed.add(x, kRecordHead + d);
@@ -124,17 +123,17 @@ struct CombineSplits {
         for (int i = 0; i < kRun; ++i) out[d + i] = from_float<T>(x.x[i] * inverse);
         continue;
       }
-      x.store(inverse, a.plain + row * dim + d);
+      store(x, inverse, a.plain + row * dim + d);
       if (!shape.has_residual()) continue;
       Run residual{};
       compressed.add(residual, residual_vector(shape) + d);
-      residual.store(inverse, a.residual_sums + row * dim + d);
+      store(residual, inverse, a.residual_sums + row * dim + d);
     }
     if (!a.mapped) return;
     for (int c = kRun * thread.lane(); c < shape.stored; c += step) {
       Run latent{};
       compressed.add(latent, kRecordHead + c);
-      latent.store(inverse, a.sums + row * shape.stored + c);
+      store(latent, inverse, a.sums + row * shape.stored + c);
     }
   }
 };

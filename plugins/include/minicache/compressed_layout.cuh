@@ -44,7 +44,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.fragments = field((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep);
   // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
   shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + kConstants * kDecodeThreads) * 4);
-  const bool known = key.known_length(value) > 0;  // one run, which stays in registers
+  const bool known = is_known(kind_of(k, v));  // one run, which stays in registers
   shared.weights = field((known ? 1 : kResidualRun + 1) * (kBlockSize / 16) * kStep);
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
   shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));

@@ -199,20 +199,17 @@ struct CompressedSplit {
       for (float& y : x) y = 0.0f;
       if (query >= item.queries) return;
       if (a.queries.latent == nullptr) {
-        struct alignas(8 * sizeof(T)) Eight {
-          T x[8];
-        };
-        const auto own = detail::load<Eight>(a.problem.query(item.sequence, item.query + query) + c);
+        const auto own = detail::load<Neighbours<T, 8>>(a.problem.query(item.sequence, item.query + query) + c);
         MC_UNROLL
         for (int i = 0; i < 8; ++i) x[i] = to_float(own.x[i]);
         return;
       }
       const float* const mapped = a.queries.latent + row(query) * a.key.shape.stored + c;
       MC_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const auto own = detail::load<Two<float>>(mapped + 2 * i);
-        x[2 * i] = own.x[0];
-        x[2 * i + 1] = own.x[1];
+      for (int half = 0; half < 2; ++half) {
+        const auto own = detail::load<Neighbours<float, 4>>(mapped + 4 * half);
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) x[4 * half + i] = own.x[i];
       }
     };
     queries.prepare(block, shared, offset_codes(a.key), numbers, [&](int query) {

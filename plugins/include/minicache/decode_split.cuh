@@ -99,7 +99,7 @@ struct Scores {
   MC_HD void load(int query, int first, float (&out)[4]) const {
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const Two<float> two = *reinterpret_cast<const Two<float>*>(&(*this)(query, first + 8 * j));
+      const auto two = *reinterpret_cast<const Neighbours<float, 2>*>(&(*this)(query, first + 8 * j));
       out[2 * j] = two.x[0];
       out[2 * j + 1] = two.x[1];
     }
@@ -111,9 +111,7 @@ MC_HD float sum_of(const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); 
 // A lane's part of a query's logits: runs of four neighbouring tokens, kWarp runs of a row at a time.
 struct LogitRuns {
   static constexpr int kRun = 4, kTokens = kRun * kWarp, kRuns = kSplitTokens / kTokens;
-  struct alignas(16) Run {
-    float x[kRun];
-  };
+  using Run = Neighbours<float, kRun>;
   Run runs[kRuns];
 
   MC_HD static int first(Thread thread, int n) { return n * kTokens + kRun * thread.lane(); }

@@ -23,6 +23,9 @@ MC_HD Pair<T> round_pair(float first, float second) {
 #endif
 }
 
+// Of 16 rows per warp, the first one of a thread's part of fragments A and D; the other is 8 further.
+MC_HD int own_row(Thread thread) { return 16 * thread.warp() + thread.lane() / 4; }
+
 // Fragments B of two steps, loaded at once.
 template <class E>
 struct alignas(2 * sizeof(FragmentB<E>)) FragmentPair {

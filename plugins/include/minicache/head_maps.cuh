@@ -65,7 +65,8 @@ struct QueryMap {
     auto query = [&](int row, int k) {
       Numbers x{};
       if (row >= rows.count) return x;
-      const auto stored = detail::load<Two<Pair<T>>>(a.problem.query(rows.sequence(row), rows.query(row)) + k);
+      const T* const from = a.problem.query(rows.sequence(row), rows.query(row)) + k;
+      const auto stored = detail::load<Neighbours<Pair<T>, 2>>(from);
       MC_UNROLL
       for (int i = 0; i < 2; ++i) {
         x.x[2 * i] = first_of(stored.x[i]);

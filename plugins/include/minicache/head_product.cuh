@@ -26,9 +26,7 @@ struct HeadProduct {
   using E = typename HeadPart<T>::type;
   static constexpr int kParts = HeadPart<T>::kParts, kRows = 8 * Tiles, kColumns = 16 * kDecodeWarps;
 
-  struct alignas(16) Numbers {
-    float x[4];
-  };
+  using Numbers = Neighbours<float, 4>;
   template <class Block>
   struct Sums {
     typename Block::template PerThread<FragmentD> tile[Tiles];
@@ -72,7 +70,7 @@ struct HeadProduct {
       block.each([&](Thread thread) {
         MC_UNROLL
         for (int half = 0; half < 2; ++half) {
-          next[half](thread) = column(column_of(thread) + 8 * half, 16 * step + 4 * (thread.lane() % 4));
+          next[half](thread) = column(own_row(thread) + 8 * half, 16 * step + 4 * (thread.lane() % 4));
         }
       });
     };
@@ -120,14 +118,13 @@ struct HeadProduct {
       for (int n = 0; n < Tiles; ++n) {
         MC_UNROLL
         for (int i = 0; i < 4; ++i) {
-          f(8 * n + 2 * (thread.lane() % 4) + i % 2, column_of(thread) + 8 * (i / 2), sums.tile[n](thread).x[i]);
+          f(8 * n + 2 * (thread.lane() % 4) + i % 2, own_row(thread) + 8 * (i / 2), sums.tile[n](thread).x[i]);
         }
       }
     });
   }
 
  private:
-  MC_HD static int column_of(Thread thread) { return 16 * thread.warp() + thread.lane() / 4; }
   MC_HD static FragmentB<E>& at(char* shared, int n, Thread thread) {
     return reinterpret_cast<FragmentB<E>*>(shared)[n * kWarp + thread.lane()];
   }

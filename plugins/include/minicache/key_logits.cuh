@@ -166,13 +166,13 @@ MC_HD void key_logits(Block& block, const KeyStage<Kind, Formats>& stage, const 
     typename Block::template PerThread<FragmentD> sum;
     block.each([&](Thread thread) { sum(thread) = ranges.scales < 0 ? total(thread) : FragmentD{}; });
     auto rows = [&](Thread thread, int half) {
-      return first + (16 * thread.warp() + thread.lane() / 4 + 8 * half) * stride;
+      return first + (own_row(thread) + 8 * half) * stride;
     };
     add_run<T, Formats>(block, sum, fragments, step, stage.run(n).format, length, rows, stage.words(n),
                         stage.channel_ranges(n));
     step += length / 16;
     block.each([&](Thread thread) {
-      const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+      const int t = thread.lane() % 4, row = own_row(thread);
       if (ranges.scales < 0) {
         total(thread) = sum(thread);
         return;
@@ -190,7 +190,7 @@ MC_HD void key_logits(Block& block, const KeyStage<Kind, Formats>& stage, const 
   });
   const TokenRanges norms = stage.norms();
   block.each([&](Thread thread) {
-    const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+    const int t = thread.lane() % 4, row = own_row(thread);
     MC_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float norm = norms.scale(row + 8 * half);
@@ -211,14 +211,14 @@ MC_HD void exact_logits(Block& block, const ExactRows& exact, const QueryFragmen
     typename Block::template PerThread<FragmentD> sum;
     block.each([&](Thread thread) { sum(thread) = FragmentD{}; });
     auto rows = [&](Thread thread, int half) {
-      return exact.rows[exact.clamped(first + 16 * thread.warp() + thread.lane() / 4 + 8 * half)];
+      return exact.rows[exact.clamped(first + own_row(thread) + 8 * half)];
     };
     add_run<T, RetainedFormat>(block, sum, fragments, step, exact.reader.shape.retained_format, exact.reader.shape.dim,
                                rows, true, ChannelRanges{});
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4;
       for (int half = 0; half < 2; ++half) {
-        const int n = first + 16 * thread.warp() + thread.lane() / 4 + 8 * half;
+        const int n = first + own_row(thread) + 8 * half;
         if (n >= exact.count || exact.token(n) < 0) continue;
         for (int i = 0; i < 2; ++i) {
           const float constant = exact.minimum(n) * fragments.sums[kExactRun * kQueryTile + 2 * t + i];

@@ -67,18 +67,6 @@ struct KeyRebuild {
     return reinterpret_cast<Turn<E>*>(turns + place * turn_stride<E>(dim))[n];
   }
 
-  // Number n of the table's entry for a place.
-  template <class E>
-  MC_HD static Turn<E> turn_of(int dim, const float* inverse_frequencies, int place, int n) {
-    float sine[2] = {}, cosine[2] = {};
-    MC_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (2 * n + i >= dim / 2) continue;
-      sine_and_cosine(multiply(static_cast<float>(place), inverse_frequencies[2 * n + i]), sine[i], cosine[i]);
-    }
-    return {make_pair<E>(cosine[0], cosine[1]), make_pair<E>(sine[0], sine[1])};
-  }
-
   // Of component c at a position; in the padding no turn.
   MC_HD static Base base_of(int dim, const float* inverse_frequencies, int position, int c) {
     Base base{1.0f, 0.0f};
@@ -86,6 +74,14 @@ struct KeyRebuild {
       sine_and_cosine(multiply(static_cast<float>(position), inverse_frequencies[c]), base.sine, base.cosine);
     }
     return base;
+  }
+
+  // Number n of the table's entry for a place.
+  template <class E>
+  MC_HD static Turn<E> turn_of(int dim, const float* inverse_frequencies, int place, int n) {
+    const Base first = base_of(dim, inverse_frequencies, place, 2 * n);
+    const Base second = base_of(dim, inverse_frequencies, place, 2 * n + 1);
+    return {make_pair<E>(first.cosine, second.cosine), make_pair<E>(first.sine, second.sine)};
   }
 
   // Component of the padded key's component d, -1 in the padding.
@@ -141,7 +137,7 @@ struct KeyRebuild {
       }
     }
     block.each([&](Thread thread) {
-      const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+      const int t = thread.lane() % 4, row = own_row(thread);
       MC_UNROLL
       for (int i = 0; i < 4; ++i) scores(2 * t + i % 2, token + row + 8 * (i / 2)) = logit(thread).x[i] * scale;
     });
@@ -157,7 +153,8 @@ struct KeyRebuild {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const auto c = detail::load<Two<float>>(offset + d + n / 2 * half + 8 * (n % 2) + 2 * (thread.lane() % 4));
+        const int first = d + n / 2 * half + 8 * (n % 2) + 2 * (thread.lane() % 4);
+        const auto c = detail::load<Neighbours<float, 2>>(offset + first);
         key[n](thread) = FragmentD{{c.x[0], c.x[1], c.x[0], c.x[1]}};
       }
     });
@@ -229,7 +226,7 @@ struct KeyRebuild {
   MC_HD void turn_keys(Thread thread, int dim, const FragmentD (&sums)[4], int d, FragmentA<Code<T>>& low,
                        FragmentA<Code<T>>& high) const {
     using E = Code<T>;
-    const int t = thread.lane() % 4, row = 16 * thread.warp() + thread.lane() / 4;
+    const int t = thread.lane() % 4, row = own_row(thread);
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
       MC_UNROLL

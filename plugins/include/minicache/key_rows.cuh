@@ -10,9 +10,6 @@ MC_HD int rebuild_steps(const StreamShape& shape) {
   return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
 }
 
-// A thread's first row of its warp's tile; the other is 8 further.
-MC_HD int own_row(Thread thread) { return 16 * thread.warp() + thread.lane() / 4; }
-
 // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
 // added: ranges and norms of the tokens.
 template <class E>

@@ -18,7 +18,7 @@ struct alignas(Kind / 8) RowWords {
   // Of row lane / 4 + 8 half of the warp's tile.
   template <class Formats>
   MC_HD static RowWords load(Thread thread, const KeyStage<Kind, Formats>& stage, int half) {
-    const int row = 16 * thread.warp() + thread.lane() / 4 + 8 * half;
+    const int row = own_row(thread) + 8 * half;
     return detail::load<RowWords>(stage.rows(0) + row * known_stride(Part::key, Kind) +
                                   thread.lane() % 4 * static_cast<int>(sizeof(RowWords)));
   }
@@ -158,7 +158,7 @@ MC_HD void known_logits(Block& block, const KeyStage<Kind, Formats>& stage, cons
   const TokenRanges ranges = stage.token_ranges(0), norms = stage.norms();
   block.each([&](Thread thread) {
     const auto& own = queries.constants(thread);
-    const int row = 16 * thread.warp() + thread.lane() / 4, query = 2 * (thread.lane() % 4);
+    const int row = own_row(thread), query = 2 * (thread.lane() % 4);
     MC_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float norm = scale * norms.scale(row + 8 * half);

@@ -19,10 +19,10 @@ struct CodeOf<float> {
 template <class T>
 using Code = typename CodeOf<T>::type;
 
-// Two neighbours, loaded at once.
-template <class X>
-struct alignas(2 * sizeof(X)) Two {
-  X x[2];
+// N neighbours in memory, loaded and stored at once.
+template <class X, int N>
+struct alignas(N * sizeof(X)) Neighbours {
+  X x[N];
 };
 
 template <class E>

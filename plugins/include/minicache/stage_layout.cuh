@@ -22,6 +22,23 @@ MC_HD void with_known_format(Format format, F f) {
   return f(FormatTag<Format::g4>{});
 }
 
+// Whether there is nothing beside runs of segments and norms, and a unit of 32 components or less for each warp.
+MC_HD bool is_plain(const StreamShape& shape) {
+  return !shape.has_residual() && shape.retained == 0 && shape.stored <= 32 * kDecodeWarps;
+}
+// The number of components to compile for; 0: none.
+MC_HD int known_length(const StreamShape& shape) {
+  const Segment& only = shape.segment[0];
+  if (!is_plain(shape) || shape.segments != 1 || !has_known_format(only.format)) return 0;
+  return only.length == 64 || only.length == 128 ? only.length : 0;
+}
+// What is known of a layer's keys and values together.
+MC_HD int kind_of(const StreamShape& key, const StreamShape& value) {
+  const int length = known_length(key);
+  if (length > 0 && length == known_length(value)) return length;
+  return is_plain(key) && is_plain(value) ? kPlain : kGeneral;
+}
+
 // A number known when this is compiled.
 template <int N>
 struct Fixed {
@@ -101,20 +118,6 @@ struct StreamReader {
     if (n == kResidualRun) return shape.has_residual();
     return n < shape.segments && shape.segment[n].format != Format::drop;
   }
-  // Whether there is nothing beside runs of segments and norms, and a unit of 32 components or less for each warp.
-  MC_HD bool plain() const {
-    return !shape.has_residual() && shape.retained == 0 && shape.stored <= 32 * kDecodeWarps;
-  }
-  // The number of components to compile for, with a stream `other` of the same layer; 0: none.
-  MC_HD int known_length(const StreamReader& other) const {
-    const int length = own_known_length();
-    return length == other.own_known_length() ? length : 0;
-  }
-  MC_HD int own_known_length() const {
-    const Segment& only = shape.segment[0];
-    if (!plain() || shape.segments != 1 || !has_known_format(only.format)) return 0;
-    return only.length == 64 || only.length == 128 ? only.length : 0;
-  }
   MC_HD int slot(int head) const { return maps.slots == nullptr ? head : static_cast<int>(maps.slots[head]); }
   MC_HD StreamBlock block(std::int64_t id) const { return {shape, pools, id}; }
 };
@@ -155,7 +158,7 @@ StageRun stage_run(const StreamShape& shape, const StageLayout& stage, int n) {
 
 template <class T>
 StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, const ReadMaps& maps,
-                           bool known = false) {
+                           bool known) {
   StreamReader reader{shape, pools, maps, stage_layout<T>(shape, known), {}, {}, 0};
   for (int n = 0; n <= kResidualRun; ++n) {
     if (!reader.has_run(n)) continue;

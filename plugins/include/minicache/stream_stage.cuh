@@ -38,24 +38,35 @@ struct AnyStageSource {
   }
 };
 
-// Ranges and norms of a plain stream: a thread's unit of 16 bytes of either, in block 0, and how far it is to the next.
+// Where something lies in block 0, and how far it is to the next block.
+struct BlockAddress {
+  const char* first;
+  std::uint32_t step;
+
+  template <class X>
+  MC_HD static BlockAddress of(const X* first, const X* second, int offset) {
+    return {forgotten(reinterpret_cast<const char*>(first) + offset),
+            static_cast<std::uint32_t>((second - first) * sizeof(X))};
+  }
+  MC_HD const char* of(std::int32_t id) const { return first + std::uint64_t{static_cast<std::uint32_t>(id)} * step; }
+};
+
+// Ranges and norms of a plain stream: a thread's unit of 16 bytes of either.
 struct StageUnit {
   static constexpr int kNormThreads = kDecodeThreads / 2;  // threads from here on copy norms, those before ranges
   static_assert(2 * kMaxSegments * kBlockSize * 2 <= 16 * kNormThreads, "a thread for each unit of ranges per token");
   static_assert(2 * 32 * kDecodeWarps * 2 <= 16 * kNormThreads, "and per channel");
 
-  const char* source;
-  std::uint32_t step;
+  BlockAddress source;
   std::int32_t target;  // in a stage; -1: none
 
   MC_HD static StageUnit of(Thread thread, const StreamReader& reader, int slot) {
     const StageLayout& layout = reader.stage;
     const StreamBlock first = reader.block(0), second = reader.block(1);
-    StageUnit unit{nullptr, 0, -1};
+    StageUnit unit{{nullptr, 0}, -1};
     auto take = [&](const StageField& field, const Half* from, const Half* next, int n) {
       if (field.offset < 0 || n >= field.rows) return;
-      unit.source = forgotten(reinterpret_cast<const char*>(from) + 16 * n);
-      unit.step = static_cast<std::uint32_t>((next - from) * sizeof(Half));
+      unit.source = BlockAddress::of(from, next, 16 * n);
       unit.target = field.offset + 16 * n;
     };
     if (thread.index < kNormThreads) {
@@ -68,36 +79,32 @@ struct StageUnit {
   }
 
   template <class Block>
-  MC_HD void fetch(char* stage, std::uint64_t block) const {
-    if (target >= 0) Block::copy_async(stage + target, source + block * step);
+  MC_HD void fetch(char* stage, std::int32_t id) const {
+    if (target >= 0) Block::copy_async(stage + target, source.of(id));
   }
 };
 
 // Of a plain stream.
 template <class T>
 struct PlainStageSource {
-  const char* codes;  // of block 0
-  std::uint32_t codes_step;
+  BlockAddress codes;
   int slot;
   StageUnit unit;
 
   MC_HD static PlainStageSource of(Thread thread, const StreamReader& reader, int slot) {
-    const StreamBlock first = reader.block(0), second = reader.block(1);
-    const auto step = static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot));
-    return {forgotten(reinterpret_cast<const char*>(first.codes(slot))), step, slot,
+    return {BlockAddress::of(reader.block(0).codes(slot), reader.block(1).codes(slot), 0), slot,
             StageUnit::of(thread, reader, slot)};
   }
 
   template <class Block>
   MC_HD void fetch(Thread thread, const StreamReader& reader, char* stage, std::int32_t id) const {
-    const std::uint64_t block = static_cast<std::uint32_t>(id);
     const StageLayout& layout = reader.stage;
     auto copy = [&](const StageField& field, const void* from) {
       AnyStageSource<T>::template copy_field<Block>(thread, stage, field, from);
     };
-    if (layout.codes.offset >= 0) copy(layout.codes, codes + block * codes_step);
+    if (layout.codes.offset >= 0) copy(layout.codes, codes.of(id));
     if (layout.latent.offset >= 0) copy(layout.latent, reader.block(id).template latent<T>(slot));
-    unit.template fetch<Block>(stage, block);
+    unit.template fetch<Block>(stage, id);
   }
 };
 
@@ -109,26 +116,23 @@ struct KnownStageSource {
   static_assert(kBlockSize % kRows == 0 && kBytes == 16 << kShift, "all threads copy alike");
   static_assert(kCopies <= 2, "one place and the next");
 
-  const char* codes;  // in block 0
-  std::uint32_t codes_step;
+  BlockAddress codes;
   std::int32_t target;  // in a stage
   StageUnit unit;
 
   MC_HD static KnownStageSource of(Thread thread, const StreamReader& reader, int slot) {
-    const StreamBlock first = reader.block(0), second = reader.block(1);
     const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
-    return {forgotten(reinterpret_cast<const char*>(first.codes(slot)) + row * kBytes + column),
-            static_cast<std::uint32_t>(second.codes(slot) - first.codes(slot)), row * kStride + column,
+    const int offset = row * kBytes + column;
+    return {BlockAddress::of(reader.block(0).codes(slot), reader.block(1).codes(slot), offset), row * kStride + column,
             StageUnit::of(thread, reader, slot)};
   }
 
   template <class Block>
   MC_HD void fetch(Thread, const StreamReader&, char* stage, std::int32_t id) const {
-    const std::uint64_t block = static_cast<std::uint32_t>(id);
-    const char* const from = codes + block * codes_step;
+    const char* const from = codes.of(id);
     Block::copy_async(stage + target, from);
     if constexpr (kCopies == 2) Block::template copy_async_at<kRows * kStride, kRows * kBytes>(stage + target, from);
-    unit.template fetch<Block>(stage, block);
+    unit.template fetch<Block>(stage, id);
   }
 };
 

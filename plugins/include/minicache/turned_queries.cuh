@@ -72,7 +72,7 @@ struct TurnedQueries {
         FragmentB<E> low, high;
         MC_UNROLL
         for (int j = 0; j < 2; ++j) {
-          const Two<Base> base = detail::load<Two<Base>>(bases + Step::component(thread, n, j));
+          const auto base = detail::load<Neighbours<Base, 2>>(bases + Step::component(thread, n, j));
           float x[2], y[2];
           MC_UNROLL
           for (int i = 0; i < 2; ++i) {
