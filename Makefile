@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # TORCH_ARGS chooses another build of PyTorch, for example an index of CPU-only wheels.
 TORCH  ?= torch==2.13.0
 
-.PHONY: help demo test browser check check-all plugins tensorrt-headers setup clean
+.PHONY: help demo test test-versions browser check check-all plugins tensorrt-headers setup clean
 
 help:            ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,6 +26,9 @@ demo: setup      ## Build a compressed engine from the bundled checkpoint, gener
 
 test: setup check browser   ## Run all checks and tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-versions:   ## Run all tests with other versions of the dependencies: SET=lowest, newest or tensorrt-llm
+	$(PYTHON) build_scripts/test_versions.py $(or $(SET),lowest)
 
 browser:         ## Install Chromium for the test of the status page, where apt may do that
 	@command -v chromedriver > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \

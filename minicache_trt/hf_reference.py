@@ -16,6 +16,7 @@ from minicache_trt.checkpoint.quantize import changed_weights
 from minicache_trt.checkpoint.resolve import load_checkpoint
 from minicache_trt.config import ModelConfig
 from minicache_trt.engine_directory import CHECKPOINT, QUANTIZED, EngineInfo
+from minicache_trt.hf_config import load_config, set_longrope_divisors
 from minicache_trt.reference import Reference
 
 
@@ -69,10 +70,9 @@ def _model_class(path: Path, shape: ModelConfig) -> tuple[Any, Any, bool]:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = load_config(path)
     if shape.rope.divisors:
-        rope = config.rope_parameters
-        rope["short_factor"] = rope["long_factor"] = list(shape.rope.divisors)
+        set_longrope_divisors(config, shape.rope.divisors)
     architecture = config.architectures[0]
     family = FAMILIES[shape.family]
     if architecture == family.text_part:

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, __version__
+from transformers import AutoModelForCausalLM, __version__
 from transformers.generation.streamers import BaseStreamer
 
 from minicache_trt.benchmark.timings import Timings, alternate
 from minicache_trt.cli.console import quiet_transformers
+from minicache_trt.hf_config import has_softcaps, load_config
 
 ATTENTIONS = ("sdpa", "eager")
 
@@ -50,7 +51,7 @@ class HuggingFace:
 
     def __init__(self, checkpoint: str, attention: str) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=attention
+            checkpoint, config=load_config(checkpoint), dtype=torch.float32, attn_implementation=attention
         )
 
     def run(self, prompts: Sequence[list[int]], new_tokens: int) -> Timings:
@@ -77,7 +78,8 @@ def faster_attention(
 
     The whole run counts: of a long prompt, prefill is what tells attentions apart.
     """
-    models = {name: HuggingFace(checkpoint, name) for name in ATTENTIONS}
+    names = ["eager"] if has_softcaps(load_config(checkpoint)) else ATTENTIONS
+    models = {name: HuggingFace(checkpoint, name) for name in names}
     for model in models.values():
         model.run(prompts, 4)
     samples = alternate({name: partial(model.run, prompts, new_tokens) for name, model in models.items()}, rounds)
@@ -96,7 +98,7 @@ def main(checkpoint: str, threads: str, context: str) -> None:
     quiet_transformers()
     if int(threads):
         torch.set_num_threads(int(threads))
-    vocabulary = AutoConfig.from_pretrained(checkpoint).vocab_size
+    vocabulary = load_config(checkpoint).get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (int(context),), generator=torch.Generator().manual_seed(0)).tolist()
     model, speeds = faster_attention(checkpoint, [prompt])
     settings = {"attention": model.model.config._attn_implementation, "attention_probe": speeds}

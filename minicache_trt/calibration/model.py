@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from minicache_trt.config import ModelConfig
+from minicache_trt.hf_config import OLD_ROPE
 from minicache_trt.hf_reference import load_checkpoint_model
 
 ATTENTION = "minicache_trt_calibrate"
@@ -49,27 +50,39 @@ class CalibrationModel:
         model.set_attn_implementation(ATTENTION)
         self._model = model.eval().requires_grad_(False)
         self.output_weight: Tensor = model.lm_head.weight
-        # Models whose layers rotate differently ask which kind of layer it is.
-        self._kinds: list[str] = [] if config.local_rope is None else model.config.layer_types
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states ``[S, T, hidden]`` of token ids ``[S, T]`` before the first layer."""
-        result: Tensor = self._model.model.embed_tokens(tokens)
-        return result
+        embedding = self._model.model.embed_tokens
+        result: Tensor = embedding(tokens)
+        # Embeddings of Gemma scale themselves, but those of Gemma 2 in transformers 4.
+        return result if hasattr(embedding, "embed_scale") else result * self.config.embedding_scale
 
     def layer(self, index: int, hidden: Tensor, first: int, attend: Attend) -> Tensor:
         """Hidden states after a layer, for tokens at positions ``first`` and on."""
         positions = torch.arange(first, first + hidden.shape[1])[None]
-        rotary = self._model.model.rotary_emb(hidden, positions, *self._kinds[index : index + 1])
-        result: Tensor = self._model.model.layers[index](
+        result = self._model.model.layers[index](
             hidden,
             attention_mask=None,
             position_ids=positions,
-            position_embeddings=rotary,
             use_cache=False,
             attend=attend,
+            **self._rotary(index, hidden, positions),
         )
-        return result
+        states: Tensor = result[0] if isinstance(result, tuple) else result  # Gemma's layers of transformers 4
+        return states
+
+    def _rotary(self, index: int, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
+        """Cosines and sines for a layer, by the arguments it takes."""
+        model = self._model.model
+        if self.config.local_rope is None:
+            return {"position_embeddings": model.rotary_emb(hidden, positions)}
+        if OLD_ROPE:  # a layer chooses
+            return {
+                "position_embeddings_global": model.rotary_emb(hidden, positions),
+                "position_embeddings_local": model.rotary_emb_local(hidden, positions),
+            }
+        return {"position_embeddings": model.rotary_emb(hidden, positions, self._model.config.layer_types[index])}
 
     def final(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last norm."""

@@ -105,6 +105,7 @@ class _Observer:
         from transformers import AttentionInterface, AutoModel
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        from minicache_trt.hf_config import load_config
         from minicache_trt.reference.history import TieredHistory, tiered_attention
 
         uncompressed = CompressionPlan("full")
@@ -121,7 +122,11 @@ class _Observer:
 
         AttentionInterface.register(ATTENTION, observe)
         model: Any = AutoModel.from_pretrained(
-            str(directory), dtype=torch.float32, attn_implementation=ATTENTION, local_files_only=True
+            str(directory),
+            config=load_config(directory),
+            dtype=torch.float32,
+            attn_implementation=ATTENTION,
+            local_files_only=True,
         )
         self._model = model.eval()
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minicache_trt.compression.matrices import stream_matrices
 from minicache_trt.compression.plan import CompressionPlan
 from minicache_trt.config import ModelConfig
+from minicache_trt.hf_config import load_config
 from minicache_trt.reference.codec import EncodedBlocks
 from minicache_trt.reference.constants import Constants
 from minicache_trt.reference.history import ATTENTION_NAME, Adopt, TieredHistory, compressed_length
@@ -63,7 +64,7 @@ class Reference:
         if window < 1 or quantum < 1:
             raise ValueError(f"window, quantum: expected positive numbers, got {window} and {quantum}")
         if isinstance(model, (str, Path)):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(model, config=load_config(model), dtype=dtype)
         self.model: Any = model
         self.model.train(False)
         if plan.compresses:
@@ -208,7 +209,9 @@ def _rope_frequencies(model: Any, layer: int) -> Tensor:
     """
     kinds = getattr(model.config, "layer_types", None)
     names = ["inv_freq", *([f"{kinds[layer]}_inv_freq"] if kinds else [])]
-    for module in model.modules():
+    # Gemma 3 of transformers 4 has a module of its own for layers with a window.
+    local = getattr(model.model, "rotary_emb_local", None) if kinds and kinds[layer] == "sliding_attention" else None
+    for module in (local or model).modules():
         for name in names:
             if hasattr(module, name):
                 frequencies: Tensor = getattr(module, name).to(torch.float32)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from minicache_trt.build import load_engine
 from minicache_trt.config import KvCacheConfig
@@ -20,6 +18,7 @@ from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.support.checkpoints import SHAPES, make_checkpoint
 from tests.support.engines import assert_equals_reference, build
+from tests.support.hf_agreement import hugging_face_model
 
 FAMILY_SHAPES = [
     name
@@ -36,7 +35,7 @@ def one_torch_thread() -> None:
 
 def assert_equals_hugging_face(checkpoint: Path, directory: Path, length: int, backend: str = "onnxruntime") -> None:
     """Logits of random tokens within 1e-3, and greedy tokens equal."""
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = hugging_face_model(checkpoint)
     tokens = np.random.default_rng(3).integers(0, model.config.vocab_size, length).tolist()
     llm = LLM.from_engine(load_engine(directory, 1, backend))
     (mine,) = llm.score([tokens], [length - 70])
@@ -167,7 +166,7 @@ def test_weight_only_experts_in_onnx_runtime(tmp_path: Path, weights: str) -> No
 def test_experts_no_token_is_sent_to_are_not_computed(tmp_path: Path, backend: str) -> None:
     """Of one token, those that are not chosen may hold weights that are not numbers."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPES["mixtral"] | {"num_hidden_layers": 2})
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = hugging_face_model(checkpoint)
     with torch.no_grad():
         first = model(torch.tensor([[7]]), output_router_logits=True, use_cache=False)
     path = checkpoint / "model.safetensors"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from minicache_trt.benchmark.huggingface import ATTENTIONS, HuggingFace, faster_attention
-from tests.support.checkpoints import DEFAULTS, make_checkpoint
+from tests.support.checkpoints import DEFAULTS, LAYERED, make_checkpoint
 
 
 def test_generate(tmp_path: Path) -> None:
@@ -24,3 +24,9 @@ def test_generate(tmp_path: Path) -> None:
         for _ in range(5):
             ids = torch.cat([ids, model.model(ids).logits[:, -1:].argmax(-1)], 1)
     assert timings.tokens == tuple(map(tuple, ids[:, 9:].tolist()))
+
+
+def test_attention_with_soft_caps(tmp_path: Path) -> None:
+    """PyTorch's own has none: it is not tried."""
+    model, speeds = faster_attention(str(make_checkpoint(tmp_path / "gemma2", **LAYERED["gemma2"])), [[5, 6]], 4, 1)
+    assert set(speeds) == {"eager"} and model.model.config._attn_implementation == "eager"

@@ -66,20 +66,27 @@ def test_stacked_parameters_are_views_of_their_rows(save_model, family, config):
 
 
 def test_experts(save_model):
-    """Of one tensor each, as on the hub; transformers stacks them when it loads them."""
+    """Of one tensor each, as on the hub; transformers 5 stacks them when it loads them."""
     directory, model = save_model("mixtral", num_local_experts=5, num_experts_per_tok=3)
     checkpoint = load_checkpoint(str(directory))
     assert (checkpoint.config.num_experts, checkpoint.config.experts_per_token) == (5, 3)
     assert {view.name for view in checkpoint.weights.values()} == load_file(directory / "model.safetensors").keys()
-    mlp = model.model.layers[1].mlp
-    assert torch.equal(checkpoint.weights["layers.1.moe.router.weight"].torch(), mlp.gate.weight)
+    layer = model.model.layers[1]
+    if hasattr(layer, "block_sparse_moe"):  # transformers 4
+        moe = layer.block_sparse_moe
+        gates_and_ups = [torch.cat([expert.w1.weight, expert.w3.weight]) for expert in moe.experts]
+        downs = [expert.w2.weight for expert in moe.experts]
+    else:
+        moe = layer.mlp
+        gates_and_ups, downs = moe.experts.gate_up_proj, moe.experts.down_proj
+    assert torch.equal(checkpoint.weights["layers.1.moe.router.weight"].torch(), moe.gate.weight)
     for expert in range(5):
         gate, up, down = (
             checkpoint.weights[f"layers.1.moe.experts.{expert}.{part}.weight"].torch()
             for part in ("gate", "up", "down")
         )
-        assert torch.equal(torch.cat([gate, up]), mlp.experts.gate_up_proj[expert])
-        assert torch.equal(down, mlp.experts.down_proj[expert])
+        assert torch.equal(torch.cat([gate, up]), gates_and_ups[expert])
+        assert torch.equal(down, downs[expert])
 
 
 def test_canonical_names(save_model):

@@ -114,19 +114,19 @@ def vocabulary(writer: gguf.GGUFWriter) -> None:
     """A byte-level BPE tokenizer of bytes alone."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    tokens = [*bytes_to_unicode().values(), "th", "<s>", "</s>"]
+    tokens = [*bytes_to_unicode().values(), "th", "he", "<s>", "</s>"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * 2)
-    writer.add_token_merges(["t h"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 258 + [gguf.TokenType.CONTROL] * 2)
+    writer.add_token_merges(["t h", "h e"])
     writer.add_chat_template("{{ messages[0].content }}")
 
 
 def test_tokenizer_and_chat_template(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    source = make_checkpoint(tmp_path / "hf", num_hidden_layers=1, vocab_size=259)
+    source = make_checkpoint(tmp_path / "hf", num_hidden_layers=1, vocab_size=260)
     file = write_gguf(source, tmp_path / "model.gguf", edit=vocabulary)
     checkpoint = load_checkpoint(str(file), work_dir=tmp_path / "work")
     assert checkpoint.notes == ()

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from minicache_trt.checkpoint import FAMILIES, PRESETS, list_presets, resolve_config, weight_shapes
+from tests.support.rope import own_fields, rope_parameters
 
 PARAMETERS = {
     "gemma2-2b": 2_614_341_888,
@@ -58,13 +59,14 @@ def test_parameter_counts(name, expected):
 def test_every_preset_parses_as_transformers_does(name):
     preset = PRESETS[name]
     config = resolve_config(name.upper())
-    reference = AutoConfig.for_model(**preset.raw_config).get_text_config()
+    reference = AutoConfig.for_model(**own_fields(preset.raw_config, preset.raw_config["model_type"])).get_text_config()
     assert config == preset.config
     assert FAMILIES[config.family].model_type == reference.model_type
     head_dim = getattr(reference, "head_dim", None)
     assert config.head_dim == (head_dim or reference.hidden_size // reference.num_attention_heads)
     assert config.sliding_window == getattr(reference, "sliding_window", None)
-    rope = reference.rope_parameters.get("full_attention", reference.rope_parameters)
+    rope = rope_parameters(reference)
+    rope = rope.get("full_attention", rope)
     assert config.rope.theta == rope["rope_theta"] and config.rope.factor == rope.get("factor", 1.0)
     if config.family.startswith("gemma"):
         full = [layer for layer, kind in enumerate(reference.layer_types) if kind == "full_attention"]

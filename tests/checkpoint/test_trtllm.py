@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from minicache_trt.checkpoint import load_checkpoint, resolve_config
 from minicache_trt.checkpoint.trtllm_config import Ranks
 from minicache_trt.errors import UserError
+from minicache_trt.hf_config import set_longrope_divisors
 from tests.support.checkpoints import SHAPES, make_checkpoint
 from tests.support.engines import build
 from tests.support.hf_agreement import assert_same_logits, hugging_face_model
+from tests.support.rope import rope_parameters
 from tests.support.trtllm import write_trtllm
 
 ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -48,8 +50,7 @@ def test_logits(tmp_path: Path, name: str) -> None:
         assert_same_logits(engine, hugging_face_model(source))
         return
     model = hugging_face_model(source)  # an engine for long contexts uses the long divisors throughout
-    rope = model.config.rope_parameters
-    rope["short_factor"] = rope["long_factor"]
+    set_longrope_divisors(model.config, rope_parameters(model.config)["long_factor"])
     assert_same_logits(engine, type(model).from_pretrained(source, config=model.config, dtype=torch.float32))
 
 

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from packaging.version import Version
 
 from minicache_trt.compression.stream import PARTS
 from minicache_trt.config import ModelConfig
@@ -46,7 +47,11 @@ def test_function_agrees_with_reference(name: str) -> None:
         assert_blocks_agree(plan, layout, fields, x, torch.from_numpy(BLOCK_INDEX))
 
 
+@pytest.mark.skipif(
+    Version(ort.__version__) < Version("1.31"), reason="TopK of no rows ends the process before ONNX Runtime 1.31"
+)
 def test_no_blocks_is_no_change() -> None:
+    """The runtime never asks for it."""
     layout = plan_layout(PLANS["minicache4"], CONFIG)[-1]
     kv = [np.zeros((3, 2, 2, 64, 80), np.float32) for _ in layout.stream.layers]
     pools = [np.full((2, *pool.shape), 1, TYPES[pool.dtype]) for pool in layout.pools.values()]

@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minicache_trt.config import RopeConfig
 from minicache_trt.model.rope import inverse_frequencies
+from tests.support.rope import own_fields
 
 CASES = {
     "none": (RopeConfig(theta=500000.0), {"rope_type": "default", "rope_theta": 500000.0}),
@@ -34,5 +35,7 @@ CASES = {
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_frequencies_are_transformers_own(scaling: str, head_dim: int) -> None:
     rope, parameters = CASES[scaling]
-    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=parameters)
+    config = LlamaConfig(
+        **own_fields({"rope_parameters": parameters}, "llama"), head_dim=head_dim, max_position_embeddings=131072
+    )
     assert torch.equal(inverse_frequencies(rope, head_dim), LlamaRotaryEmbedding(config).inv_freq)

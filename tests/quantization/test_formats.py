@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from minicache_trt.build import build_engine, load_engine
 from minicache_trt.checkpoint import load_checkpoint
@@ -23,6 +22,7 @@ from minicache_trt.quantization.store import WeightOptions, codes_of, weight_byt
 from minicache_trt.runtime.llm import LLM
 from tests.checkpoint.test_int4 import with_float_activations
 from tests.support.checkpoints import LAYERED, make_checkpoint
+from tests.support.hf_agreement import hugging_face_model
 
 TOKENS = (np.arange(60) * 7 % 101).tolist()
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,7 +56,7 @@ def test_cast(tmp_path: Path, weights: str, shape: dict[str, Any]) -> None:
     files = [path for path in directory.rglob("*") if path.suffix == ".safetensors"]
     assert [path.name for path in files] == ["model.safetensors"]
     assert weight_bytes(directory) == sum(view.nbytes for view in load_checkpoint(str(source)).weights.values()) // 2
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = hugging_face_model(source)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(TYPES[weights]).float()
     with torch.inference_mode():

@@ -9,7 +9,8 @@ from minicache_trt.runtime.sampling_params import SamplingParams
 from minicache_trt.runtime.step_logits import StepLogits
 
 # Few different numbers, so that there are ties.
-numbers = st.sampled_from([-3e38, -2.5, -1.0, -0.0, 0.0, 1.0, 2.5, 3e38, np.nan, np.inf, -np.inf])
+LARGE = float(np.float32(3e38))
+numbers = st.sampled_from([-LARGE, -2.5, -1.0, -0.0, 0.0, 1.0, 2.5, LARGE, np.nan, np.inf, -np.inf])
 
 
 def alone(row):

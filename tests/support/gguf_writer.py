@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+
+from tests.support.rope import own_fields, read_config
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -41,7 +42,7 @@ def write_gguf(
     source: Path, path: Path, kind: str = "F32", edit: Callable[[gguf.GGUFWriter], Any] | None = None
 ) -> Path:
     """Convert a one-file checkpoint; matrices are stored as ``kind``, vectors in 32 bits."""
-    hf = json.loads((source / "config.json").read_text())
+    hf = read_config(source)
     family = hf["model_type"]
     architecture = ARCHITECTURES.get(family, family)
     writer = gguf.GGUFWriter(path, architecture)
@@ -148,6 +149,7 @@ def _llama3_divisors(rope: dict[str, Any], head: int) -> NDArray[np.float32]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = LlamaConfig(head_dim=head, rope_parameters=rope, max_position_embeddings=131072)
+    fields = own_fields({"rope_parameters": rope}, "llama")
+    config = LlamaConfig(**fields, head_dim=head, max_position_embeddings=131072)
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     return (rope["rope_theta"] ** -(np.arange(0, head, 2) / head) / frequencies.numpy()).astype(np.float32)

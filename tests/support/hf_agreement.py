@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from minicache_trt.build import load_engine
+from minicache_trt.hf_config import load_config
 from minicache_trt.runtime.llm import LLM
 
 LENGTH = 150
@@ -18,7 +19,7 @@ LENGTH = 150
 
 def hugging_face_model(checkpoint: Path) -> Any:
     """transformers' model of a checkpoint, float32."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, config=load_config(checkpoint), dtype=torch.float32)
 
 
 def logits(model: Any) -> NDArray[np.float32]:

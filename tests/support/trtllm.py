@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support.rope import read_config
+
 State = dict[str, Tensor]
 
 
@@ -37,7 +39,7 @@ def write_trtllm(
     changes
         Fields of config.json to set; None removes one.
     """
-    hf = json.loads((source / "config.json").read_text())
+    hf = read_config(source)
     state = load_file(source / "model.safetensors")
     directory.mkdir()
     config = trtllm_config(hf, tp, pp, moe_ep, parallel_embedding)
