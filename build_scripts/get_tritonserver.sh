@@ -68,10 +68,10 @@ fi
 
 rm -rf "$output/server" "$output/python" "$output/download" "$output/.complete"
 pip=("$python" -m pip --disable-pip-version-check --quiet)
+"${pip[@]}" install --no-deps --no-compile --only-binary :all: --target "$output/python" "numpy==$numpy" || fail \
+  "NumPy $numpy cannot be installed for Python $series" "use Python 3.9 to 3.12"
 "${pip[@]}" download --no-deps --dest "$output/download" "nvidia-pytriton==$version" || fail \
   "nvidia-pytriton $version cannot be downloaded" "check the access to PyPI, and that the wheel fits this system"
-"${pip[@]}" install --no-deps --no-compile --target "$output/python" "numpy==$numpy" || fail \
-  "NumPy $numpy cannot be installed for Python $series" "use Python 3.9 to 3.12"
 mkdir "$output/server"
 "$python" -m zipfile -e "$output"/download/*.whl "$output/server"
 rm -rf "$output/download"

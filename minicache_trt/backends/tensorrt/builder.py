@@ -63,7 +63,7 @@ def build_engine_file(
         written = _write(network, config, path)
     except (RuntimeError, MemoryError) as error:
         raise _cannot_build(network, path, str(error)) from error
-    if not written:
+    if not written or not path.stat().st_size:
         raise _cannot_build(network, path, "no reason given")
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minicache_trt.backends.tensorrt.description import type_name
-from minicache_trt.backends.tensorrt.module import PRODUCTS, Messages, load_module, make_logger
+from minicache_trt.backends.tensorrt.module import PRODUCTS, Messages, load_module, start
 from minicache_trt.backends.tensorrt.plugins import find_plugins, load_plugins, supports_plugins
 from minicache_trt.errors import UserError
 
@@ -31,7 +31,7 @@ def inspect_engine(backend: str, path: Path) -> dict[str, Any]:
     library = find_plugins() if supports_plugins(trt) else None
     if library is not None:
         load_plugins(trt, library)
-    runtime = trt.Runtime(make_logger(trt, messages))
+    runtime = start(trt, "Runtime", messages)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         reason = messages.first("no reason given").partition("(In ")[0].strip()

@@ -72,3 +72,20 @@ def make_logger(trt: Any, messages: Messages) -> Any:
                 messages.errors.append(text)
 
     return Logger()
+
+
+def start(trt: Any, kind: str, messages: Messages) -> Any:
+    """The module's ``Builder`` or ``Runtime``, which logs to ``messages``.
+
+    Raises
+    ------
+    UserError
+        The library refuses: there is no GPU it supports, usually.
+    """
+    try:
+        return getattr(trt, kind)(make_logger(trt, messages))
+    except TypeError as error:  # what pybind11 makes of a null pointer
+        reason = messages.first("it found no NVIDIA GPU that it supports")
+        raise UserError(
+            f"TensorRT cannot start here: {reason}", "check the GPU and its driver with nvidia-smi"
+        ) from error

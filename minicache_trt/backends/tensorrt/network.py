@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minicache_trt.backends.tensorrt.mapped_weights import MappedWeights
-from minicache_trt.backends.tensorrt.module import Messages, make_logger
+from minicache_trt.backends.tensorrt.module import Messages, start
 from minicache_trt.errors import UserError
 
 
@@ -45,10 +45,10 @@ def parse_network(trt: Any, path: Path) -> Network:
     Raises
     ------
     UserError
-        TensorRT cannot import it: which node, and why.
+        TensorRT cannot start, or cannot import it: which node, and why.
     """
     messages = Messages()
-    builder = trt.Builder(make_logger(trt, messages))
+    builder = start(trt, "Builder", messages)
     strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     # TensorRT 11 has strongly typed networks only, and may drop the flag.
     definition = builder.create_network(0 if strongly is None else 1 << int(strongly))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minicache_trt.backends.tensorrt.collectives import connect
-from minicache_trt.backends.tensorrt.module import Messages, make_logger
+from minicache_trt.backends.tensorrt.module import Messages, start
 from minicache_trt.backends.tensorrt.runtime_cache import RuntimeCache, cache_path
 from minicache_trt.errors import UserError
 
@@ -95,7 +95,7 @@ class EngineSession:
         self.trt, self.path, self.messages = trt, path, Messages()
         self.somewhere = torch.zeros(1, dtype=torch.int32, device=device)
         self._device = device
-        self._runtime = trt.Runtime(make_logger(trt, self.messages))
+        self._runtime = start(trt, "Runtime", self.messages)
         if hasattr(self._runtime, "engine_host_code_allowed"):
             # Version-compatible engines carry the runtime that built them; the directory's hashes vouch for it.
             self._runtime.engine_host_code_allowed = True
