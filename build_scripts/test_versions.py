@@ -38,6 +38,7 @@ TENSORRT_LLM = (
     "numpy<2",
     "onnx>=1.18,<1.20",
     "setuptools<80",
+    "torch==2.9.0",
     "transformers==4.57.1",
 )
 """From its requirements, of release 1.2: what both it and this package or its tests need."""

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from minicache_trt.backends.tensorrt import estimate
+from minicache_trt.backends.tensorrt.module import PRODUCTS
 from minicache_trt.backends.tensorrt.network import parse_network
+from minicache_trt.backends.tensorrt.plugins import PLUGINS_VARIABLE
 from minicache_trt.backends.tensorrt.profiles import Profile, Range, decoder_profiles, tensor_shapes
 from minicache_trt.checkpoint.presets import PRESETS
 from minicache_trt.cli.app import app
@@ -38,15 +41,25 @@ def test_representative_plans_build(tmp_path: Path, method: str, dtype: str) -> 
     assert_builds(tmp_path, method, dtype)
 
 
+def test_both_profiles_of_tensorrt_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``--backend tensorrt`` asks of a builder without plugins, asked of TensorRT-RTX's."""
+    product = dataclasses.replace(PRODUCTS["tensorrt"], module="tensorrt_rtx")
+    monkeypatch.setitem(PRODUCTS, "tensorrt", product)
+    monkeypatch.setenv(PLUGINS_VARIABLE, "0")
+    assert_builds(tmp_path, "minicache4", "float16", "tensorrt", ["decode", "prefill"])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method, dtype", [case for case in EVERY if case not in ORDINARY])
 def test_every_method_builds(tmp_path: Path, method: str, dtype: str) -> None:
     assert_builds(tmp_path, method, dtype)
 
 
-def assert_builds(tmp_path: Path, method: str, dtype: str) -> None:
+def assert_builds(
+    tmp_path: Path, method: str, dtype: str, backend: str = "tensorrt-rtx", profiles: Sequence[str] = ("step",)
+) -> None:
     """Both engines of a small model: their size, and every binding against the contract."""
-    limits: dict[str, Any] = {"backend": "tensorrt-rtx", "dtype": dtype, "max_seq_len": 1024, "max_num_tokens": 512}
+    limits: dict[str, Any] = {"backend": backend, "dtype": dtype, "max_seq_len": 1024, "max_num_tokens": 512}
     source = make_checkpoint(tmp_path / "hf", head_dim=64) if method == "mixed" else DEMO  # four layers
     directory = build(source, tmp_path / "engine", method, **limits)
     info = read_engine(directory)
@@ -72,7 +85,7 @@ def assert_builds(tmp_path: Path, method: str, dtype: str) -> None:
     outputs = {tensor["name"]: [tensor["dtype"], tensor["shape"]] for tensor in decoder["outputs"]}
     assert outputs.pop(LOGITS) == ["float32", [-1, info.model.vocab_size]]
     assert outputs == {pool.output_name: [dtype, [-1, *pool.shape]] for pool in full}
-    assert decoder["profiles"] == ["step"] and decoder["plugins"] == 0
+    assert decoder["profiles"] == list(profiles) and decoder["plugins"] == 0
     assert ("compressor.engine" in engines) == info.plan.compresses == (directory / "compressor.engine").exists()
     if info.plan.compresses:
         written = {tensor["name"]: tensor["dtype"] for tensor in engines["compressor.engine"]["outputs"]}

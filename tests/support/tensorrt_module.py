@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from minicache_trt.backends.tensorrt.plugins import PLUGINS_VARIABLE
+
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 FUNCTIONS = (
@@ -47,7 +49,7 @@ class TensorRtModule:
             **os.environ,
             "LD_LIBRARY_PATH": str(self.libraries),
             "PYTHONPATH": os.pathsep.join([str(self.packages), str(ROOT)]),
-            "MINICACHE_TRT_PLUGINS": "0",
+            PLUGINS_VARIABLE: "0",
         }
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
