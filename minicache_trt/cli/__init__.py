@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 from minicache_trt.errors import UserError
@@ -14,6 +16,7 @@ from minicache_trt.errors import UserError
 def main() -> None:
     """Entry point: run the command; a `UserError` becomes one line (and a hint) on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, _terminate)
+    atexit.register(_silence_stderr)  # the first to register is the last to be called
     # ONNX Runtime reports its use to its makers unless told not to before it is imported; whoever wants that can set 0.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -55,3 +58,10 @@ def _fail(error: UserError) -> None:
 def _discard_stdout() -> None:
     """What could not be written must not be tried again when the interpreter ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _silence_stderr() -> None:
+    """All is said: what is left is libraries' own bookkeeping, as Triton 3.9's list of what it leaked."""
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -224,6 +224,15 @@ def test_libraries_are_quiet(engine: Path) -> None:
     json.loads(result.out)
 
 
+def test_what_libraries_say_at_the_very_end_is_not_heard() -> None:
+    script = (
+        "import atexit, os, sys; atexit.register(os.write, 2, b'leaked 514 functions!'); "
+        "from minicache_trt.cli import main; sys.argv[1:] = ['--version']; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout and result.stderr == ""
+
+
 def test_text_that_the_terminal_cannot_show(engine: Path, workspace: Path) -> None:
     (workspace / "caf\u00e9").symlink_to(engine)
     result = run_process("inspect", "-e", "caf\u00e9", PYTHONIOENCODING="ascii")
