@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 from pathlib import Path
 
 from minicache_trt.checkpoint.hub import is_hub_id
@@ -21,16 +22,16 @@ def locate(model: str, revision: str | None) -> Path | Preset | str:
     """
     try:
         path = Path(model).expanduser()
-        is_directory, exists = path.is_dir(), path.exists()
+        mode = _mode(path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{model}: cannot be looked up ({error})", "check the path and its permissions") from error
-    if model and is_directory:
+    if model and mode is not None and stat.S_ISDIR(mode):
         if revision is not None:
             raise UserError(f"{model}: a local directory has no revision {revision!r}", "leave the revision out")
         return path
-    if model and exists and path.suffix == ".gguf":
+    if model and mode is not None and path.suffix == ".gguf":
         return path
-    if model and exists:
+    if model and mode is not None:
         raise UserError(f"{model}: a file, expected a directory", f"give the checkpoint's directory: {path.parent}")
     name = model.removeprefix("https://huggingface.co/").rstrip("/") if "://" in model else model
     if name.lower() in PRESETS:
@@ -45,3 +46,11 @@ def locate(model: str, revision: str | None) -> Path | Preset | str:
         f"{model!r} is not a directory, a preset or a hub id (organisation/name)",
         f"{hint}presets: {', '.join(sorted(PRESETS))}",
     )
+
+
+def _mode(path: Path) -> int | None:
+    """Of what is there, or None; `Path.exists` of Python 3.14 also takes for absent what cannot be looked up."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name that no file can have
+        return None
