@@ -21,7 +21,7 @@ def load_config(path: str | Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(path)
     part = config.get_text_config()
     if OLD_ROPE and hasattr(part, "rope_parameters"):
-        for name, value in old_rope(part.rope_parameters, part.model_type).items():
+        for name, value in old_rope(part.rope_parameters).items():
             setattr(part, name, value)
     if has_softcaps(config):
         # PyTorch's own attention knows none: transformers 4 would leave them out.
@@ -34,15 +34,16 @@ def has_softcaps(config: Any) -> bool:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
-def old_rope(rope: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of transformers 4 for ``rope_parameters`` of transformers 5."""
     if "full_attention" in rope:
         local = rope["sliding_attention"]["rope_theta"]
-        return {**old_rope(rope["full_attention"], model_type), "rope_local_base_freq": local}
+        return {**old_rope(rope["full_attention"]), "rope_local_base_freq": local}
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
     if scaling["rope_type"] == "longrope":
-        # Phi-3 takes these three and no other.
-        scaling = {"type": "longrope", **{name: scaling[name] for name in ("short_factor", "long_factor")}}
+        # Phi-3 takes no other; a factor of attention is read, but not from a file.
+        names = ("short_factor", "long_factor", "attention_factor")
+        scaling = {"type": "longrope", **{name: scaling[name] for name in names if name in scaling}}
     fields = {
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if scaling.get("rope_type") == "default" else scaling,

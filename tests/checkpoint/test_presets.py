@@ -59,7 +59,7 @@ def test_parameter_counts(name, expected):
 def test_every_preset_parses_as_transformers_does(name):
     preset = PRESETS[name]
     config = resolve_config(name.upper())
-    reference = AutoConfig.for_model(**own_fields(preset.raw_config, preset.raw_config["model_type"])).get_text_config()
+    reference = AutoConfig.for_model(**own_fields(preset.raw_config)).get_text_config()
     assert config == preset.config
     assert FAMILIES[config.family].model_type == reference.model_type
     head_dim = getattr(reference, "head_dim", None)

@@ -36,6 +36,6 @@ CASES = {
 def test_frequencies_are_transformers_own(scaling: str, head_dim: int) -> None:
     rope, parameters = CASES[scaling]
     config = LlamaConfig(
-        **own_fields({"rope_parameters": parameters}, "llama"), head_dim=head_dim, max_position_embeddings=131072
+        **own_fields({"rope_parameters": parameters}), head_dim=head_dim, max_position_embeddings=131072
     )
     assert torch.equal(inverse_frequencies(rope, head_dim), LlamaRotaryEmbedding(config).inv_freq)

@@ -15,21 +15,18 @@ from tests.support.checkpoints import LAYERED, SHAPES, make_checkpoint
 from tests.support.rope import read_config
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
-OLD: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
-    ({"rope_type": "default", "rope_theta": 5.0}, "llama", {"rope_theta": 5.0, "rope_scaling": None}),
+OLD: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rope_type": "default", "rope_theta": 5.0}, {"rope_theta": 5.0, "rope_scaling": None}),
     (
         {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0},
-        "llama",
         {"rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
     (
         {"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5},
-        "phi3",
         {"rope_theta": 5.0, "rope_scaling": None, "partial_rotary_factor": 0.5},
     ),
     (
         {**LONGROPE, "original_max_position_embeddings": 64},
-        "phi3",
         {
             "rope_theta": 1e4,
             "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]},
@@ -40,15 +37,14 @@ OLD: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
             "full_attention": {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 7.0},
         },
-        "gemma3_text",
         {"rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_local_base_freq": 7.0},
     ),
 ]
 
 
-@pytest.mark.parametrize(("rope", "family", "fields"), OLD)
-def test_fields_of_transformers_4(rope: dict[str, Any], family: str, fields: dict[str, Any]) -> None:
-    assert old_rope(rope, family) == fields
+@pytest.mark.parametrize(("rope", "fields"), OLD)
+def test_fields_of_transformers_4(rope: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert old_rope(rope) == fields
 
 
 @pytest.mark.parametrize("shape", ["llama3 rope", "linear rope", "phi3, GQA 4:2, partial rotary, float16"])

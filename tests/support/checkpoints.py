@@ -180,7 +180,7 @@ def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
     if family == "phi3":
         values.setdefault("pad_token_id", 0)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own_fields(values, family)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own_fields(values)))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

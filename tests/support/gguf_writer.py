@@ -149,7 +149,7 @@ def _llama3_divisors(rope: dict[str, Any], head: int) -> NDArray[np.float32]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    fields = own_fields({"rope_parameters": rope}, "llama")
+    fields = own_fields({"rope_parameters": rope})
     config = LlamaConfig(**fields, head_dim=head, max_position_embeddings=131072)
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     return (rope["rope_theta"] ** -(np.arange(0, head, 2) / head) / frequencies.numpy()).astype(np.float32)

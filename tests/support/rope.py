@@ -12,11 +12,11 @@ from transformers import AutoConfig
 from minicache_trt.hf_config import OLD_ROPE, old_rope
 
 
-def own_fields(values: Mapping[str, Any], family: str) -> dict[str, Any]:
+def own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a configuration with ``rope_parameters`` as the installed transformers takes them."""
     result = dict(values)
     if OLD_ROPE and "rope_parameters" in result:
-        result |= old_rope({"rope_theta": result.get("rope_theta"), **result.pop("rope_parameters")}, family)
+        result |= old_rope({"rope_theta": result.get("rope_theta"), **result.pop("rope_parameters")})
     return result
 
 
