@@ -22,16 +22,16 @@ def locate(model: str, revision: str | None) -> Path | Preset | str:
     """
     try:
         path = Path(model).expanduser()
-        mode = _mode(path)
+        mode = _mode(path) if model else None
     except (OSError, RuntimeError) as error:
         raise UserError(f"{model}: cannot be looked up ({error})", "check the path and its permissions") from error
-    if model and mode is not None and stat.S_ISDIR(mode):
+    if mode is not None and stat.S_ISDIR(mode):
         if revision is not None:
             raise UserError(f"{model}: a local directory has no revision {revision!r}", "leave the revision out")
         return path
-    if model and mode is not None and path.suffix == ".gguf":
+    if mode is not None and path.suffix == ".gguf":
         return path
-    if model and mode is not None:
+    if mode is not None:
         raise UserError(f"{model}: a file, expected a directory", f"give the checkpoint's directory: {path.parent}")
     name = model.removeprefix("https://huggingface.co/").rstrip("/") if "://" in model else model
     if name.lower() in PRESETS:

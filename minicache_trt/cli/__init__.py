@@ -57,11 +57,15 @@ def _fail(error: UserError) -> None:
 
 def _discard_stdout() -> None:
     """What could not be written must not be tried again when the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard(sys.stdout.fileno())
 
 
 def _silence_stderr() -> None:
     """All is said: what is left is libraries' own bookkeeping, as Triton 3.9's list of what it leaked."""
     with suppress(OSError, ValueError):
         sys.stderr.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        _discard(2)
+
+
+def _discard(descriptor: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

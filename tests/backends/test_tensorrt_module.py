@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import minicache_trt.backends.tensorrt as backend
-from tests.support.tensorrt_module import TensorRtModule, make_tensorrt_module
+from tests.support.tensorrt_module import TensorRtModule, make_tensorrt_module, names_of
 
 rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -19,10 +19,9 @@ RTX_ONLY = {"create_runtime_cache", "set_runtime_cache", "deserialize"}
 TENSORRT_ONLY = {"add_plugin_v3"}
 
 NAMES = """
-classes = [value for value in vars(trt).values() if isinstance(value, type)]
-members = {name: member for kind in classes for name, member in vars(kind).items()}
-print(json.dumps([sorted({*vars(trt), *(name for kind in classes for name in dir(kind))}),
-                  {name: str(member.__doc__) for name, member in members.items()}]))
+from tests.support.tensorrt_module import classes_of, names_of
+members = {name: member for kind in classes_of(trt) for name, member in vars(kind).items()}
+print(json.dumps([sorted(names_of(trt)), {name: str(member.__doc__) for name, member in members.items()}]))
 """
 
 OBJECTS = """
@@ -66,18 +65,14 @@ def used_names() -> set[str]:
     return names
 
 
-def rtx_names() -> set[str]:
-    classes = [value for value in vars(rtx).values() if isinstance(value, type)]
-    return {*vars(rtx), *(name for kind in classes for name in dir(kind))}
-
-
 def test_every_name_is_there(module: TensorRtModule) -> None:
     """A name that either module knows is in both, but for what only one of them can do."""
     names, _ = module.told(NAMES)
-    known = used_names() & (rtx_names() | set(names))
+    rtx_names = names_of(rtx)
+    known = used_names() & (rtx_names | set(names))
     assert len(known) > 60
     assert known - set(names) == RTX_ONLY
-    assert known - rtx_names() == TENSORRT_ONLY
+    assert known - rtx_names == TENSORRT_ONLY
 
 
 def test_keywords_are_those_of_the_module(module: TensorRtModule) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from minicache_trt.build import load_engine
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import build
+from tests.support.scripts import load_script
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -20,11 +20,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
 def test_script_loads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    load_script(FOLDER / f"{name}.py")
 
 
 @pytest.mark.parametrize("method", ["full", "kivi4"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -18,19 +18,14 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("test_versions_script", ROOT / "build_scripts" / "test_versions.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "build_scripts" / "test_versions.py")
 
 
-def bounds() -> dict[str, Requirement]:
+@pytest.fixture(scope="module")
+def bounds(script: ModuleType) -> dict[str, Requirement]:
     """Of every package that the package, its extras and its tests name."""
     texts = [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)]
-    found = [Requirement(text) for text in texts]
-    return {requirement.name.lower().replace("_", "-"): requirement for requirement in found}
+    return {script.package_name(text): Requirement(text) for text in texts}
 
 
 def test_names(script: ModuleType) -> None:
@@ -40,23 +35,23 @@ def test_names(script: ModuleType) -> None:
     assert "pytest" not in runtime and "minicache-trt" not in runtime
 
 
-def test_tested_versions_are_admitted(script: ModuleType) -> None:
+def test_tested_versions_are_admitted(script: ModuleType, bounds: dict[str, Requirement]) -> None:
     """Those of constraints.txt, and every one of them is pinned."""
-    pins = [Requirement(line) for line in script.pins_of(bounds(), ROOT / "constraints.txt")]
+    pins = [Requirement(line) for line in script.pins_of(bounds, ROOT / "constraints.txt")]
     assert len(pins) > 20
     for pin in pins:
         (version,) = [part.version for part in pin.specifier]
-        assert bounds()[script.package_name(pin.name)].specifier.contains(version), pin
+        assert bounds[script.package_name(pin.name)].specifier.contains(version), pin
 
 
-def test_tensorrt_llm_goes_with_the_package(script: ModuleType) -> None:
+def test_tensorrt_llm_goes_with_the_package(script: ModuleType, bounds: dict[str, Requirement]) -> None:
     """What it pins exactly is admitted; of its ranges an end is."""
     names = [script.package_name(line) for line in script.TENSORRT_LLM]
     assert {"numpy", "onnx", "transformers"} <= set(names)
     for name, line in zip(names, script.TENSORRT_LLM, strict=True):
-        if name not in bounds():
+        if name not in bounds:
             continue
-        ours, theirs = bounds()[name].specifier, Requirement(line).specifier
+        ours, theirs = bounds[name].specifier, Requirement(line).specifier
         ends = [part.version for part in theirs if part.operator in ("==", "<=", ">=")]
         ends += [part.version for part in ours if theirs.contains(part.version)]
         assert any(ours.contains(end) and theirs.contains(end) for end in ends), line

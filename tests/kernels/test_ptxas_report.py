@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.support.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "build_scripts" / "ptxas_report.py"
 
@@ -29,12 +29,7 @@ ptxas info    : Used 168 registers, used 0 barriers, 352 bytes cmem[0]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ptxas_report", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def write(folder: Path, stack: int, stores: int, loads: int) -> Path:

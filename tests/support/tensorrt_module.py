@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -62,6 +63,15 @@ class TensorRtModule:
         result = self.run("-c", f"import json\nimport tensorrt as trt\n{script}")
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
+
+
+def classes_of(module: ModuleType) -> list[type]:
+    return [value for value in vars(module).values() if isinstance(value, type)]
+
+
+def names_of(module: ModuleType) -> set[str]:
+    """Of what a module holds, and of what its classes hold."""
+    return {*vars(module), *(name for kind in classes_of(module) for name in dir(kind))}
 
 
 def make_tensorrt_module(directory: Path) -> TensorRtModule:
