@@ -165,9 +165,10 @@ struct DecodeAttention {
       shared = compressed_shared<T>(key, value, stages, resident);
       return shared.bytes <= minimum(bytes, limits.block);
     };
+    const bool rebuilt = sizes.rebuilt();  // their stages are of more blocks
     for (const bool resident : {true, false}) {
-      for (int blocks = sizes.rebuilt() ? 3 : 4; blocks >= 2; --blocks) {
-        for (int stages = 4; stages >= (blocks > 2 ? 3 : 2); --stages) {
+      for (int blocks = rebuilt ? 3 : 4; blocks >= 2; --blocks) {
+        for (int stages = rebuilt ? 3 : 4; stages >= (rebuilt || blocks == 2 ? 2 : 3); --stages) {
           if (fits(stages, resident, limits.processor / blocks - kReserved)) return ok;
         }
       }

@@ -66,7 +66,9 @@ MC_HD void load_codes(const std::int8_t* row, int index, bool words, std::uint32
 template <int Bits, int N>
 MC_HD std::uint32_t split_halves(const std::uint32_t (&codes)[2], int word) {
   constexpr int kHalf = Bits * N / 2;
-  if constexpr (kHalf == 32) return permute_bytes(codes[0], codes[1], word == 0 ? 0x5410 : 0x7632);
+  if constexpr (kHalf == 32) {
+    return word == 0 ? permute_bytes<0x5410>(codes[0], codes[1]) : permute_bytes<0x7632>(codes[0], codes[1]);
+  }
   if constexpr (kHalf >= 16) return codes[0];
   constexpr std::uint32_t kMask = (1u << (kHalf & 15)) - 1u;
   return (codes[0] & kMask) | ((codes[0] >> (kHalf & 15)) & kMask) << 16;
@@ -137,7 +139,7 @@ MC_HD void read_offset_word(std::uint32_t word, Pair<Half> (&out)[4]) {
 MC_HD void read_offset_columns(const void* a, const void* b, int index, Pair<Half> (&out)[4]) {
   const std::uint32_t first = detail::load<std::uint16_t>(static_cast<const char*>(a) + index / 2);
   const std::uint32_t second = detail::load<std::uint16_t>(static_cast<const char*>(b) + index / 2);
-  const std::uint32_t joined = permute_bytes(first, second, 0x5410);
+  const std::uint32_t joined = permute_bytes<0x5410>(first, second);
   out[0] = detail::offset_codes<false>(joined);
   out[1] = detail::offset_codes<true>(joined);
   out[2] = detail::offset_codes<false>(joined >> 8);
@@ -243,8 +245,8 @@ MC_HD void read_columns(const void* a, const void* b, int index, bool words, Pai
     std::uint32_t first[2], second[2];
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), index, words, first);
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), index, words, second);
-    const std::uint32_t joined[2] = {permute_bytes(first[0], second[0], 0x5410),
-                                     permute_bytes(first[0], second[0], 0x7632)};
+    const std::uint32_t joined[2] = {permute_bytes<0x5410>(first[0], second[0]),
+                                     permute_bytes<0x7632>(first[0], second[0])};
     MC_UNROLL
     for (int c = 0; c < N; ++c) out[c] = detail::integer_column<kBits, N>(joined, c);
   } else if constexpr (is_gaussian(F) && sizeof(T) == 2 && N == 4) {
@@ -252,8 +254,7 @@ MC_HD void read_columns(const void* a, const void* b, int index, bool words, Pai
     std::uint32_t first[2], second[2];
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), index, words, first);
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), index, words, second);
-    constexpr std::uint32_t kMask = (1u << (4 * kBits)) - 1u;
-    detail::level_pairs<kBits>((first[0] & kMask) | second[0] << (4 * kBits), out);
+    detail::level_pairs<kBits>(detail::ordered_codes<kBits>(first[0], second[0]), out);
   } else {
     Pair<Element<T, F>> x[N / 2], y[N / 2];
     read_run<T, F, N>(a, index, words, x);

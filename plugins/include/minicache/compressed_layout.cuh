@@ -13,10 +13,14 @@ struct MappedQueries {
   const float* offset;    // [1]
 };
 
+constexpr int kTurnedBlocks = 2 * kRebuildBlocks;  // blocks that queries are turned for: of a stage and of the next one
+
 // Where things lie in a thread block's shared memory: byte offsets.
 struct CompressedShared {
-  std::int32_t stage_bytes, stages;
-  std::int32_t scores, fragments, sums, weights, exact_weights, exact_rows, rows, map;
+  std::int32_t block_bytes, stage_bytes, stages;  // of a cache block in a stage; of a stage; how many
+  std::int32_t scores, sums, exact_weights, exact_rows, rows, map;
+  std::int32_t fragments, weights;  // of queries, and after them, in the same place, of the weights of a stage's blocks
+  std::int32_t weight_bytes;        // of each block
   std::int32_t turns, offset, bases;  // of keys that are rebuilt
   std::int32_t table, bytes;
   bool map_in_shared;
@@ -34,18 +38,22 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
     return offset;
   };
   constexpr int kStep = QueryFragments::step_bytes<T>();
-  const int mapped = rebuilt ? 2 * turned_steps(k.dim) : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
-  shared.stage_bytes = maximum(maximum(key.stage.bytes, value.stage.bytes),
+  const int stage_blocks = rebuilt ? kRebuildBlocks : 1;
+  const int mapped = rebuilt ? kTurnedBlocks * turned_steps(k.dim) : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
+  shared.block_bytes = ceil_div(maximum(key.stage.bytes, value.stage.bytes), 128) * 128;
+  shared.stage_bytes = maximum(stage_blocks * shared.block_bytes,
                                v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
   shared.stage_bytes = ceil_div(shared.stage_bytes, 128) * 128;
   shared.stages = stages;
   field(static_cast<std::int64_t>(stages) * shared.stage_bytes);
   shared.scores = field(Scores::kBytes);
-  shared.fragments = field((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep);
-  // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
-  shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + kConstants * kDecodeThreads) * 4);
   const bool known = is_known(kind_of(k, v));  // one run, which stays in registers
-  shared.weights = field((known ? 1 : kResidualRun + 1) * (kBlockSize / 16) * kStep);
+  shared.weight_bytes = (known ? 1 : kResidualRun + 1) * (kBlockSize / 16) * kStep;
+  shared.fragments = field(maximum((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep, stage_blocks * shared.weight_bytes));
+  shared.weights = shared.fragments;
+  // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
+  const int constants = known ? WeightSums<kKnownBits * 16>::kUsed : kConstants;
+  shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + constants * kDecodeThreads) * 4);
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
   shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
   shared.rows = field(rebuilt && !known ? KeyRows::bytes<T>(k) : 0);

@@ -18,11 +18,12 @@ struct CompressedSplit {
 #endif
   // Tables and maps of keys that are rebuilt leave shared memory for three, or for two.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200
-  static constexpr int kRebuildBlocks = 2;
+  static constexpr int kRebuildBlocksAtOnce = 2;
 #else
-  static constexpr int kRebuildBlocks = Kind == 128 ? 2 : 3;
+  static constexpr int kRebuildBlocksAtOnce = Kind == 128 ? 2 : 3;
 #endif
-  static constexpr int kMinBlocks = Rebuild ? kRebuildBlocks : kPlainBlocks;
+  static constexpr int kMinBlocks = Rebuild ? kRebuildBlocksAtOnce : kPlainBlocks;
+  static constexpr int kStageBlocks = Rebuild ? kRebuildBlocks : 1;
   using Arguments = CompressedSplitArguments<T>;
   using Own = CompressedSums<T, Kind>;
   using Turned = TurnedQueries<T>;
@@ -51,18 +52,25 @@ struct CompressedSplit {
       keys(thread) = KeySource::of(thread, a.key, key_slot);
       values(thread) = ValueSource::of(thread, a.value, value_slot);
     });
-    auto fetch_value = [&](int u) {
+    // Cache blocks in stage number u of keys, or of values.
+    const int rounds = ceil_div(blocks, kStageBlocks);
+    auto held = [&](int u) { return minimum(kStageBlocks, blocks - u * kStageBlocks); };
+    auto fetch_blocks = [&](int u, const StreamReader& reader, const auto& source) {
       char* const stage = next(filled);
-      block.each([&](Thread thread) {
-        if (u < blocks) values(thread).template fetch<Block>(thread, a.value, stage, ids[u]);
-      });
+      MC_UNROLL
+      for (int n = 0; n < kStageBlocks; ++n) {
+        const int own = u * kStageBlocks + n;
+        block.each([&](Thread thread) {
+          char* const target = stage + n * a.shared.block_bytes;
+          if (own < blocks) source(thread).template fetch<Block>(thread, reader, target, ids[own]);
+        });
+      }
       Block::commit_async();
     };
+    auto fetch_value = [&](int u) { fetch_blocks(u, a.value, values); };
     auto fetch = [&](int u) {
-      if (u >= blocks) return fetch_value(u - blocks);
-      char* const stage = next(filled);
-      block.each([&](Thread thread) { keys(thread).template fetch<Block>(thread, a.key, stage, ids[u]); });
-      Block::commit_async();
+      if (u >= rounds) return fetch_value(u - rounds);
+      fetch_blocks(u, a.key, keys);
     };
     for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
 
@@ -73,11 +81,12 @@ struct CompressedSplit {
     if constexpr (Rebuild) rebuild = Turned::prepare_rebuild(block, a, key_slot);
     const float scale = a.problem.shape.scale * kLog2e;
     const int start = item.first_block * kBlockSize;
-    auto read_keys = [&](auto formats, auto read) {
-      for (int u = 0; u < blocks; ++u) {
+    // Calls `read` with each stage of keys and the place of its first token.
+    auto read_keys = [&](auto read) {
+      for (int u = 0; u < rounds; ++u) {
         wait_stage(block, a.shared.stages);
         fetch(u + a.shared.stages - 1);
-        read(KeyStage<Kind, decltype(formats)>{a.key, next(ready)}, start + u * kBlockSize);
+        read(next(ready), u, start + u * kStageBlocks * kBlockSize);
       }
     };
     if constexpr (Rebuild) {
@@ -85,28 +94,35 @@ struct CompressedSplit {
       typename Block::template PerThread<typename Turned::Step> own;
       block.each([&](Thread thread) { own(thread) = Turned::Step::of(a, item, thread, thread.warp()); });
       block.sync();
-      auto first_step = [&](int u) { return u % 2 * turned_steps(a.key.shape.dim); };
-      auto turn = [&](int u) { Turned::turn(block, a, item, fragments, own, first_step(u), u); };
+      auto first_step = [&](int b) { return b % kTurnedBlocks * turned_steps(a.key.shape.dim); };
+      auto turn = [&](int u) {
+        MC_UNROLL
+        for (int n = 0; n < kStageBlocks; ++n) {
+          const int b = u * kStageBlocks + n;
+          if (b < blocks) Turned::turn(block, a, item, fragments, own, first_step(b), b);
+        }
+      };
       turn(0);
       each_format(a.key, [&](auto formats) {
-        read_keys(formats, [&](const auto& stage, int token) {
-          const int u = (token - start) / kBlockSize;
-          rebuild.template logits<T>(block, stage, fragments, first_step(u), scale, scores, token);
-          if (u + 1 < blocks) turn(u + 1);
+        read_keys([&](const char* stage, int u, int token) {
+          auto first = [&](int n) { return first_step(u * kStageBlocks + n); };
+          rebuild.template logits<T, Kind>(block, a.key, formats, stage, a.shared.block_bytes, held(u), fragments, first,
+                                           scale, scores, token);
+          turn(u + 1);
         });
       });
     } else if constexpr (kKnownQueries) {
       KnownQueries<T, Kind, Block> queries;
       prepare_known(block, a, item, scale, fragments.data, queries);
       each_format(a.key, [&](auto formats) {
-        read_keys(formats, [&](const auto& stage, int token) {
-          known_logits<T>(block, stage, queries, scale, scores, token);
+        read_keys([&](const char* stage, int, int token) {
+          known_logits<T>(block, KeyStage<Kind, decltype(formats)>{a.key, stage}, queries, scale, scores, token);
         });
       });
     } else {
       each_format(a.key, [&](auto formats) {
-        read_keys(formats, [&](const auto& stage, int token) {
-          key_logits<T>(block, stage, fragments, scale, scores, token);
+        read_keys([&](const char* stage, int, int token) {
+          key_logits<T>(block, KeyStage<Kind, decltype(formats)>{a.key, stage}, fragments, scale, scores, token);
         });
       });
     }
@@ -128,13 +144,25 @@ struct CompressedSplit {
     typename Own::template Sums<Block> sums[Own::kOwn];
     Own::clear(block, sums);
     each_format(a.value, [&](auto formats) {
-      for (int u = 0; u < blocks; ++u) {
+      for (int u = 0; u < rounds; ++u) {
         wait_stage(block, a.shared.stages);
         fetch_value(u + a.shared.stages - 1);
-        const ValueStage<Kind, decltype(formats)> stage{a.value, next(ready)};
-        prepare_weights<T>(block, stage, scores, start + u * kBlockSize, weights, constants);
+        const char* const first = next(ready);
+        auto each_block = [&](auto f) {
+          MC_UNROLL
+          for (int n = 0; n < kStageBlocks; ++n) {
+            if (n > 0 && n >= held(u)) break;
+            const ValueStage<Kind, decltype(formats)> stage{a.value, first + n * a.shared.block_bytes};
+            f(stage, (u * kStageBlocks + n) * kBlockSize, weights.behind(n * a.shared.weight_bytes));
+          }
+        };
+        each_block([&](const auto& stage, int token, const WeightFragments& own) {
+          prepare_weights<T>(block, stage, scores, start + token, own, constants);
+        });
         block.sync();
-        Own::add_stage(block, stage, weights, sums);
+        each_block([&](const auto& stage, int, const WeightFragments& own) {
+          Own::add_stage(block, stage, own, sums);
+        });
       }
     });
     block.each([&](Thread thread) { constants(thread).store(weights, thread); });
@@ -229,7 +257,7 @@ struct CompressedSplit {
     };
     int step = 0;
     if constexpr (Rebuild) {
-      step = 2 * turned_steps(shape.dim);
+      step = kTurnedBlocks * turned_steps(shape.dim);
     } else {
       KeyStage<Kind>{a.key, nullptr}.each_run([&](int n) {
         const StageRun& run = a.key.runs[n];

@@ -126,8 +126,13 @@ struct CompressedSums {
                              int r, int first, Sums<Block>& sum) {
     const char* base = stage.rows(r);
     const int stride = stage.stride(r);
+    // From where a known run's unit would be to where it is, in all of a thread's rows.
+    auto moved = [&](Thread thread) {
+      if constexpr (!is_known(Kind)) return 0;
+      return 16 * (known_unit(Part::value, Kind, 2 * (thread.lane() % 4), own_unit(thread)) - own_unit(thread));
+    };
     auto rows = [&](Thread thread, int step, int k) {
-      return base + (16 * (first_step(thread) + step) + k) * stride;
+      return base + moved(thread) + (16 * (first_step(thread) + step) + k) * stride;
     };
     auto unit = [&](Thread thread) { return first + own_unit(thread); };
     auto weight = [&](auto tag, int step, Thread thread) {

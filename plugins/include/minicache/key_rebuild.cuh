@@ -1,5 +1,6 @@
-// Logits of keys stored before RoPE: a warp rebuilds 16 keys at a time on the tensor cores, turns them by their places in
-// the cache block, and multiplies with queries turned back by the block's position. Neither leaves the chip.
+// Logits of keys stored before RoPE: a warp rebuilds 16 keys of a cache block at a time on the tensor cores, turns them by
+// their places in the block, and multiplies with queries turned back by the block's position. Neither leaves the chip.
+// Keys at the same places of two blocks share what is read for them: maps and turns.
 //
 //     q . R(p + r) k = (R(-p) q) . (R(r) k),    k = (nu [y | residual]) [P | A]^T + c
 //
@@ -31,6 +32,7 @@ MC_HD int rebuild_fragment(bool paired, int steps, int tile, int step, int lane)
 }
 
 constexpr int kPlainSteps = 32 * kDecodeWarps / 16;  // of a plain stream, at most
+constexpr int kRebuildBlocks = 2;                    // cache blocks of a stage of keys that are rebuilt
 
 struct KeyRebuild {
   const void* map;             // fragments,
@@ -90,102 +92,151 @@ struct KeyRebuild {
     return place < dim / 2 ? place + d / half * (dim / 2) : -1;
   }
 
-  // `first`: step of the fragments from which on the queries lie that are turned back by the stage's position.
-  template <class T, int Kind, class Formats, class Block>
-  MC_HD void logits(Block& block, const KeyStage<Kind, Formats>& stage, const QueryFragments& queries, int first,
-                    float scale, Scores scores, int token) const {
+  // Logits of `blocks` cache blocks of `data`, `block_bytes` apart, to `scores` from `token` on; `first(n)`: step of the
+  // fragments from which on the queries lie that are turned back by the position of block n.
+  template <class T, int Kind, class Formats, class Block, class First>
+  MC_HD void logits(Block& block, const StreamReader& reader, Formats, const char* data, int block_bytes, int blocks,
+                    const QueryFragments& queries, First first, float scale, Scores scores, int token) const {
+    using Stage = KeyStage<Kind, Formats>;
+    if constexpr (Kind == kGeneral) {
+      for (int n = 0; n < blocks; ++n) {
+        const Stage stages[1] = {{reader, data + n * block_bytes}};
+        const int steps[1] = {first(n)};
+        tile_logits<T>(block, stages, 1, queries, steps, scale, scores, token + n * kBlockSize);
+      }
+    } else {
+      const int last = blocks - 1;  // stands in for the second block if there is none
+      const Stage stages[kRebuildBlocks] = {{reader, data}, {reader, data + last * block_bytes}};
+      const int steps[kRebuildBlocks] = {first(0), first(last)};
+      tile_logits<T>(block, stages, blocks, queries, steps, scale, scores, token);
+    }
+  }
+
+ private:
+  template <class E, class Block, int Tiles>
+  using Rows = typename Block::template PerThread<FragmentA<E>>[Tiles];
+  // Of each tile: keys, components 16 n to 16 n + 15 (sums 0 and 1) and those they are paired with (2 and 3).
+  template <class Block, int Tiles>
+  using Keys = typename Block::template PerThread<FragmentD>[Tiles][4];
+
+  // Logits of a tile of 16 tokens per warp of each of `stages`; those of the first `stored` are stored.
+  template <class T, int Kind, class Formats, int Tiles, class Block>
+  MC_HD void tile_logits(Block& block, const KeyStage<Kind, Formats> (&stages)[Tiles], int stored,
+                         const QueryFragments& queries, const int (&first)[Tiles], float scale, Scores scores,
+                         int token) const {
     using E = Code<T>;
-    const StreamShape& shape = stage.reader.shape;
-    const int half = padded_half(shape.dim);
-    typename Block::template PerThread<FragmentD> logit;
-    block.each([&](Thread thread) { logit(thread) = FragmentD{}; });
-    // Keys of the warp's tokens, components d to d + 15 (sums 0 and 1) and those they are paired with (2 and 3).
-    auto add = [&](int d, typename Block::template PerThread<FragmentD>(&key)[4]) {
-      typename Block::template PerThread<FragmentA<E>> turned[2];
+    const StreamShape& shape = stages[0].reader.shape;
+    const int half = padded_half(shape.dim), half_steps = half / 16;
+    typename Block::template PerThread<FragmentD> logit[Tiles];
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int m = 0; m < Tiles; ++m) logit[m](thread) = FragmentD{};
+    });
+    auto add = [&](int n, Keys<Block, Tiles>& key) {
+      Rows<E, Block, Tiles> low, high;
       block.each([&](Thread thread) {
-        const FragmentD sums[4] = {key[0](thread), key[1](thread), key[2](thread), key[3](thread)};
-        turn_keys<T>(thread, shape.dim, sums, d, turned[0](thread), turned[1](thread));
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) turn_keys<T, Tiles, Block>(thread, shape.dim, n, i, key, low, high);
       });
       MC_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        typename Block::template PerThread<FragmentB<E>> query;
-        block.each([&](Thread thread) {
-          query(thread) = queries.at<E, T>(first + (d >> 4) + n * (half >> 4), thread.lane());
-        });
-        block.multiply_add(logit, turned[n], query);
+      for (int m = 0; m < Tiles; ++m) {
+        multiply_queries<T>(block, logit[m], low[m], queries, first[m] + n);
+        multiply_queries<T>(block, logit[m], high[m], queries, first[m] + half_steps + n);
       }
     };
     if constexpr (is_known(Kind)) {
-      typename Block::template PerThread<FragmentA<E>> y[Kind / 16];
-      read_rows<T>(block, stage, y);
-      rebuild_plain<E, Kind / 16>(block, half, Fixed<Kind / 16>{}, y, add);
-    } else {
+      Rows<E, Block, Tiles> y[Kind / 16];
+      MC_UNROLL
+      for (int m = 0; m < Tiles; ++m) {
+        read_rows<T>(block, stages[m], [&](Thread thread, int step) -> FragmentA<E>& { return y[step][m](thread); });
+      }
+      rebuild_plain<E, Kind / 16, Tiles>(block, half, Fixed<Kind / 16>{}, y, add);
+    } else if constexpr (Kind == kPlain) {
       const int steps = rebuild_steps(shape);
-      rows.template store<T>(block, stage, steps);
-      if constexpr (Kind == kPlain) {
-        typename Block::template PerThread<FragmentA<E>> y[kPlainSteps];
+      Rows<E, Block, Tiles> y[kPlainSteps];
+      MC_UNROLL
+      for (int m = 0; m < Tiles; ++m) {
+        rows.template store<T>(block, stages[m], steps);
         block.each([&](Thread thread) {
           MC_UNROLL
           for (int step = 0; step < kPlainSteps; ++step) {
-            if (step < padded_steps(steps)) y[step](thread) = FragmentA<E>{};
-            if (step < steps) y[step](thread) = rows.template row<E>(thread, steps, step);
+            if (step < padded_steps(steps)) y[step][m](thread) = FragmentA<E>{};
+            if (step < steps) y[step][m](thread) = rows.template row<E>(thread, steps, step);
           }
         });
-        rebuild_plain<E, kPlainSteps>(block, half, padded_steps(steps), y, add);
-      } else {
-        rebuild_any<E>(block, half, steps, add);
       }
+      rebuild_plain<E, kPlainSteps, Tiles>(block, half, padded_steps(steps), y, add);
+    } else {
+      const int steps = rebuild_steps(shape);
+      rows.template store<T>(block, stages[0], steps);
+      rebuild_any<E>(block, half, steps, add);
     }
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = own_row(thread);
       MC_UNROLL
-      for (int i = 0; i < 4; ++i) scores(2 * t + i % 2, token + row + 8 * (i / 2)) = logit(thread).x[i] * scale;
+      for (int m = 0; m < Tiles; ++m) {
+        if (m >= stored) break;
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          scores(2 * t + i % 2, token + m * kBlockSize + row + 8 * (i / 2)) = logit[m](thread).x[i] * scale;
+        }
+      }
     });
   }
 
- private:
-  // Tile number n of the four that `add` takes: components, counted in eights.
-  MC_HD static int tile_of(int d, int half, int n) { return (d >> 3) + n / 2 * (half >> 3) + n % 2; }
+  template <class T, class Block, class Turned>
+  MC_HD static void multiply_queries(Block& block, typename Block::template PerThread<FragmentD>& logit,
+                                     const Turned& turned, const QueryFragments& queries, int step) {
+    using E = Code<T>;
+    typename Block::template PerThread<FragmentB<E>> query;
+    block.each([&](Thread thread) { query(thread) = queries.at<E, T>(step, thread.lane()); });
+    block.multiply_add(logit, turned, query);
+  }
+
+  // Number of the eight components that sum i of step n is of.
+  MC_HD static int tile_of(int n, int half, int i) { return 2 * n + i / 2 * (half >> 3) + i % 2; }
 
   // c, to which the products with the map are added.
-  template <class Block>
-  MC_HD void begin(Block& block, int d, int half, typename Block::template PerThread<FragmentD> (&key)[4]) const {
+  template <int Tiles, class Block>
+  MC_HD void begin(Block& block, int n, int half, Keys<Block, Tiles>& key) const {
     block.each([&](Thread thread) {
       MC_UNROLL
-      for (int n = 0; n < 4; ++n) {
-        const int first = d + n / 2 * half + 8 * (n % 2) + 2 * (thread.lane() % 4);
-        const auto c = detail::load<Neighbours<float, 2>>(offset + first);
-        key[n](thread) = FragmentD{{c.x[0], c.x[1], c.x[0], c.x[1]}};
+      for (int i = 0; i < 4; ++i) {
+        const auto c = detail::load<Neighbours<float, 2>>(offset + 8 * tile_of(n, half, i) + 2 * (thread.lane() % 4));
+        MC_UNROLL
+        for (int m = 0; m < Tiles; ++m) key[m][i](thread) = FragmentD{{c.x[0], c.x[1], c.x[0], c.x[1]}};
       }
     });
   }
 
   // `steps`: an even number, at most Most.
-  template <class E, int Most, class Block, class Steps, class F>
-  MC_HD void rebuild_plain(Block& block, int half, Steps steps,
-                           const typename Block::template PerThread<FragmentA<E>> (&y)[Most], F add) const {
+  template <class E, int Most, int Tiles, class Block, class Steps, class F>
+  MC_HD void rebuild_plain(Block& block, int half, Steps steps, const Rows<E, Block, Tiles> (&y)[Most], F add) const {
     auto rebuild = [&](const FragmentPair<E>* map) {
-      MC_UNROLL_TWICE
-      for (int d = 0; d < half; d += 16) {
-        typename Block::template PerThread<FragmentD> key[4];
-        begin(block, d, half, key);
+      MC_NO_UNROLL
+      for (int n = 0; n < half / 16; ++n) {
+        Keys<Block, Tiles> key;
+        begin<Tiles>(block, n, half, key);
         MC_UNROLL
         for (int step = 0; step < Most; step += 2) {
           if (step >= steps) break;
           MC_UNROLL
-          for (int n = 0; n < 4; ++n) {
-            const int place = rebuild_fragment(true, steps, tile_of(d, half, n), step, 0) / 2;
+          for (int i = 0; i < 4; ++i) {
+            const int place = rebuild_fragment(true, steps, tile_of(n, half, i), step, 0) / 2;
             typename Block::template PerThread<FragmentB<E>> part[2];
             block.each([&](Thread thread) {
               const FragmentPair<E> both = map[place + thread.lane()];
               part[0](thread) = both.step[0];
               part[1](thread) = both.step[1];
             });
-            block.multiply_add(key[n], y[step], part[0]);
-            block.multiply_add(key[n], y[step + 1], part[1]);
+            MC_UNROLL
+            for (int s = 0; s < 2; ++s) {
+              MC_UNROLL
+              for (int m = 0; m < Tiles; ++m) block.multiply_add(key[m][i], y[step + s][m], part[s]);
+            }
           }
         }
-        add(d, key);
+        add(n, key);
       }
     };
     // Twice, so that the compiler knows which memory it is.
@@ -200,44 +251,41 @@ struct KeyRebuild {
   MC_HD void rebuild_any(Block& block, int half, int steps, F add) const {
     const auto* const parts =
         static_cast<const FragmentB<E>*>(map_in_shared >= 0 ? block.shared + map_in_shared : map);
-    for (int d = 0; d < half; d += 16) {
-      typename Block::template PerThread<FragmentD> key[4];
-      begin(block, d, half, key);
+    for (int n = 0; n < half / 16; ++n) {
+      Keys<Block, 1> key;
+      begin<1>(block, n, half, key);
       for (int step = 0; step < steps; ++step) {
         typename Block::template PerThread<FragmentA<E>> y;
         block.each([&](Thread thread) { y(thread) = rows.template row<E>(thread, steps, step); });
         MC_UNROLL
-        for (int n = 0; n < 4; ++n) {
+        for (int i = 0; i < 4; ++i) {
           typename Block::template PerThread<FragmentB<E>> part;
           block.each([&](Thread thread) {
-            const int tile = tile_of(d, half, n);
-            part(thread) = parts[rebuild_fragment(false, padded_steps(steps), tile, step, thread.lane())];
+            part(thread) = parts[rebuild_fragment(false, padded_steps(steps), tile_of(n, half, i), step, thread.lane())];
           });
-          block.multiply_add(key[n], y, part);
+          block.multiply_add(key[0][i], y, part);
         }
       }
-      add(d, key);
+      add(n, key);
     }
   }
 
   // Keys as they come out of the product, turned by their places, become fragments A of the next one: columns 8 n + 2 t +
-  // i are its k.
-  template <class T>
-  MC_HD void turn_keys(Thread thread, int dim, const FragmentD (&sums)[4], int d, FragmentA<Code<T>>& low,
-                       FragmentA<Code<T>>& high) const {
+  // i are its k. Pair i of step n's.
+  template <class T, int Tiles, class Block>
+  MC_HD void turn_keys(Thread thread, int dim, int n, int i, const Keys<Block, Tiles>& key,
+                       Rows<Code<T>, Block, Tiles>& low, Rows<Code<T>, Block, Tiles>& high) const {
     using E = Code<T>;
-    const int t = thread.lane() % 4, row = own_row(thread);
+    const int j = i % 2, k = i / 2, t = thread.lane() % 4;
+    const Turn<E> by = turn<E>(dim, own_row(thread) + 8 * j, 8 * n + 4 * k + t);
+    const Pair<E> zero = make_pair<E>(-0.0f, -0.0f);
     MC_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      MC_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        const Pair<E> a = round_pair<E>(sums[n].x[2 * j], sums[n].x[2 * j + 1]);
-        const Pair<E> b = round_pair<E>(sums[n + 2].x[2 * j], sums[n + 2].x[2 * j + 1]);
-        const Turn<E> by = turn<E>(dim, row + 8 * j, (d >> 1) + 4 * n + t);
-        const Pair<E> zero = make_pair<E>(-0.0f, -0.0f);
-        put_pair(low, j + 2 * n, fused(a, by.cosine, negated(fused(b, by.sine, zero))));
-        put_pair(high, j + 2 * n, fused(b, by.cosine, fused(a, by.sine, zero)));
-      }
+    for (int m = 0; m < Tiles; ++m) {
+      const FragmentD &first = key[m][k](thread), &second = key[m][k + 2](thread);
+      const Pair<E> a = round_pair<E>(first.x[2 * j], first.x[2 * j + 1]);
+      const Pair<E> b = round_pair<E>(second.x[2 * j], second.x[2 * j + 1]);
+      put_pair(low[m](thread), i, fused(a, by.cosine, negated(fused(b, by.sine, zero))));
+      put_pair(high[m](thread), i, fused(b, by.cosine, fused(a, by.sine, zero)));
     }
   }
 };

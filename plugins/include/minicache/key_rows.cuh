@@ -12,24 +12,22 @@ MC_HD int rebuild_steps(const StreamShape& shape) {
 
 // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
 // added: ranges and norms of the tokens.
-template <class E>
+template <class E, Format F>
 struct RowRanges {
-  bool any;
   Pair<E> factor[2], constant[2];
 
   MC_HD static RowRanges of(const TokenRanges& ranges, const TokenRanges& norms, int row) {
-    RowRanges result{ranges.scales >= 0 || norms.scales >= 0, {}, {}};
+    RowRanges result{};
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const float norm = norms.scale(row + 8 * j);
-      const float scale = norm * ranges.scale(row + 8 * j), lowest = norm * ranges.minimum(row + 8 * j);
+      const float norm = norms.scale(row + 8 * j), scale = has_ranges(F) ? norm * ranges.scale(row + 8 * j) : norm;
+      const float lowest = is_integer(F) ? norm * ranges.minimum(row + 8 * j) : -0.0f;
       result.factor[j] = round_pair<E>(scale, scale);
       result.constant[j] = round_pair<E>(lowest, lowest);
     }
     return result;
   }
   MC_HD FragmentA<E> apply(const FragmentA<E>& unit) const {
-    if (!any) return unit;
     FragmentA<E> result;
     MC_UNROLL
     for (int j = 0; j < 4; ++j) put_pair(result, j, fused(pair_of(unit, j), factor[j % 2], constant[j % 2]));
@@ -39,7 +37,7 @@ struct RowRanges {
 
 // A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
 template <class T, Format F, int N, int Kind, class Formats>
-MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowRanges<Code<T>>& ranges, int n,
+MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowRanges<Code<T>, F>& ranges, int n,
                       int at, FragmentA<Code<T>> (&out)[2]) {
   using E = Code<T>;
   const char* const base = stage.rows(n);
@@ -62,19 +60,19 @@ MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const
   }
 }
 
-// Rows of the warp's 16 tokens of a known run, in registers, components in the order of `known_component`.
-template <class T, int Kind, class Formats, class Block>
-MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage,
-                     typename Block::template PerThread<FragmentA<Code<T>>> (&y)[Kind / 16]) {
+// Rows of the warp's 16 tokens of a known run, components in the order of `known_component`; `y(thread, step)` takes them.
+template <class T, int Kind, class Formats, class Block, class Y>
+MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage, Y y) {
   block.each([&](Thread thread) {
-    const auto ranges = RowRanges<Code<T>>::of(stage.token_ranges(0), stage.norms(), own_row(thread));
+    using Ranges = RowRanges<Code<T>, Formats::format>;
+    const auto ranges = Ranges::of(stage.token_ranges(0), stage.norms(), own_row(thread));
     const RowWords<Kind> rows[2] = {RowWords<Kind>::load(thread, stage, 0), RowWords<Kind>::load(thread, stage, 1)};
     MC_UNROLL
     for (int n = 0; n < RowWords<Kind>::kWords; ++n) {
       FragmentA<Code<T>> unit[2];
       read_known_unit<T, Formats::format, false>(thread, rows, n, stage.channel_ranges(0), unit);
-      y[2 * n](thread) = ranges.apply(unit[0]);
-      y[2 * n + 1](thread) = ranges.apply(unit[1]);
+      y(thread, 2 * n) = ranges.apply(unit[0]);
+      y(thread, 2 * n + 1) = ranges.apply(unit[1]);
     }
   });
 }
@@ -102,7 +100,7 @@ struct KeyRows {
       Formats::with(stage.run(n).format, [&](auto tag) {
         constexpr Format kFormat = decltype(tag)::value;
         block.each([&](Thread thread) {
-          const auto ranges = RowRanges<E>::of(stage.token_ranges(n), stage.norms(), own_row(thread));
+          const auto ranges = RowRanges<E, kFormat>::of(stage.token_ranges(n), stage.norms(), own_row(thread));
           FragmentA<E> unit[2];
           int at = 0;
           for (; at + 32 <= length; at += 32) {

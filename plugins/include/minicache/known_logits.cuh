@@ -19,7 +19,7 @@ struct alignas(Kind / 8) RowWords {
   template <class Formats>
   MC_HD static RowWords load(Thread thread, const KeyStage<Kind, Formats>& stage, int half) {
     const int row = own_row(thread) + 8 * half;
-    return detail::load<RowWords>(stage.rows(0) + row * known_stride(Part::key, Kind) +
+    return detail::load<RowWords>(stage.rows(0) + row * known_bytes(Kind) +
                                   thread.lane() % 4 * static_cast<int>(sizeof(RowWords)));
   }
   MC_HD static int first_component(int unit, int lane) { return lane % 4 * (Kind / 4) + 8 * unit; }

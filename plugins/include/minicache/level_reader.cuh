@@ -54,47 +54,72 @@ MC_HD void look_up(std::uint32_t four, std::uint32_t& low, std::uint32_t& high) 
     negative = ~index & 0x8888u;
     index = (index ^ (negative - (negative >> 3))) & 0x7777u;
   }
-  low = permute_bytes(kLow0, kLow1, index);
-  high = permute_bytes(kHigh0, kHigh1, index);
+  low = look_up_bytes<kLow0, kLow1>(index);
+  high = look_up_bytes<kHigh0, kHigh1>(index);
   if constexpr (Bits == 4) {
-    const std::uint32_t twice = permute_bytes(negative, 0, 0x1100);
+    const std::uint32_t twice = permute_bytes<0x1100>(negative, 0);
     high ^= (twice << 4 & 0x00800080u) ^ (twice & 0x80008000u);
   }
 }
 
-// Levels of eight codes as pairs of codes p and p + 4.
+// Eight codes as `level_pairs` takes them: of 3 and 4 bits one every 4 bits, in the order 0, 1, 4, 5, 2, 3, 6, 7; of fewer
+// bits as they are stored, the second four from bit 8 on. Codes
+// are a word of eight
+template <int Bits>
+MC_HD std::uint32_t ordered_codes(std::uint32_t eight) {
+  if constexpr (Bits == 4) return permute_bytes<0x3120>(eight, 0);
+  if constexpr (Bits == 3) {
+    const std::uint32_t two = (eight & 0x3fu) | (eight >> 4 & 0x3f00u) | (eight << 10 & 0x3f0000u) | (eight << 6 & 0x3f000000u);
+    return (two & 0x07070707u) | (two << 1 & 0x70707070u);
+  }
+  if constexpr (Bits == 1) return (eight & 0xfu) | (eight << 4 & 0xf00u);
+  return eight & 0xffffu;
+}
+// or two of four, with whatever above them.
+template <int Bits>
+MC_HD std::uint32_t ordered_codes(std::uint32_t first, std::uint32_t second) {
+  if constexpr (Bits == 4) return permute_bytes<0x5140>(first, second);
+  if constexpr (Bits == 3) {
+    const std::uint32_t two =
+        (first & 0x3fu) | (second << 8 & 0x3f00u) | (first << 10 & 0x3f0000u) | (second << 18 & 0x3f000000u);
+    return (two & 0x07070707u) | (two << 1 & 0x70707070u);
+  }
+  return permute_bytes<0x0040>(first, second) & 0xffffu;
+}
+
+// Levels of eight ordered codes as pairs of codes p and p + 4.
 template <int Bits>
 MC_HD void level_pairs(std::uint32_t codes, Pair<Half> (&out)[4]) {
   constexpr std::uint32_t kLow0 = level_bytes(Bits, 0, 0), kLow1 = level_bytes(Bits, 4, 0);
   constexpr std::uint32_t kHigh0 = level_bytes(Bits, 0, 1), kHigh1 = level_bytes(Bits, 4, 1);
   if constexpr (Bits <= 2) {  // both bytes of a level are among eight
-    // Codes p + 4 from bit 8 on.
-    if constexpr (Bits == 1) codes = (codes & 0xfu) | (codes << 4 & 0xf00u);
-    MC_UNROLL
-    for (int p = 0; p < 4; ++p) {
-      const std::uint32_t two = codes >> (Bits * p) & ((1u << Bits) - 1u) * 0x101u;
-      out[p].bits = permute_bytes(kLow0, kHigh0, two * 0x11u + 0x4040u);
-    }
-  } else if constexpr (Bits == 3) {
-    MC_UNROLL
-    for (int p = 0; p < 4; p += 2) {  // codes p, p + 4, p + 1, p + 5
-      const std::uint32_t x = codes >> (3 * p);
-      const std::uint32_t index = (x & 0x7u) | (x >> 8 & 0x70u) | (x << 5 & 0x700u) | (x >> 3 & 0x7000u);
-      const std::uint32_t low = permute_bytes(kLow0, kLow1, index), high = permute_bytes(kHigh0, kHigh1, index);
-      out[p].bits = permute_bytes(low, high, 0x5140);
-      out[p + 1].bits = permute_bytes(low, high, 0x7362);
-    }
-  } else {
-    // Magnitudes: codes c and 15 - c differ in sign.
-    const std::uint32_t negative = ~codes & 0x88888888u;
-    const std::uint32_t places = (codes ^ (negative - (negative >> 3))) & 0x77777777u;
-    const std::uint32_t ordered = permute_bytes(places, 0, 0x3120);  // codes 0, 1, 4, 5, then 2, 3, 6, 7
     MC_UNROLL
     for (int p = 0; p < 4; p += 2) {
-      const std::uint32_t index = ordered >> (8 * p);
-      const std::uint32_t low = permute_bytes(kLow0, kLow1, index), high = permute_bytes(kHigh0, kHigh1, index);
-      out[p].bits = permute_bytes(low, high, 0x6240) | (~codes << (12 - 4 * p) & 0x80008000u);
-      out[p + 1].bits = permute_bytes(low, high, 0x7351) | (~codes << (8 - 4 * p) & 0x80008000u);
+      const std::uint32_t x = codes >> (Bits * p);
+      const std::uint32_t four = (x | x << (16 - Bits)) & ((1u << Bits) - 1u) * 0x01010101u;  // p, p + 4, p + 1, p + 5
+      const std::uint32_t places = four * 0x11u + 0x40404040u;
+      out[p].bits = look_up_bytes<kLow0, kHigh0>(places);
+      out[p + 1].bits = look_up_bytes<kLow0, kHigh0>(places >> 16);
+    }
+  } else {
+    std::uint32_t places = codes, negative = 0;
+    if constexpr (Bits == 4) {  // magnitudes: codes c and 15 - c differ in sign
+      negative = ~codes & 0x88888888u;
+      places = (codes ^ (negative - (negative >> 3))) & 0x77777777u;
+    }
+    MC_UNROLL
+    for (int p = 0; p < 4; p += 2) {
+      const std::uint32_t own = places >> (8 * p);
+      const std::uint32_t low = look_up_bytes<kLow0, kLow1>(own);
+      std::uint32_t high = look_up_bytes<kHigh0, kHigh1>(own);
+      if constexpr (Bits == 4) {
+        constexpr std::uint32_t kFirst = 0x9d8c, kSecond = 0xbfae;
+        const std::uint32_t signs = p == 0 ? permute_bytes<kFirst>(negative, negative << 4)
+                                           : permute_bytes<kSecond>(negative, negative << 4);
+        high |= signs & 0x80808080u;
+      }
+      out[p].bits = permute_bytes<0x6240>(low, high);
+      out[p + 1].bits = permute_bytes<0x7351>(low, high);
     }
   }
 }
@@ -102,14 +127,14 @@ MC_HD void level_pairs(std::uint32_t codes, Pair<Half> (&out)[4]) {
 template <int Bits, int N>
 MC_HD void gaussian_pairs(const std::uint32_t (&codes)[2], Pair<Half> (&out)[N / 2]) {
   if constexpr (N == 8) {
-    level_pairs<Bits>(codes[0], out);
+    level_pairs<Bits>(ordered_codes<Bits>(codes[0]), out);
   } else {
     std::uint32_t low, high;
     look_up<Bits>(codes[0], low, high);
-    if constexpr (N == 2) out[0].bits = permute_bytes(low, high, 0x5140);
+    if constexpr (N == 2) out[0].bits = permute_bytes<0x5140>(low, high);
     if constexpr (N == 4) {
-      out[0].bits = permute_bytes(low, high, 0x6240);
-      out[1].bits = permute_bytes(low, high, 0x7351);
+      out[0].bits = permute_bytes<0x6240>(low, high);
+      out[1].bits = permute_bytes<0x7351>(low, high);
     }
   }
 }

@@ -34,17 +34,42 @@ struct Pair<float> {
   float x[2];
 };
 
-// Bytes `selector` (four digits of 4 bits, 0 to 7) of the eight bytes of a, then b.
-MC_HD std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
-#if MC_ON_DEVICE
-  return __byte_perm(a, b, selector);
-#else
+namespace detail {
+
+MC_HD std::uint32_t permuted(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
   const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
   std::uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
-    result |= static_cast<std::uint32_t>(both >> (8 * ((selector >> (4 * i)) & 7u)) & 0xffu) << (8 * i);
+    const std::uint32_t digit = selector >> (4 * i) & 15u;
+    const auto byte = static_cast<std::uint32_t>(both >> (8 * (digit & 7u))) & 0xffu;
+    result |= (digit < 8u ? byte : byte >> 7 == 0 ? 0u : 0xffu) << (8 * i);
   }
   return result;
+}
+
+}  // namespace detail
+
+// Four of the eight bytes of a, then b, in one instruction (`__byte_perm` takes another to mask what it is given). Digits
+// of the selector, of 4 bits, are numbers of bytes; from 8 on, the highest bit of byte digit - 8, eight times.
+template <std::uint32_t Selector>
+MC_HD std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b) {
+#if MC_ON_DEVICE
+  std::uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "n"(Selector));
+  return result;
+#else
+  return detail::permuted(a, b, Selector);
+#endif
+}
+// The same of a table's bytes; the selector's bits above its four digits are ignored.
+template <std::uint32_t A, std::uint32_t B>
+MC_HD std::uint32_t look_up_bytes(std::uint32_t selector) {
+#if MC_ON_DEVICE
+  std::uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "n"(A), "n"(B), "r"(selector));
+  return result;
+#else
+  return detail::permuted(A, B, selector);
 #endif
 }
 
@@ -84,11 +109,11 @@ MC_HD float second_of(Pair<float> x) { return x.x[1]; }
 // The first (second) numbers of two pairs.
 template <class E>
 MC_HD Pair<E> firsts(Pair<E> a, Pair<E> b) {
-  return Pair<E>{permute_bytes(a.bits, b.bits, 0x5410)};
+  return Pair<E>{permute_bytes<0x5410>(a.bits, b.bits)};
 }
 template <class E>
 MC_HD Pair<E> seconds(Pair<E> a, Pair<E> b) {
-  return Pair<E>{permute_bytes(a.bits, b.bits, 0x7632)};
+  return Pair<E>{permute_bytes<0x7632>(a.bits, b.bits)};
 }
 MC_HD Pair<float> firsts(Pair<float> a, Pair<float> b) { return Pair<float>{{a.x[0], b.x[0]}}; }
 MC_HD Pair<float> seconds(Pair<float> a, Pair<float> b) { return Pair<float>{{a.x[1], b.x[1]}}; }

@@ -63,11 +63,13 @@ struct StageLayout {
 // banks; others stay as they are stored, one after another.
 MC_HD constexpr int stage_stride(int bytes) { return bytes % 16 != 0 || bytes / 16 % 2 == 1 ? bytes : bytes + 16; }
 
-// Bytes between the rows of a known stream's codes. Threads read keys by rows, whose units of 16 bytes lie in different
-// banks as they are stored; values by columns.
-MC_HD constexpr int known_stride(Part part, int length) {
-  const int bytes = length * kKnownBits / 8;
-  return part == Part::key ? bytes : stage_stride(bytes);
+// Bytes of a row of a known stream's codes; they lie one after another. Threads read keys by rows, whose units of 16 bytes
+// lie in different banks as they are stored; values by columns, of rows 2 t to 2 t + 1 for t = lane % 4: their units change
+// places.
+MC_HD constexpr int known_bytes(int length) { return length * kKnownBits / 8; }
+MC_HD constexpr int known_unit(Part part, int length, int row, int unit) {
+  if (part == Part::key) return unit;
+  return length == 64 ? unit ^ (row >> 2 & 1) : unit ^ (row >> 1 & 3);
 }
 
 // `known`: whether the kernel is compiled for the stream's runs.
@@ -82,7 +84,7 @@ StageLayout stage_layout(const StreamShape& shape, bool known) {
     return {offset, 16, 16, 0, rows * bytes / 16};
   };
   auto rows = [&](int bytes, std::int32_t& stride) {
-    stride = known ? known_stride(shape.part, shape.segment[0].length) : stage_stride(bytes);
+    stride = known ? known_bytes(shape.segment[0].length) : stage_stride(bytes);
     return field(bytes, kBlockSize, stride);
   };
   auto flat = [&](int bytes) { return field(bytes, 1, bytes); };

@@ -111,27 +111,26 @@ struct PlainStageSource {
 // Of a known stream: a thread copies 16 bytes of every kRows-th row.
 template <int Kind, Part Of>
 struct KnownStageSource {
-  static constexpr int kBytes = Kind * kKnownBits / 8, kStride = known_stride(Of, Kind);
+  static constexpr int kBytes = known_bytes(Kind);
   static constexpr int kShift = row_shift(kBytes), kRows = kDecodeThreads >> kShift, kCopies = kBlockSize / kRows;
   static_assert(kBlockSize % kRows == 0 && kBytes == 16 << kShift, "all threads copy alike");
-  static_assert(kCopies <= 2, "one place and the next");
+  static_assert(kCopies <= 2 && known_unit(Of, Kind, kRows, 0) == 0, "one place and the next");
 
   BlockAddress codes;
   std::int32_t target;  // in a stage
   StageUnit unit;
 
   MC_HD static KnownStageSource of(Thread thread, const StreamReader& reader, int slot) {
-    const int row = thread.index >> kShift, column = (thread.index & ((1 << kShift) - 1)) * 16;
-    const int offset = row * kBytes + column;
-    return {BlockAddress::of(reader.block(0).codes(slot), reader.block(1).codes(slot), offset), row * kStride + column,
-            StageUnit::of(thread, reader, slot)};
+    const int row = thread.index >> kShift, unit = thread.index & ((1 << kShift) - 1);
+    return {BlockAddress::of(reader.block(0).codes(slot), reader.block(1).codes(slot), row * kBytes + 16 * unit),
+            row * kBytes + 16 * known_unit(Of, Kind, row, unit), StageUnit::of(thread, reader, slot)};
   }
 
   template <class Block>
   MC_HD void fetch(Thread, const StreamReader&, char* stage, std::int32_t id) const {
     const char* const from = codes.of(id);
     Block::copy_async(stage + target, from);
-    if constexpr (kCopies == 2) Block::template copy_async_at<kRows * kStride, kRows * kBytes>(stage + target, from);
+    if constexpr (kCopies == 2) Block::template copy_async_at<kRows * kBytes, kRows * kBytes>(stage + target, from);
     unit.template fetch<Block>(stage, id);
   }
 };
@@ -198,7 +197,7 @@ struct Stage {
   MC_HD const char* rows(int n) const { return is_known(Kind) ? data : data + run(n).rows; }
   MC_HD int stride(int n) const {
     if constexpr (kCodes) {
-      return known_stride(Of, Kind);
+      return known_bytes(Kind);
     } else {
       return run(n).stride;
     }
@@ -233,7 +232,7 @@ struct Stage {
  private:
   static constexpr bool kCodes = is_known(Kind) && !std::is_same_v<Formats, AnyFormat>;
   static constexpr int params_of_known() {
-    if constexpr (kCodes) return (kBlockSize * known_stride(Of, Kind) + 127) / 128 * 128;
+    if constexpr (kCodes) return (kBlockSize * known_bytes(Kind) + 127) / 128 * 128;
     return 0;
   }
   static constexpr int kParams = params_of_known();

@@ -20,6 +20,9 @@ struct WeightFragments {
   // Number, among the constants, of the sum of a known run's weights as rounded, where its codes are read with an offset.
   static constexpr int kOffsets = 1;
 
+  // Fragments of another block's weights.
+  MC_HD WeightFragments behind(int bytes) const { return {data + bytes, parts, totals}; }
+
   template <class E, class T>
   MC_HD FragmentB<E>& at(int n, int step, int lane) const {
     constexpr int kBytes = kWarp * static_cast<int>(sizeof(FragmentB<T>));
