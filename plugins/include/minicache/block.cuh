@@ -158,28 +158,38 @@ struct CudaBlock {
     }
   }
 
-  // d += a b on the tensor cores, float accumulators.
+  // d += a b on the tensor cores, float accumulators,
   template <class T>
   __device__ __forceinline__ void multiply_add(PerThread<FragmentD>& d, const PerThread<FragmentA<T>>& a,
                                                const PerThread<FragmentB<T>>& b) {
-    product(d.value, a.value, b.value);
+    product(d.value, a.value, b.value, d.value);
   }
-  __device__ __forceinline__ static void product(FragmentD& d, const FragmentA<Half>& a, const FragmentB<Half>& b) {
+  // and d = a b + c.
+  template <class T>
+  __device__ __forceinline__ void multiply_add(PerThread<FragmentD>& d, const PerThread<FragmentA<T>>& a,
+                                               const PerThread<FragmentB<T>>& b, const PerThread<FragmentD>& c) {
+    product(d.value, a.value, b.value, c.value);
+  }
+
+ private:
+#define MC_PRODUCT(type)                                                                                           \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                              \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                                    \
+               : "=f"(d.x[0]), "=f"(d.x[1]), "=f"(d.x[2]), "=f"(d.x[3])                                            \
+               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(c.x[0]), "f"(c.x[1]),       \
+                 "f"(c.x[2]), "f"(c.x[3]))
+  template <class T>
+  __device__ __forceinline__ static void product(FragmentD& d, const FragmentA<T>& a, const FragmentB<T>& b,
+                                                 const FragmentD& c) {
     const std::uint32_t* x = reinterpret_cast<const std::uint32_t*>(a.x);
     const std::uint32_t* y = reinterpret_cast<const std::uint32_t*>(b.x);
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d.x[0]), "+f"(d.x[1]), "+f"(d.x[2]), "+f"(d.x[3])
-                 : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
+    if constexpr (std::is_same_v<T, Half>) {
+      MC_PRODUCT("f16");
+    } else {
+      MC_PRODUCT("bf16");
+    }
   }
-  __device__ __forceinline__ static void product(FragmentD& d, const FragmentA<BFloat16>& a,
-                                                 const FragmentB<BFloat16>& b) {
-    const std::uint32_t* x = reinterpret_cast<const std::uint32_t*>(a.x);
-    const std::uint32_t* y = reinterpret_cast<const std::uint32_t*>(b.x);
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d.x[0]), "+f"(d.x[1]), "+f"(d.x[2]), "+f"(d.x[3])
-        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
-  }
+#undef MC_PRODUCT
 };
 
 // Thread blocks a multiprocessor should have room for: `kMinBlocks` of a kernel that says so. Bounds its registers.
@@ -302,6 +312,11 @@ struct HostBlock {
 
   template <class T>
   void multiply_add(PerThread<FragmentD>& d, const PerThread<FragmentA<T>>& a, const PerThread<FragmentB<T>>& b) {
+    multiply_add(d, a, b, d);
+  }
+  template <class T>
+  void multiply_add(PerThread<FragmentD>& d, const PerThread<FragmentA<T>>& a, const PerThread<FragmentB<T>>& b,
+                    const PerThread<FragmentD>& c) {
     for (int warp = 0; warp < Threads; warp += kWarp) {
       float left[16][16], right[16][8];
       for (int lane = 0; lane < kWarp; ++lane) {
@@ -317,7 +332,7 @@ struct HostBlock {
         const int g = lane / 4, t = lane % 4;
         for (int j = 0; j < 2; ++j) {
           for (int i = 0; i < 2; ++i) {
-            float sum = d.values[warp + lane].x[2 * j + i];
+            float sum = c.values[warp + lane].x[2 * j + i];
             for (int k = 0; k < 16; ++k) sum += left[g + 8 * j][k] * right[k][2 * t + i];
             d.values[warp + lane].x[2 * j + i] = sum;
           }

@@ -20,7 +20,7 @@ struct CompressedSplit {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200
   static constexpr int kRebuildBlocksAtOnce = 2;
 #else
-  static constexpr int kRebuildBlocksAtOnce = Kind == 128 ? 2 : 3;
+  static constexpr int kRebuildBlocksAtOnce = Kind == 128 || Kind == kPlain ? 2 : 3;
 #endif
   static constexpr int kMinBlocks = Rebuild ? kRebuildBlocksAtOnce : kPlainBlocks;
   static constexpr int kStageBlocks = Rebuild ? kRebuildBlocks : 1;
@@ -48,10 +48,10 @@ struct CompressedSplit {
     using ValueSource = StageSource<T, Kind, Part::value>;
     typename Block::template PerThread<KeySource> keys;
     typename Block::template PerThread<ValueSource> values;
-    block.each([&](Thread thread) {
-      keys(thread) = KeySource::of(thread, a.key, key_slot);
-      values(thread) = ValueSource::of(thread, a.value, value_slot);
-    });
+    block.each([&](Thread thread) { keys(thread) = KeySource::of(thread, a.key, key_slot); });
+    auto find_values = [&] {
+      block.each([&](Thread thread) { values(thread) = ValueSource::of(thread, a.value, value_slot); });
+    };
     // Cache blocks in stage number u of keys, or of values.
     const int rounds = ceil_div(blocks, kStageBlocks);
     auto held = [&](int u) { return minimum(kStageBlocks, blocks - u * kStageBlocks); };
@@ -69,16 +69,18 @@ struct CompressedSplit {
     };
     auto fetch_value = [&](int u) { fetch_blocks(u, a.value, values); };
     auto fetch = [&](int u) {
-      if (u >= rounds) return fetch_value(u - rounds);
-      fetch_blocks(u, a.key, keys);
+      if (u < rounds) return fetch_blocks(u, a.key, keys);
+      if (Rebuild) find_values();  // again for each stage: not in registers while keys are rebuilt
+      fetch_value(u - rounds);
     };
+    if (!Rebuild) find_values();
     for (int u = 0; u < a.shared.stages - 1; ++u) fetch(u);
 
     const QueryFragments fragments = fragments_of(block, a);
     constexpr bool kKnownQueries = is_known(Kind) && !Rebuild;
     const int exact_step = kKnownQueries ? 0 : prepare_queries(block, a, item, fragments);
     KeyRebuild rebuild{};
-    if constexpr (Rebuild) rebuild = Turned::prepare_rebuild(block, a, key_slot);
+    if constexpr (Rebuild) rebuild = Turned::template prepare_rebuild<Kind>(block, a, key_slot);
     const float scale = a.problem.shape.scale * kLog2e;
     const int start = item.first_block * kBlockSize;
     // Calls `read` with each stage of keys and the place of its first token.
@@ -143,6 +145,7 @@ struct CompressedSplit {
     block.each([&](Thread thread) { constants(thread).clear(weights, thread); });
     typename Own::template Sums<Block> sums[Own::kOwn];
     Own::clear(block, sums);
+    if (Rebuild) find_values();
     each_format(a.value, [&](auto formats) {
       for (int u = 0; u < rounds; ++u) {
         wait_stage(block, a.shared.stages);

@@ -17,9 +17,6 @@ MC_HD int padded_half(int dim) { return ceil_div(dim / 2, 16) * 16; }
 // Steps of 16 components of a turned query.
 MC_HD int turned_steps(int dim) { return 2 * padded_half(dim) / 16; }
 
-// Steps of [y | residual] with one of zeros behind an odd number of them.
-MC_HD constexpr int padded_steps(int steps) { return (steps + 1) / 2 * 2; }
-
 // Fragments B of [P | A]^T of one slot: [padded key / 8][padded steps][lanes], or of plain streams (`paired`)
 // [padded key / 8][padded steps / 2][lanes][2].
 template <class T>
@@ -126,22 +123,22 @@ struct KeyRebuild {
                          int token) const {
     using E = Code<T>;
     const StreamShape& shape = stages[0].reader.shape;
-    const int half = padded_half(shape.dim), half_steps = half / 16;
+    const int half = padded_half(shape.dim);
     typename Block::template PerThread<FragmentD> logit[Tiles];
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int m = 0; m < Tiles; ++m) logit[m](thread) = FragmentD{};
     });
-    auto add = [&](int n, Keys<Block, Tiles>& key) {
+    auto add = [&](auto half, int n, Keys<Block, Tiles>& key) {
       Rows<E, Block, Tiles> low, high;
       block.each([&](Thread thread) {
         MC_UNROLL
-        for (int i = 0; i < 4; ++i) turn_keys<T, Tiles, Block>(thread, shape.dim, n, i, key, low, high);
+        for (int i = 0; i < 4; ++i) turn_keys<T, Tiles, Block>(thread, 2 * half, n, i, key, low, high);
       });
       MC_UNROLL
       for (int m = 0; m < Tiles; ++m) {
         multiply_queries<T>(block, logit[m], low[m], queries, first[m] + n);
-        multiply_queries<T>(block, logit[m], high[m], queries, first[m] + half_steps + n);
+        multiply_queries<T>(block, logit[m], high[m], queries, first[m] + half / 16 + n);
       }
     };
     if constexpr (is_known(Kind)) {
@@ -156,19 +153,19 @@ struct KeyRebuild {
       Rows<E, Block, Tiles> y[kPlainSteps];
       MC_UNROLL
       for (int m = 0; m < Tiles; ++m) {
-        rows.template store<T>(block, stages[m], steps);
+        rows.template store<T>(block, stages[m]);
         block.each([&](Thread thread) {
           MC_UNROLL
           for (int step = 0; step < kPlainSteps; ++step) {
-            if (step < padded_steps(steps)) y[step][m](thread) = FragmentA<E>{};
-            if (step < steps) y[step][m](thread) = rows.template row<E>(thread, steps, step);
+            if (step >= padded_steps(steps)) break;
+            y[step][m](thread) = rows.template row<E>(thread, step);
           }
         });
       }
       rebuild_plain<E, kPlainSteps, Tiles>(block, half, padded_steps(steps), y, add);
     } else {
       const int steps = rebuild_steps(shape);
-      rows.template store<T>(block, stages[0], steps);
+      rows.template store<T>(block, stages[0]);
       rebuild_any<E>(block, half, steps, add);
     }
     block.each([&](Thread thread) {
@@ -197,53 +194,63 @@ struct KeyRebuild {
   MC_HD static int tile_of(int n, int half, int i) { return 2 * n + i / 2 * (half >> 3) + i % 2; }
 
   // c, to which the products with the map are added.
-  template <int Tiles, class Block>
-  MC_HD void begin(Block& block, int n, int half, Keys<Block, Tiles>& key) const {
+  template <class Block>
+  MC_HD void load_offset(Block& block, int n, int half, Keys<Block, 1>& c) const {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const auto c = detail::load<Neighbours<float, 2>>(offset + 8 * tile_of(n, half, i) + 2 * (thread.lane() % 4));
-        MC_UNROLL
-        for (int m = 0; m < Tiles; ++m) key[m][i](thread) = FragmentD{{c.x[0], c.x[1], c.x[0], c.x[1]}};
+        const auto x = detail::load<Neighbours<float, 2>>(offset + 8 * tile_of(n, half, i) + 2 * (thread.lane() % 4));
+        c[0][i](thread) = FragmentD{{x.x[0], x.x[1], x.x[0], x.x[1]}};
       }
     });
   }
 
-  // `steps`: an even number, at most Most.
+  // `steps`: an even number, at most Most. Calls `add(half, n, keys)` for each step n of half a padded key.
+  template <class E, int Most, int Tiles, class Block, class Half, class Steps, class F>
+  MC_HD void rebuild_step(Block& block, Half half, int n, Steps steps, const FragmentPair<E>* map,
+                          const Rows<E, Block, Tiles> (&y)[Most], F add) const {
+    Keys<Block, 1> c;
+    Keys<Block, Tiles> key;
+    load_offset(block, n, half, c);
+    MC_UNROLL
+    for (int step = 0; step < Most; step += 2) {
+      if (step >= steps) break;
+      MC_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int place = rebuild_fragment(true, steps, tile_of(n, half, i), step, 0) / 2;
+        typename Block::template PerThread<FragmentB<E>> part[2];
+        block.each([&](Thread thread) {
+          const FragmentPair<E> both = map[place + thread.lane()];
+          part[0](thread) = both.step[0];
+          part[1](thread) = both.step[1];
+        });
+        MC_UNROLL
+        for (int m = 0; m < Tiles; ++m) block.multiply_add(key[m][i], y[step][m], part[0], step == 0 ? c[0][i] : key[m][i]);
+        MC_UNROLL
+        for (int m = 0; m < Tiles; ++m) block.multiply_add(key[m][i], y[step + 1][m], part[1]);
+      }
+    }
+    add(half, n, key);
+  }
+
   template <class E, int Most, int Tiles, class Block, class Steps, class F>
   MC_HD void rebuild_plain(Block& block, int half, Steps steps, const Rows<E, Block, Tiles> (&y)[Most], F add) const {
-    auto rebuild = [&](const FragmentPair<E>* map) {
+    // Twice, so that the compiler knows which memory it is; and once for the usual half.
+    constexpr int kUsual = 64;
+    if (map_in_shared < 0) {
+      const auto* const parts = static_cast<const FragmentPair<E>*>(map);
       MC_NO_UNROLL
-      for (int n = 0; n < half / 16; ++n) {
-        Keys<Block, Tiles> key;
-        begin<Tiles>(block, n, half, key);
-        MC_UNROLL
-        for (int step = 0; step < Most; step += 2) {
-          if (step >= steps) break;
-          MC_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const int place = rebuild_fragment(true, steps, tile_of(n, half, i), step, 0) / 2;
-            typename Block::template PerThread<FragmentB<E>> part[2];
-            block.each([&](Thread thread) {
-              const FragmentPair<E> both = map[place + thread.lane()];
-              part[0](thread) = both.step[0];
-              part[1](thread) = both.step[1];
-            });
-            MC_UNROLL
-            for (int s = 0; s < 2; ++s) {
-              MC_UNROLL
-              for (int m = 0; m < Tiles; ++m) block.multiply_add(key[m][i], y[step + s][m], part[s]);
-            }
-          }
-        }
-        add(n, key);
-      }
-    };
-    // Twice, so that the compiler knows which memory it is.
-    if (map_in_shared >= 0) {
-      rebuild(reinterpret_cast<const FragmentPair<E>*>(block.shared + map_in_shared));
+      for (int n = 0; n < half / 16; ++n) rebuild_step<E, Most, Tiles>(block, half, n, steps, parts, y, add);
+      return;
+    }
+    const auto* const parts = reinterpret_cast<const FragmentPair<E>*>(block.shared + map_in_shared);
+    auto usual = [&](int n) { rebuild_step<E, Most, Tiles>(block, Fixed<kUsual>{}, n, steps, parts, y, add); };
+    if (half != kUsual) {
+      MC_NO_UNROLL
+      for (int n = 0; n < half / 16; ++n) rebuild_step<E, Most, Tiles>(block, half, n, steps, parts, y, add);
     } else {
-      rebuild(static_cast<const FragmentPair<E>*>(map));
+      MC_UNROLL
+      for (int n = 0; n < kUsual / 16; ++n) usual(n);
     }
   }
 
@@ -253,10 +260,10 @@ struct KeyRebuild {
         static_cast<const FragmentB<E>*>(map_in_shared >= 0 ? block.shared + map_in_shared : map);
     for (int n = 0; n < half / 16; ++n) {
       Keys<Block, 1> key;
-      begin<1>(block, n, half, key);
+      load_offset(block, n, half, key);
       for (int step = 0; step < steps; ++step) {
         typename Block::template PerThread<FragmentA<E>> y;
-        block.each([&](Thread thread) { y(thread) = rows.template row<E>(thread, steps, step); });
+        block.each([&](Thread thread) { y(thread) = rows.template row<E>(thread, step); });
         MC_UNROLL
         for (int i = 0; i < 4; ++i) {
           typename Block::template PerThread<FragmentB<E>> part;
@@ -266,7 +273,7 @@ struct KeyRebuild {
           block.multiply_add(key[0][i], y, part);
         }
       }
-      add(n, key);
+      add(half, n, key);
     }
   }
 

@@ -10,6 +10,9 @@ MC_HD int rebuild_steps(const StreamShape& shape) {
   return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
 }
 
+// Steps of [y | residual] with one of zeros behind an odd number of them.
+MC_HD constexpr int padded_steps(int steps) { return (steps + 1) / 2 * 2; }
+
 // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
 // added: ranges and norms of the tokens.
 template <class E, Format F>
@@ -78,21 +81,28 @@ MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage, Y y) {
 }
 
 // Rows of any runs in shared memory, run by run, components in the order of `QueryFragments::component`: [kDecodeWarps]
-// [steps][lanes] fragments that only their own threads use.
+// [steps][lanes] fragments that only their own threads use. The last of an odd number of steps is followed by zeros.
 struct KeyRows {
   char* data;
+  std::int32_t steps;
 
   template <class T>
   MC_HD static int bytes(const StreamShape& shape) {
-    return kDecodeThreads * rebuild_steps(shape) * static_cast<int>(sizeof(FragmentA<Code<T>>));
+    return kDecodeThreads * padded_steps(rebuild_steps(shape)) * static_cast<int>(sizeof(FragmentA<Code<T>>));
+  }
+  template <class T>
+  MC_HD static KeyRows of(char* data, Thread thread, const StreamShape& shape) {
+    const KeyRows rows{data, rebuild_steps(shape)};
+    if (rows.steps % 2 == 1) rows.row<Code<T>>(thread, rows.steps) = {};
+    return rows;
   }
   template <class E>
-  MC_HD FragmentA<E>& row(Thread thread, int steps, int step) const {
-    return reinterpret_cast<FragmentA<E>*>(data)[(thread.warp() * steps + step) * kWarp + thread.lane()];
+  MC_HD FragmentA<E>& row(Thread thread, int step) const {
+    return reinterpret_cast<FragmentA<E>*>(data)[(thread.warp() * padded_steps(steps) + step) * kWarp + thread.lane()];
   }
 
   template <class T, int Kind, class Formats, class Block>
-  MC_HD void store(Block& block, const KeyStage<Kind, Formats>& stage, int steps) const {
+  MC_HD void store(Block& block, const KeyStage<Kind, Formats>& stage) const {
     using E = Code<T>;
     stage.each_run([&](int n) {
       const int length = stage.length(n);
@@ -105,12 +115,12 @@ struct KeyRows {
           int at = 0;
           for (; at + 32 <= length; at += 32) {
             dequantize<T, kFormat, 8>(thread, stage, ranges, n, at, unit);
-            row<E>(thread, steps, first + at / 16) = unit[0];
-            row<E>(thread, steps, first + at / 16 + 1) = unit[1];
+            row<E>(thread, first + at / 16) = unit[0];
+            row<E>(thread, first + at / 16 + 1) = unit[1];
           }
           if (at == length) return;
           dequantize<T, kFormat, 4>(thread, stage, ranges, n, at, unit);
-          row<E>(thread, steps, first + at / 16) = unit[0];
+          row<E>(thread, first + at / 16) = unit[0];
         });
       });
     });

@@ -102,9 +102,10 @@ MC_HD void level_pairs(std::uint32_t codes, Pair<Half> (&out)[4]) {
       out[p + 1].bits = look_up_bytes<kLow0, kHigh0>(places >> 16);
     }
   } else {
-    std::uint32_t places = codes, negative = 0;
+    std::uint32_t places = codes, negative = 0, even = 0;
     if constexpr (Bits == 4) {  // magnitudes: codes c and 15 - c differ in sign
       negative = ~codes & 0x88888888u;
+      even = shifted<4>(negative);
       places = (codes ^ (negative - (negative >> 3))) & 0x77777777u;
     }
     MC_UNROLL
@@ -114,8 +115,8 @@ MC_HD void level_pairs(std::uint32_t codes, Pair<Half> (&out)[4]) {
       std::uint32_t high = look_up_bytes<kHigh0, kHigh1>(own);
       if constexpr (Bits == 4) {
         constexpr std::uint32_t kFirst = 0x9d8c, kSecond = 0xbfae;
-        const std::uint32_t signs = p == 0 ? permute_bytes<kFirst>(negative, negative << 4)
-                                           : permute_bytes<kSecond>(negative, negative << 4);
+        const std::uint32_t signs =
+            p == 0 ? permute_bytes<kFirst>(negative, even) : permute_bytes<kSecond>(negative, even);
         high |= signs & 0x80808080u;
       }
       out[p].bits = permute_bytes<0x6240>(low, high);

@@ -73,6 +73,18 @@ MC_HD std::uint32_t look_up_bytes(std::uint32_t selector) {
 #endif
 }
 
+// x << Shift, not of what x was made of.
+template <int Shift>
+MC_HD std::uint32_t shifted(std::uint32_t x) {
+#if MC_ON_DEVICE
+  std::uint32_t result;
+  asm("shl.b32 %0, %1, %2;" : "=r"(result) : "r"(x), "n"(Shift));
+  return result;
+#else
+  return x << Shift;
+#endif
+}
+
 // (x & Mask) ^ Bits, in one instruction.
 template <std::uint32_t Mask, std::uint32_t Bits>
 MC_HD std::uint32_t merge_bits(std::uint32_t x) {
