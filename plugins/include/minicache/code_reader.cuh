@@ -39,12 +39,12 @@ MC_HD std::uint32_t load_bytes(const std::int8_t* source, bool words) {
 // take the codes apart.
 constexpr std::uint32_t kFlip = 0x80808080u;
 
-// N codes from code number `index` (a multiple of N) on, low bits first; a second word only for eight 8-bit codes.
+// Chunk number `chunk` of N codes of a row, low bits first; a second word only for eight 8-bit codes.
 template <int Bits, int N>
-MC_HD void load_codes(const std::int8_t* row, int index, bool words, std::uint32_t (&codes)[2]) {
+MC_HD void load_codes(const std::int8_t* row, int chunk, bool words, std::uint32_t (&codes)[2]) {
   constexpr int kRun = Bits * N;
-  const int bit = index * Bits;
-  const std::int8_t* source = row + (bit >> 3);
+  const int bit = chunk * kRun;
+  const std::int8_t* source = row + (kRun % 8 == 0 ? chunk * (kRun / 8) : bit >> 3);
   codes[1] = 0;
   if constexpr (kRun == 64) {
     codes[0] = load_bytes<4>(source, words) ^ kFlip;
@@ -135,10 +135,10 @@ MC_HD void read_offset_word(std::uint32_t word, Pair<Half> (&out)[4]) {
   out[3] = detail::offset_codes<true>(word >> 8);
 }
 
-// Four components of two rows: out[c] holds component c of both.
-MC_HD void read_offset_columns(const void* a, const void* b, int index, Pair<Half> (&out)[4]) {
-  const std::uint32_t first = detail::load<std::uint16_t>(static_cast<const char*>(a) + index / 2);
-  const std::uint32_t second = detail::load<std::uint16_t>(static_cast<const char*>(b) + index / 2);
+// Chunk number `chunk` of four components of two rows: out[c] holds component c of both.
+MC_HD void read_offset_columns(const void* a, const void* b, int chunk, Pair<Half> (&out)[4]) {
+  const std::uint32_t first = detail::load<std::uint16_t>(static_cast<const char*>(a) + 2 * chunk);
+  const std::uint32_t second = detail::load<std::uint16_t>(static_cast<const char*>(b) + 2 * chunk);
   const std::uint32_t joined = permute_bytes<0x5410>(first, second);
   out[0] = detail::offset_codes<false>(joined);
   out[1] = detail::offset_codes<true>(joined);
@@ -168,10 +168,11 @@ MC_HD void read_numbers(const E* source, Pair<E> (&out)[N / 2]) {
   }
 }
 
-// Components index to index + N - 1 (index a multiple of N) of a row in format F.
+// Chunk number `chunk` of N components of a row in format F.
 template <class T, Format F, int N>
-MC_HD void read_run(const void* row, int index, bool words, Pair<Element<T, F>> (&out)[N / 2]) {
+MC_HD void read_run(const void* row, int chunk, bool words, Pair<Element<T, F>> (&out)[N / 2]) {
   constexpr int kBits = bits_of(F);
+  const int index = chunk * N;
   if constexpr (F == Format::model) {
     read_numbers<N>(static_cast<const T*>(row) + index, out);
   } else if constexpr (sizeof(T) == 4) {
@@ -186,7 +187,7 @@ MC_HD void read_run(const void* row, int index, bool words, Pair<Element<T, F>> 
     for (int p = 0; p < N / 2; ++p) out[p] = make_pair<float>(x[p], x[p + N / 2]);
   } else {
     std::uint32_t codes[2];
-    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(row), index, words, codes);
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(row), chunk, words, codes);
     if constexpr (is_gaussian(F)) {
       detail::gaussian_pairs<kBits, N>(codes, out);
     } else {
@@ -237,14 +238,14 @@ MC_HD Pair<Half> integer_column(const std::uint32_t (&joined)[2], int c) {
 
 }  // namespace detail
 
-// Components index to index + N - 1 (N = 2 or 4) of two rows: out[c] holds component c of both.
+// Chunk number `chunk` of N components (N = 2 or 4) of two rows: out[c] holds component c of both.
 template <class T, Format F, int N>
-MC_HD void read_columns(const void* a, const void* b, int index, bool words, Pair<Element<T, F>> (&out)[N]) {
+MC_HD void read_columns(const void* a, const void* b, int chunk, bool words, Pair<Element<T, F>> (&out)[N]) {
   if constexpr (is_integer(F) && sizeof(T) == 2) {
     constexpr int kBits = bits_of(F);
     std::uint32_t first[2], second[2];
-    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), index, words, first);
-    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), index, words, second);
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), chunk, words, first);
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), chunk, words, second);
     const std::uint32_t joined[2] = {permute_bytes<0x5410>(first[0], second[0]),
                                      permute_bytes<0x7632>(first[0], second[0])};
     MC_UNROLL
@@ -252,13 +253,13 @@ MC_HD void read_columns(const void* a, const void* b, int index, bool words, Pai
   } else if constexpr (is_gaussian(F) && sizeof(T) == 2 && N == 4) {
     constexpr int kBits = bits_of(F);
     std::uint32_t first[2], second[2];
-    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), index, words, first);
-    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), index, words, second);
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), chunk, words, first);
+    detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), chunk, words, second);
     detail::level_pairs<kBits>(detail::ordered_codes<kBits>(first[0], second[0]), out);
   } else {
     Pair<Element<T, F>> x[N / 2], y[N / 2];
-    read_run<T, F, N>(a, index, words, x);
-    read_run<T, F, N>(b, index, words, y);
+    read_run<T, F, N>(a, chunk, words, x);
+    read_run<T, F, N>(b, chunk, words, y);
     MC_UNROLL
     for (int p = 0; p < N / 2; ++p) {
       out[p] = firsts(x[p], y[p]);

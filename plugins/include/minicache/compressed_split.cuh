@@ -145,6 +145,8 @@ struct CompressedSplit {
     block.each([&](Thread thread) { constants(thread).clear(weights, thread); });
     typename Own::template Sums<Block> sums[Own::kOwn];
     Own::clear(block, sums);
+    typename Own::template WarpRuns<Block> runs;
+    Own::find_runs(block, a.value.shape, runs);
     if (Rebuild) find_values();
     each_format(a.value, [&](auto formats) {
       for (int u = 0; u < rounds; ++u) {
@@ -164,7 +166,7 @@ struct CompressedSplit {
         });
         block.sync();
         each_block([&](const auto& stage, int, const WeightFragments& own) {
-          Own::add_stage(block, stage, own, sums);
+          Own::add_stage(block, stage, own, runs, sums);
         });
       }
     });
@@ -175,7 +177,7 @@ struct CompressedSplit {
     Own::finish_constants(block, weights);
     Own::take_over(block, unused, sums);
     if (offset_codes(a.value)) Own::take_offset(block, weights, sums);
-    Own::store_latent(block, a, item, weights, sums);
+    Own::store_latent(block, a, item, weights, runs, sums);
     if (!Kind && exact.count > 0) Own::store_exact(block, a, item, exact, weights, sums);
   }
 

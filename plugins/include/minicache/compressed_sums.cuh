@@ -91,19 +91,50 @@ struct CompressedSums {
     });
   }
 
+  // The runs that the halves of a unit belong to; -1: none.
+  struct UnitRuns {
+    int first, second;
+
+    MC_HD static UnitRuns of(const StreamShape& shape, int unit) {
+      auto run = [&](int c) { return c < shape.stored ? run_of(shape, c) : -1; };
+      return {run(32 * unit), run(32 * unit + 16)};
+    }
+  };
+  // Of each warp's only unit, where that is not a known run's.
+  template <class Block>
+  using WarpRuns = typename Block::template PerThread<UnitRuns>;
+  template <class Block>
+  MC_HD static void find_runs(Block& block, const StreamShape& shape, WarpRuns<Block>& runs) {
+    if (Kind != kPlain) return;
+    block.each([&](Thread thread) { runs(thread) = UnitRuns::of(shape, thread.warp()); });
+  }
+
+  // Calls f with the number of each run of the warp's unit; on the host, of any warp's.
+  template <class Block, class F>
+  MC_HD static void each_own_run(Block& block, const StreamReader& reader, const WarpRuns<Block>& runs, F f) {
+#if MC_ON_DEVICE
+    (void)reader;
+    block.each([&](Thread thread) {
+      const UnitRuns own = runs(thread);
+      MC_NO_UNROLL
+      for (int r = own.first; r >= 0; r = r == own.first && own.second != r ? own.second : -1) f(r);
+    });
+#else
+    for (int i = 0; i < reader.part_count; ++i) {
+      const int r = reader.parts[i];
+      auto own = [&](Thread thread) { return runs(thread).first == r || runs(thread).second == r; };
+      if (block.any_warp(own)) f(r);
+    }
+#endif
+  }
+
   template <class Formats, class Block>
   MC_HD static void add_stage(Block& block, const ValueStage<Kind, Formats>& stage, const WeightFragments& weights,
-                              Sums<Block> (&sums)[kOwn]) {
-    if constexpr (Kind) {
-      stage.each_run([&](int r) {
-        // A warp's unit belongs to few of the runs.
-        const bool any = block.any_warp([&](Thread thread) {
-          const StageRun& run = stage.run(r);
-          const int first = 32 * thread.warp();
-          return is_known(Kind) || (first + 31 >= run.stored && first < run.stored + run.length);
-        });
-        if (any) add_unit(block, stage, weights, r, 0, sums[0]);
-      });
+                              const WarpRuns<Block>& runs, Sums<Block> (&sums)[kOwn]) {
+    if constexpr (is_known(Kind)) {
+      add_unit(block, stage, weights, 0, 0, sums[0]);
+    } else if constexpr (Kind) {
+      each_own_run(block, stage.reader, runs, [&](int r) { add_unit(block, stage, weights, r, 0, sums[0]); });
     } else {
       const StreamShape& shape = stage.reader.shape;
       for (int n = 0; n < kOwn; ++n) {
@@ -181,19 +212,25 @@ struct CompressedSums {
 
   template <class Block>
   MC_HD static void store_latent(Block& block, const Arguments& a, const SplitItem& item,
-                                 const WeightFragments& weights, const Sums<Block> (&sums)[kOwn]) {
+                                 const WeightFragments& weights, const WarpRuns<Block>& runs,
+                                 const Sums<Block> (&sums)[kOwn]) {
     const StreamShape& shape = a.value.shape;
+    auto runs_of = [&](Thread thread, int unit, bool residual) -> UnitRuns {
+      if (residual) return {kResidualRun, kResidualRun};
+      if constexpr (is_known(Kind)) return {0, 0};
+      return Kind ? runs(thread) : UnitRuns::of(shape, unit);
+    };
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int n = 0; n < kOwn; ++n) {
         const bool residual = !Kind && n >= kOwnUnits;
         const int unit = n % kOwnUnits * kDecodeWarps + thread.warp(), components = residual ? shape.dim : shape.stored;
         if (residual && !shape.has_residual()) continue;
-        const bool shared =
-            is_known(Kind) || residual ? 32 * unit + 16 >= components : is_shared(shape, unit, components);
+        const UnitRuns own = runs_of(thread, unit, residual);
+        const bool shared = 32 * unit + 16 >= components || own.first != own.second;
         store_unit(thread, a, item, unit, shared, components, residual ? residual_vector(shape) : kRecordHead,
-                   sums[n][0](thread), sums[n][1](thread), [&](int c, int query) {
-                     return weights.constant(residual ? kResidualRun : is_known(Kind) ? 0 : run_of(shape, c), query);
+                   sums[n][0](thread), sums[n][1](thread), [&](int m, int query) {
+                     return weights.constant(shared && m == 1 ? own.second : own.first, query);
                    });
       }
       // Without retained values the offset goes with all weights, as `softmax` has it.
@@ -214,7 +251,7 @@ struct CompressedSums {
         const int c = unit_component(unit, shared, m, thread.lane(), i / 2), query = 2 * (thread.lane() % 4) + i % 2;
         if (c >= components || query >= item.queries) continue;
         const std::int64_t row = a.problem.query_row(item.sequence, item.query + query);
-        a.partials.at(row, item.split)[vector + c] = (m == 0 ? first : second).x[i] + constant(c, query);
+        a.partials.at(row, item.split)[vector + c] = (m == 0 ? first : second).x[i] + constant(m, query);
       }
     }
   }

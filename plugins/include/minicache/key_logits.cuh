@@ -79,8 +79,8 @@ template <Format F, class E, int Pairs>
 MC_HD void apply_ranges(const ChannelRanges& ranges, int index, Pair<E> (&x)[2][Pairs]) {
   if (!ranges.any) return;
   Pair<Half> scale[Pairs] = {}, lowest[Pairs] = {};
-  read_numbers<2 * Pairs>(ranges.scales + index, scale);
-  if constexpr (is_integer(F)) read_numbers<2 * Pairs>(ranges.minima + index, lowest);
+  read_numbers<2 * Pairs>(ranges.scales() + index, scale);
+  if constexpr (is_integer(F)) read_numbers<2 * Pairs>(ranges.minima() + index, lowest);
   MC_UNROLL
   for (int p = 0; p < Pairs; ++p) {
     const Pair<E> factor = convert<E>(scale[p]);
@@ -100,29 +100,29 @@ MC_HD void put_rows(const Pair<E> (&x)[2][Pairs], FragmentA<E>* keys) {
   }
 }
 
-// The thread's part of a unit of N t-runs as fragments A: rows lane / 4 and lane / 4 + 8 of the warp's tile, from
-// component `at` of the run on.
+// The thread's part of unit number `unit` of 4 N components as fragments A: rows lane / 4 and lane / 4 + 8 of the warp's
+// tile.
 template <class T, Format F, int N, class Rows>
-MC_HD void read_unit(Thread thread, int at, Rows rows, bool words, const ChannelRanges& ranges,
+MC_HD void read_unit(Thread thread, int unit, Rows rows, bool words, const ChannelRanges& ranges,
                      FragmentA<Element<T, F>>* keys) {
   using E = Element<T, F>;
-  const int index = at + N * (thread.lane() % 4);
+  const int chunk = 4 * unit + thread.lane() % 4;
   Pair<E> x[2][N / 2];
   MC_UNROLL
-  for (int half = 0; half < 2; ++half) read_run<T, F, N>(rows(thread, half), index, words, x[half]);
-  if constexpr (has_ranges(F)) apply_ranges<F>(ranges, index, x);
+  for (int half = 0; half < 2; ++half) read_run<T, F, N>(rows(thread, half), chunk, words, x[half]);
+  if constexpr (has_ranges(F)) apply_ranges<F>(ranges, N * chunk, x);
   put_rows(x, keys);
 }
 
 // Adds a unit's products with the queries.
 template <class T, Format F, int N, class Block, class Rows>
 MC_HD void add_unit(Block& block, typename Block::template PerThread<FragmentD>& sum, const QueryFragments& fragments,
-                    int step, int at, Rows rows, bool words, const ChannelRanges& ranges) {
+                    int step, int unit, Rows rows, bool words, const ChannelRanges& ranges) {
   using E = Element<T, F>;
   typename Block::template PerThread<FragmentA<E>> keys[N / 4];
   block.each([&](Thread thread) {
     FragmentA<E> own[N / 4];
-    read_unit<T, F, N>(thread, at, rows, words, ranges, own);
+    read_unit<T, F, N>(thread, unit, rows, words, ranges, own);
     MC_UNROLL
     for (int s = 0; s < N / 4; ++s) keys[s](thread) = own[s];
   });
@@ -141,12 +141,12 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
                    int step, Format format, int length, Rows rows, bool words, const ChannelRanges& ranges) {
   Formats::with(format, [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
-    int at = 0;
+    const int units = length >> 5;
     MC_NO_UNROLL
-    for (; at + 32 <= length; at += 32) {
-      add_unit<T, kFormat, 8>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
+    for (int n = 0; n < units; ++n) {
+      add_unit<T, kFormat, 8>(block, sum, fragments, step + 2 * n, n, rows, words, ranges);
     }
-    if (at < length) add_unit<T, kFormat, 4>(block, sum, fragments, step + at / 16, at, rows, words, ranges);
+    if ((length & 31) > 0) add_unit<T, kFormat, 4>(block, sum, fragments, step + 2 * units, 2 * units, rows, words, ranges);
   });
 }
 

@@ -13,17 +13,22 @@ MC_HD int rebuild_steps(const StreamShape& shape) {
 // Steps of [y | residual] with one of zeros behind an odd number of them.
 MC_HD constexpr int padded_steps(int steps) { return (steps + 1) / 2 * 2; }
 
+struct RowNorms {
+  float x[2];
+  MC_HD static RowNorms of(const TokenRanges& norms, int row) { return {norms.scale(row), norms.scale(row + 8)}; }
+};
+
 // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
 // added: ranges and norms of the tokens.
 template <class E, Format F>
 struct RowRanges {
   Pair<E> factor[2], constant[2];
 
-  MC_HD static RowRanges of(const TokenRanges& ranges, const TokenRanges& norms, int row) {
+  MC_HD static RowRanges of(const TokenRanges& ranges, const RowNorms& norms, int row) {
     RowRanges result{};
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const float norm = norms.scale(row + 8 * j), scale = has_ranges(F) ? norm * ranges.scale(row + 8 * j) : norm;
+      const float norm = norms.x[j], scale = has_ranges(F) ? norm * ranges.scale(row + 8 * j) : norm;
       const float lowest = is_integer(F) ? norm * ranges.minimum(row + 8 * j) : -0.0f;
       result.factor[j] = round_pair<E>(scale, scale);
       result.constant[j] = round_pair<E>(lowest, lowest);
@@ -38,10 +43,10 @@ struct RowRanges {
   }
 };
 
-// A unit of N t-runs of the warp's 16 tokens, from component `at` of run n on, as numbers: N / 4 fragments A.
+// Unit number `unit` of 4 N components of run n of the warp's 16 tokens, as numbers: N / 4 fragments A.
 template <class T, Format F, int N, int Kind, class Formats>
-MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowRanges<Code<T>, F>& ranges, int n,
-                      int at, FragmentA<Code<T>> (&out)[2]) {
+MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowNorms& norms,
+                      const RowRanges<Code<T>, F>& ranges, int n, int at, FragmentA<Code<T>> (&out)[2]) {
   using E = Code<T>;
   const char* const base = stage.rows(n);
   const int own = own_row(thread), stride = stage.stride(n);
@@ -56,8 +61,7 @@ MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const
       MC_UNROLL
       for (int j = 0; j < 4; ++j) {
         const auto x = pair_of(unit[s], j);
-        const float norm = stage.norms().scale(own + 8 * (j % 2));
-        put_pair(out[s], j, round_pair<E>(norm * first_of(x), norm * second_of(x)));
+        put_pair(out[s], j, round_pair<E>(norms.x[j % 2] * first_of(x), norms.x[j % 2] * second_of(x)));
       }
     }
   }
@@ -68,7 +72,8 @@ template <class T, int Kind, class Formats, class Block, class Y>
 MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage, Y y) {
   block.each([&](Thread thread) {
     using Ranges = RowRanges<Code<T>, Formats::format>;
-    const auto ranges = Ranges::of(stage.token_ranges(0), stage.norms(), own_row(thread));
+    const int row = own_row(thread);
+    const auto ranges = Ranges::of(stage.token_ranges(0), RowNorms::of(stage.norms(), row), row);
     const RowWords<Kind> rows[2] = {RowWords<Kind>::load(thread, stage, 0), RowWords<Kind>::load(thread, stage, 1)};
     MC_UNROLL
     for (int n = 0; n < RowWords<Kind>::kWords; ++n) {
@@ -104,23 +109,26 @@ struct KeyRows {
   template <class T, int Kind, class Formats, class Block>
   MC_HD void store(Block& block, const KeyStage<Kind, Formats>& stage) const {
     using E = Code<T>;
+    typename Block::template PerThread<RowNorms> norms;
+    block.each([&](Thread thread) { norms(thread) = RowNorms::of(stage.norms(), own_row(thread)); });
     stage.each_run([&](int n) {
-      const int length = stage.length(n);
+      const int units = stage.length(n) >> 5, rest = stage.length(n) & 31;
       const int first = (n == kResidualRun ? stage.reader.shape.stored : stage.run(n).stored) / 16;
       Formats::with(stage.run(n).format, [&](auto tag) {
         constexpr Format kFormat = decltype(tag)::value;
         block.each([&](Thread thread) {
-          const auto ranges = RowRanges<E, kFormat>::of(stage.token_ranges(n), stage.norms(), own_row(thread));
+          const auto ranges = RowRanges<E, kFormat>::of(stage.token_ranges(n), norms(thread), own_row(thread));
+          FragmentA<E>* const to = &row<E>(thread, first);  // steps are a warp apart
           FragmentA<E> unit[2];
-          int at = 0;
-          for (; at + 32 <= length; at += 32) {
-            dequantize<T, kFormat, 8>(thread, stage, ranges, n, at, unit);
-            row<E>(thread, first + at / 16) = unit[0];
-            row<E>(thread, first + at / 16 + 1) = unit[1];
+          MC_NO_UNROLL
+          for (int u = 0; u < units; ++u) {
+            dequantize<T, kFormat, 8>(thread, stage, norms(thread), ranges, n, u, unit);
+            to[2 * u * kWarp] = unit[0];
+            to[(2 * u + 1) * kWarp] = unit[1];
           }
-          if (at == length) return;
-          dequantize<T, kFormat, 4>(thread, stage, ranges, n, at, unit);
-          row<E>(thread, first + at / 16) = unit[0];
+          if (rest == 0) return;
+          dequantize<T, kFormat, 4>(thread, stage, norms(thread), ranges, n, 2 * units, unit);
+          to[2 * units * kWarp] = unit[0];
         });
       });
     });

@@ -114,7 +114,8 @@ struct StreamReader {
   ReadMaps maps;
   StageLayout stage;
   StageRun runs[kResidualRun + 1];
-  std::int32_t parts[kResidualRun + 1], part_count;  // numbers of the runs that are a part of every token
+  // Numbers of the runs that are a part of every token; of those of them whose weights, of values, are no other's.
+  std::int32_t parts[kResidualRun + 1], weighted[kResidualRun + 1], part_count, weighted_count;
 
   MC_HD bool has_run(int n) const {
     if (n == kResidualRun) return shape.has_residual();
@@ -161,7 +162,7 @@ StageRun stage_run(const StreamShape& shape, const StageLayout& stage, int n) {
 template <class T>
 StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, const ReadMaps& maps,
                            bool known) {
-  StreamReader reader{shape, pools, maps, stage_layout<T>(shape, known), {}, {}, 0};
+  StreamReader reader{shape, pools, maps, stage_layout<T>(shape, known), {}, {}, {}, 0, 0};
   for (int n = 0; n <= kResidualRun; ++n) {
     if (!reader.has_run(n)) continue;
     StageRun& run = reader.runs[n];
@@ -175,6 +176,7 @@ StreamReader stream_reader(const StreamShape& shape, const StreamPools& pools, c
       }
     }
     reader.parts[reader.part_count++] = n;
+    if (run.weights == n) reader.weighted[reader.weighted_count++] = n;
   }
   return reader;
 }

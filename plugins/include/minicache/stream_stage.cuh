@@ -140,10 +140,13 @@ using StageSource =
     std::conditional_t<is_known(Kind), KnownStageSource<Kind, Of>,
                        std::conditional_t<Kind == kPlain, PlainStageSource<T>, AnyStageSource<T>>>;
 
-// Ranges of a run's components, the same for all tokens, if it has such.
+// Ranges of a run's components, the same for all tokens, if it has such: bytes from the stage's start.
 struct ChannelRanges {
   bool any;
-  const Half *scales, *minima;  // minima: of integer formats
+  const char* data;
+  int first_scale, first_minimum;  // minima: of integer formats
+  MC_HD const Half* scales() const { return reinterpret_cast<const Half*>(data + first_scale); }
+  MC_HD const Half* minima() const { return reinterpret_cast<const Half*>(data + first_minimum); }
 };
 
 // Numbers that a stage has for each of its tokens: bytes from its start; -1: scales are 1, minima 0.
@@ -186,6 +189,16 @@ struct Stage {
       for (int i = 0; i < reader.part_count; ++i) f(reader.parts[i]);
     }
   }
+  // Of those whose weights, of values, are no other's.
+  template <class F>
+  MC_HD void each_weighted(F f) const {
+    if constexpr (is_known(Kind)) {
+      f(0);
+    } else {
+      MC_NO_UNROLL
+      for (int i = 0; i < reader.weighted_count; ++i) f(reader.weighted[i]);
+    }
+  }
   MC_HD const StageRun& run(int n) const { return reader.runs[n]; }
   MC_HD auto length(int n) const {
     if constexpr (is_known(Kind)) {
@@ -211,11 +224,9 @@ struct Stage {
   }
   MC_HD ChannelRanges channel_ranges(int n) const {
     if constexpr (kCodes) {
-      const Half* const first = reinterpret_cast<const Half*>(data + kParams);
-      return {has_ranges(Formats::format) && run(n).channel_scales >= 0, first, first + length(n)};
+      return {has_ranges(Formats::format) && run(n).channel_scales >= 0, data, kParams, kParams + 2 * length(n)};
     } else {
-      auto at = [&](int offset) { return reinterpret_cast<const Half*>(data + offset); };
-      return {run(n).channel_scales >= 0, at(run(n).channel_scales), at(run(n).channel_minima)};
+      return {run(n).channel_scales >= 0, data, run(n).channel_scales, run(n).channel_minima};
     }
   }
   MC_HD TokenRanges token_ranges(int n) const {

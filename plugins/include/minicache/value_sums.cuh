@@ -91,8 +91,7 @@ MC_HD void prepare_weights(Block& block, const ValueStage<Kind, Formats>& stage,
       MC_UNROLL
       for (int i = 0; i < 4; ++i) weight[i] *= norm[i];
     }
-    stage.each_run([&](int n) {
-      if (!is_known(Kind) && stage.run(n).weights != n) return;
+    stage.each_weighted([&](int n) {
       const TokenRanges ranges = stage.token_ranges(n);
       if (ranges.minima >= 0) {
         float minima[4];
@@ -152,15 +151,15 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
       return;
     }
     weights(thread) = weight(FormatTag<F>{}, step, thread);
-    const int index = at(thread), first = 2 * (thread.lane() % 4);
+    const int chunk = at(thread), first = 2 * (thread.lane() % 4);
     MC_UNROLL
     for (int k = 0; k < 2; ++k) {
       Pair<E> two[N];
       const void *row = rows(thread, step, first + 8 * k), *next = rows(thread, step, first + 8 * k + 1);
       if constexpr (Offset) {
-        read_offset_columns(row, next, index, two);
+        read_offset_columns(row, next, chunk, two);
       } else {
-        read_columns<T, F, N>(row, next, index, words, two);
+        read_columns<T, F, N>(row, next, chunk, words, two);
       }
       if constexpr (has_ranges(F) && !Offset) {
         if (channel) {
@@ -177,7 +176,7 @@ MC_HD void add_step(Block& block, typename Block::template PerThread<FragmentD> 
 }
 
 // Adds Steps (0: `steps`) steps of 16 rows to N / 2 sums. `rows(thread, step, k)` is row k of a step; `at(thread)` the
-// thread's first component within the run; warps for which `active(thread)` is false add nothing.
+// number of the thread's chunk of N components within the run; warps for which `active(thread)` is false add nothing.
 template <class T, Format F, int N, int Steps, bool Offset, class Block, class Rows, class At, class Active,
           class Weight>
 MC_HD void add_components(Block& block, typename Block::template PerThread<FragmentD> (&sums)[2], int steps, Rows rows,
@@ -189,8 +188,8 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = make_pair<Code<T>>(-0.0f, -0.0f);
-      const Half* const minima = is_integer(F) ? stored.minima : nullptr;
-      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(stored.scales, minima, at(thread));
+      const Half* const minima = is_integer(F) ? stored.minima() : nullptr;
+      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(stored.scales(), minima, N * at(thread));
     });
   }
   static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
@@ -220,7 +219,7 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
   auto body = [&](auto tag) {
     constexpr Format kFormat = decltype(tag)::value;
     if (block.any_warp(whole)) {
-      auto at = [&](Thread thread) { return before(thread, 0) + 4 * (thread.lane() / 4); };
+      auto at = [&](Thread thread) { return (before(thread, 0) >> 2) + thread.lane() / 4; };
       auto add = [&](auto offset) {
         constexpr bool kRead = decltype(offset)::value;
         add_components<T, kFormat, 4, Steps, kRead>(block, sums, steps, rows, at, whole, weight, words, ranges);
@@ -236,7 +235,7 @@ MC_HD void add_values(Block& block, typename Block::template PerThread<FragmentD
     if (!block.any_warp(part)) return;
     typename Block::template PerThread<FragmentD> sum[2];
     block.each([&](Thread thread) { sum[0](thread) = FragmentD{}; });
-    auto at = [&](Thread thread) { return before(thread, has(thread, 1)) + 2 * (thread.lane() / 4); };
+    auto at = [&](Thread thread) { return (before(thread, has(thread, 1)) >> 1) + thread.lane() / 4; };
     add_components<T, kFormat, 2, Steps, false>(block, sum, steps, rows, at, part, weight, words, ranges);
     block.each([&](Thread thread) {
       if (!part(thread)) return;
@@ -262,12 +261,6 @@ MC_HD int run_of(const StreamShape& shape, int component) {
     if (shape.segment[n].format != Format::drop && shape.segment[n].stored <= component) result = n;
   }
   return result;
-}
-
-// Whether unit `unit` of `components` is shared, or ends before its second half.
-MC_HD bool is_shared(const StreamShape& shape, int unit, int components) {
-  if (32 * unit + 16 >= components) return true;
-  return run_of(shape, 32 * unit) != run_of(shape, 32 * unit + 16);
 }
 
 }  // namespace minicache
