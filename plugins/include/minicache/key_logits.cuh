@@ -170,7 +170,7 @@ MC_HD void key_logits(Block& block, const KeyStage<Kind, Formats>& stage, const 
     };
     add_run<T, Formats>(block, sum, fragments, step, stage.run(n).format, length, rows, stage.words(n),
                         stage.channel_ranges(n));
-    step += length / 16;
+    step += length >> 4;
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = own_row(thread);
       if (ranges.scales < 0) {

@@ -113,7 +113,7 @@ struct KeyRows {
     block.each([&](Thread thread) { norms(thread) = RowNorms::of(stage.norms(), own_row(thread)); });
     stage.each_run([&](int n) {
       const int units = stage.length(n) >> 5, rest = stage.length(n) & 31;
-      const int first = (n == kResidualRun ? stage.reader.shape.stored : stage.run(n).stored) / 16;
+      const int first = (n == kResidualRun ? stage.reader.shape.stored : stage.run(n).stored) >> 4;
       Formats::with(stage.run(n).format, [&](auto tag) {
         constexpr Format kFormat = decltype(tag)::value;
         block.each([&](Thread thread) {
