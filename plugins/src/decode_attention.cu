@@ -165,10 +165,10 @@ struct DecodeAttention {
       shared = compressed_shared<T>(key, value, stages, resident);
       return shared.bytes <= minimum(bytes, limits.block);
     };
-    const bool rebuilt = sizes.rebuilt();  // their stages are of more blocks
+    const bool rebuilt = sizes.rebuilt(), long_stages = stage_blocks(rebuilt, kind) > 1;
     for (const bool resident : {true, false}) {
       for (int blocks = rebuilt ? 3 : 4; blocks >= 2; --blocks) {
-        for (int stages = rebuilt ? 3 : 4; stages >= (rebuilt || blocks == 2 ? 2 : 3); --stages) {
+        for (int stages = long_stages ? 3 : 4; stages >= (long_stages || blocks == 2 ? 2 : 3); --stages) {
           if (fits(stages, resident, limits.processor / blocks - kReserved)) return ok;
         }
       }

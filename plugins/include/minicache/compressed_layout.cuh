@@ -13,6 +13,9 @@ struct MappedQueries {
   const float* offset;    // [1]
 };
 
+// Cache blocks of a stage.
+MC_HD constexpr int stage_blocks(bool rebuilt, int kind) { return rebuilt ? kRebuildBlocks : is_known(kind) ? 2 : 1; }
+
 constexpr int kTurnedBlocks = 2 * kRebuildBlocks;  // blocks that queries are turned for: of a stage and of the next one
 
 // Where things lie in a thread block's shared memory: byte offsets.
@@ -38,18 +41,18 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
     return offset;
   };
   constexpr int kStep = QueryFragments::step_bytes<T>();
-  const int stage_blocks = rebuilt ? kRebuildBlocks : 1;
+  const int kind = kind_of(k, v), held = stage_blocks(rebuilt, kind);
   const int mapped = rebuilt ? kTurnedBlocks * turned_steps(k.dim) : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
   shared.block_bytes = ceil_div(maximum(key.stage.bytes, value.stage.bytes), 128) * 128;
-  shared.stage_bytes = maximum(stage_blocks * shared.block_bytes,
+  shared.stage_bytes = maximum(held * shared.block_bytes,
                                v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
   shared.stage_bytes = ceil_div(shared.stage_bytes, 128) * 128;
   shared.stages = stages;
   field(static_cast<std::int64_t>(stages) * shared.stage_bytes);
   shared.scores = field(Scores::kBytes);
-  const bool known = is_known(kind_of(k, v));  // one run, which stays in registers
+  const bool known = is_known(kind);  // one run, which stays in registers
   shared.weight_bytes = (known ? 1 : kResidualRun + 1) * (kBlockSize / 16) * kStep;
-  shared.fragments = field(maximum((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep, stage_blocks * shared.weight_bytes));
+  shared.fragments = field(maximum((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep, held * shared.weight_bytes));
   shared.weights = shared.fragments;
   // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
   const int constants = known ? WeightSums<kKnownBits * 16>::kUsed : kConstants;

@@ -11,19 +11,16 @@ namespace minicache {
 template <class T, bool Rebuild, int Kind>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
-  static constexpr int kPlainBlocks = 3;  // for four, registers would spill here
+#if defined(__CUDA_ARCH__)
+  static constexpr int kArch = __CUDA_ARCH__;
 #else
-  static constexpr int kPlainBlocks = Kind ? 4 : 3;
+  static constexpr int kArch = 0;
 #endif
-  // Tables and maps of keys that are rebuilt leave shared memory for three, or for two.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200
-  static constexpr int kRebuildBlocksAtOnce = 2;
-#else
-  static constexpr int kRebuildBlocksAtOnce = Kind == 128 || Kind == kPlain ? 2 : 3;
-#endif
-  static constexpr int kMinBlocks = Rebuild ? kRebuildBlocksAtOnce : kPlainBlocks;
-  static constexpr int kStageBlocks = Rebuild ? kRebuildBlocks : 1;
+  // More would spill registers, or, of tables and maps of keys that are rebuilt, find no shared memory.
+  static constexpr int kPlainBlocks = !Kind || kArch == 800 ? 3 : 4;
+  static constexpr bool kTwoRebuild = Kind == 128 || Kind == kPlain || kArch == 1200 || (!Kind && kArch == 800);
+  static constexpr int kMinBlocks = !Rebuild ? kPlainBlocks : kTwoRebuild ? 2 : 3;
+  static constexpr int kStageBlocks = stage_blocks(Rebuild, Kind);
   using Arguments = CompressedSplitArguments<T>;
   using Own = CompressedSums<T, Kind>;
   using Turned = TurnedQueries<T>;
@@ -83,13 +80,22 @@ struct CompressedSplit {
     if constexpr (Rebuild) rebuild = Turned::template prepare_rebuild<Kind>(block, a, key_slot);
     const float scale = a.problem.shape.scale * kLog2e;
     const int start = item.first_block * kBlockSize;
-    // Calls `read` with each stage of keys and the place of its first token.
+    // Calls `read` with each stage of keys and the place of its first token,
     auto read_keys = [&](auto read) {
       for (int u = 0; u < rounds; ++u) {
         wait_stage(block, a.shared.stages);
         fetch(u + a.shared.stages - 1);
         read(next(ready), u, start + u * kStageBlocks * kBlockSize);
       }
+    };
+    // or with each of its blocks.
+    auto read_key_blocks = [&](auto read) {
+      read_keys([&](const char* stage, int u, int token) {
+        MC_UNROLL
+        for (int n = 0; n < kStageBlocks; ++n) {
+          if (n == 0 || n < held(u)) read(stage + n * a.shared.block_bytes, token + n * kBlockSize);
+        }
+      });
     };
     if constexpr (Rebuild) {
       Turned::fill_bases(block, a, item.split * kSplitTokens + start, blocks);
@@ -117,13 +123,13 @@ struct CompressedSplit {
       KnownQueries<T, Kind, Block> queries;
       prepare_known(block, a, item, scale, fragments.data, queries);
       each_format(a.key, [&](auto formats) {
-        read_keys([&](const char* stage, int, int token) {
+        read_key_blocks([&](const char* stage, int token) {
           known_logits<T>(block, KeyStage<Kind, decltype(formats)>{a.key, stage}, queries, scale, scores, token);
         });
       });
     } else {
       each_format(a.key, [&](auto formats) {
-        read_keys([&](const char* stage, int, int token) {
+        read_key_blocks([&](const char* stage, int token) {
           key_logits<T>(block, KeyStage<Kind, decltype(formats)>{a.key, stage}, fragments, scale, scores, token);
         });
       });
