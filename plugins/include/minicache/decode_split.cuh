@@ -6,8 +6,8 @@
 #pragma once
 
 #include "minicache/elementary.cuh"
+#include "minicache/fragments.cuh"
 #include "minicache/layout.cuh"
-#include "minicache/pairs.cuh"
 
 namespace minicache {
 
@@ -197,7 +197,7 @@ MC_HD FragmentB<E> weight_fragment(Scores scores, int query, int first) {
   float x[4];
   scores.load(query, first, x);
   MC_UNROLL
-  for (int j = 0; j < 2; ++j) put_pair(result, j, make_pair<E>(x[2 * j], x[2 * j + 1]));
+  for (int j = 0; j < 2; ++j) put_pair(result, j, round_pair<E>(x[2 * j], x[2 * j + 1]));
   return result;
 }
 

@@ -84,7 +84,7 @@ MC_HD void apply_ranges(const ChannelRanges& ranges, int index, Pair<E> (&x)[2][
   MC_UNROLL
   for (int p = 0; p < Pairs; ++p) {
     const Pair<E> factor = convert<E>(scale[p]);
-    const Pair<E> constant = is_integer(F) ? convert<E>(lowest[p]) : make_pair<E>(-0.0f, -0.0f);
+    const Pair<E> constant = is_integer(F) ? convert<E>(lowest[p]) : minus_zeros<E>();
     MC_UNROLL
     for (int half = 0; half < 2; ++half) x[half][p] = fused(x[half][p], factor, constant);
   }

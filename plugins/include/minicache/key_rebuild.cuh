@@ -12,10 +12,10 @@
 
 namespace minicache {
 
-MC_HD int padded_half(int dim) { return ceil_div(dim / 2, 16) * 16; }
+MC_HD int padded_half(int dim) { return (dim + 31 & ~31) >> 1; }
 
 // Steps of 16 components of a turned query.
-MC_HD int turned_steps(int dim) { return 2 * padded_half(dim) / 16; }
+MC_HD int turned_steps(int dim) { return padded_half(dim) >> 3; }
 
 // Fragments B of [P | A]^T of one slot: [padded key / 8][padded steps][lanes], or of plain streams (`paired`)
 // [padded key / 8][padded steps / 2][lanes][2].
@@ -285,7 +285,7 @@ struct KeyRebuild {
     using E = Code<T>;
     const int j = i % 2, k = i / 2, t = thread.lane() % 4;
     const Turn<E> by = turn<E>(dim, own_row(thread) + 8 * j, 8 * n + 4 * k + t);
-    const Pair<E> zero = make_pair<E>(-0.0f, -0.0f);
+    const Pair<E> zero = minus_zeros<E>();
     MC_UNROLL
     for (int m = 0; m < Tiles; ++m) {
       const FragmentD &first = key[m][k](thread), &second = key[m][k + 2](thread);

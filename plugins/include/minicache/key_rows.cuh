@@ -7,11 +7,11 @@ namespace minicache {
 
 // Steps of 16 components of [y | residual].
 MC_HD int rebuild_steps(const StreamShape& shape) {
-  return (shape.stored + (shape.has_residual() ? shape.dim : 0)) / 16;
+  return (shape.stored + (shape.has_residual() ? shape.dim : 0)) >> 4;
 }
 
 // Steps of [y | residual] with one of zeros behind an odd number of them.
-MC_HD constexpr int padded_steps(int steps) { return (steps + 1) / 2 * 2; }
+MC_HD constexpr int padded_steps(int steps) { return steps + 1 & ~1; }
 
 struct RowNorms {
   float x[2];
@@ -29,9 +29,12 @@ struct RowRanges {
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
       const float norm = norms.x[j], scale = has_ranges(F) ? norm * ranges.scale(row + 8 * j) : norm;
-      const float lowest = is_integer(F) ? norm * ranges.minimum(row + 8 * j) : -0.0f;
       result.factor[j] = round_pair<E>(scale, scale);
-      result.constant[j] = round_pair<E>(lowest, lowest);
+      result.constant[j] = minus_zeros<E>();
+      if constexpr (is_integer(F)) {
+        const float lowest = norm * ranges.minimum(row + 8 * j);
+        result.constant[j] = round_pair<E>(lowest, lowest);
+      }
     }
     return result;
   }

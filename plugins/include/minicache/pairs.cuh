@@ -107,6 +107,16 @@ MC_HD Pair<float> make_pair<float>(float first, float second) {
   return Pair<float>{{first, second}};
 }
 
+// What products are added to that are to stay as they are.
+template <class E>
+MC_HD Pair<E> minus_zeros() {
+  if constexpr (sizeof(Pair<E>) == 4) {
+    return Pair<E>{0x80008000u};
+  } else {
+    return make_pair<E>(-0.0f, -0.0f);
+  }
+}
+
 template <class E>
 MC_HD float first_of(Pair<E> x) {
   return to_float(E{static_cast<std::uint16_t>(x.bits & 0xffffu)});

@@ -37,7 +37,7 @@ struct TurnedQueries {
   // A query's components of a thread in step n of half the padded key, and those they are paired with; zeros without
   // any.
   struct Step {
-    float low[4], high[4];
+    Pair<T> low[2], high[2];
 
     MC_HD static Step of(const Arguments& a, const SplitItem& item, Thread thread, int n) {
       const int dim = a.key.shape.dim, query = thread.lane() / 4;
@@ -47,11 +47,8 @@ struct TurnedQueries {
         const int c = component(thread, n, j);
         if (c >= dim / 2 || query >= item.queries) continue;  // dim / 2 is even
         const T* const row = a.problem.query(item.sequence, item.query + query) + c;
-        const Pair<T> low = detail::load<Pair<T>>(row), high = detail::load<Pair<T>>(row + dim / 2);
-        step.low[2 * j] = first_of(low);
-        step.low[2 * j + 1] = second_of(low);
-        step.high[2 * j] = first_of(high);
-        step.high[2 * j + 1] = second_of(high);
+        step.low[j] = detail::load<Pair<T>>(row);
+        step.high[j] = detail::load<Pair<T>>(row + dim / 2);
       }
       return step;
     }
@@ -76,12 +73,13 @@ struct TurnedQueries {
           float x[2], y[2];
           MC_UNROLL
           for (int i = 0; i < 2; ++i) {
-            const float p = query.low[2 * j + i], q = query.high[2 * j + i];
+            const float p = i == 0 ? first_of(query.low[j]) : second_of(query.low[j]);
+            const float q = i == 0 ? first_of(query.high[j]) : second_of(query.high[j]);
             x[i] = p * base.x[i].cosine + q * base.x[i].sine;
             y[i] = q * base.x[i].cosine - p * base.x[i].sine;
           }
-          put_pair(low, j, make_pair<E>(x[0], x[1]));
-          put_pair(high, j, make_pair<E>(y[0], y[1]));
+          put_pair(low, j, round_pair<E>(x[0], x[1]));
+          put_pair(high, j, round_pair<E>(y[0], y[1]));
         }
         fragments.template at<E, T>(first + n, thread.lane()) = low;
         fragments.template at<E, T>(first + steps + n, thread.lane()) = high;

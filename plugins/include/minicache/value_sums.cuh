@@ -34,9 +34,9 @@ struct WeightFragments {
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
       if (format == Format::model) {
-        put_pair(at<T, T>(n, step, lane), j, make_pair<T>(x[2 * j], x[2 * j + 1]));
+        put_pair(at<T, T>(n, step, lane), j, round_pair<T>(x[2 * j], x[2 * j + 1]));
       } else {
-        put_pair(at<Code<T>, T>(n, step, lane), j, make_pair<Code<T>>(x[2 * j], x[2 * j + 1]));
+        put_pair(at<Code<T>, T>(n, step, lane), j, round_pair<Code<T>>(x[2 * j], x[2 * j + 1]));
       }
     }
   }
@@ -187,7 +187,7 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
   if (channel) {
     block.each([&](Thread thread) {
       MC_UNROLL
-      for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = make_pair<Code<T>>(-0.0f, -0.0f);
+      for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = minus_zeros<Code<T>>();
       const Half* const minima = is_integer(F) ? stored.minima() : nullptr;
       if (MC_ON_DEVICE || active(thread)) ranges(thread).load(stored.scales(), minima, N * at(thread));
     });
