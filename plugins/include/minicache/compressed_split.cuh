@@ -102,7 +102,7 @@ struct CompressedSplit {
       typename Block::template PerThread<typename Turned::Step> own;
       block.each([&](Thread thread) { own(thread) = Turned::Step::of(a, item, thread, thread.warp()); });
       block.sync();
-      auto first_step = [&](int b) { return (b & kTurnedBlocks - 1) * turned_steps(a.key.shape.dim); };
+      auto first_step = [&](int b) { return (b & (kTurnedBlocks - 1)) * turned_steps(a.key.shape.dim); };
       auto turn = [&](int u) {
         MC_UNROLL
         for (int n = 0; n < kStageBlocks; ++n) {

@@ -12,7 +12,7 @@
 
 namespace minicache {
 
-MC_HD int padded_half(int dim) { return (dim + 31 & ~31) >> 1; }
+MC_HD int padded_half(int dim) { return ((dim + 31) & ~31) >> 1; }
 
 // Steps of 16 components of a turned query.
 MC_HD int turned_steps(int dim) { return padded_half(dim) >> 3; }

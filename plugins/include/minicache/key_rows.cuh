@@ -11,7 +11,7 @@ MC_HD int rebuild_steps(const StreamShape& shape) {
 }
 
 // Steps of [y | residual] with one of zeros behind an odd number of them.
-MC_HD constexpr int padded_steps(int steps) { return steps + 1 & ~1; }
+MC_HD constexpr int padded_steps(int steps) { return (steps + 1) & ~1; }
 
 struct RowNorms {
   float x[2];
