@@ -10,7 +10,7 @@ from minicache_trt.config import ModelConfig
 from minicache_trt.runtime.batch import Batch
 from tests.gpu.cases import Case, assert_agrees, model
 from tests.gpu.conftest import Kernels
-from tests.support.plans import all_plans, single_run_plans
+from tests.support.plans import all_plans, several_run_plans, single_run_plans
 from tests.support.steps import step
 
 TYPES = [torch.float16, torch.bfloat16]
@@ -46,6 +46,15 @@ def test_streams_of_one_run(kernels: Kernels, plan: str, dim: int, dtype: torch.
     case = Case.random(kernels, config, single_run_plans(config)[plan], batch, dtype)
     for layer in (0, 3):
         assert_agrees(kernels, case, layer)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("plan", several_run_plans(model()))
+def test_streams_of_several_runs(kernels: Kernels, plan: str, dim: int, dtype: torch.dtype) -> None:
+    config = model(dim)
+    batch = step([(70, 64, 1), (700, 576, 1), (330, 256, 1)])
+    assert_agrees(kernels, Case.random(kernels, config, several_run_plans(config)[plan], batch, dtype), layer=3)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

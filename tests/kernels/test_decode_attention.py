@@ -24,7 +24,7 @@ from minicache_trt.model.maps import plan_maps
 from minicache_trt.model.rope import inverse_frequencies
 from minicache_trt.model.torch_attention import Pools, paged_attention
 from minicache_trt.runtime.batch import Batch
-from tests.support.plans import all_plans, completed, lossless_plan, single_run_plans
+from tests.support.plans import all_plans, completed, lossless_plan, several_run_plans, single_run_plans
 from tests.support.steps import random_pools, step
 
 POISON = -77.0
@@ -208,6 +208,17 @@ def test_streams_of_one_run(host_library: KernelLibrary, name: str, dim: int, dt
     batch = step([(70, 64, 1), (700, 576, 1)], 0, 24, 12)
     for layer in (0, 3):
         check(host_library, pools, batch, layer, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", several_run_plans(config_of(64, 4, 2)))
+def test_streams_of_several_runs(host_library: KernelLibrary, name: str, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    config = config_of(dim, 4, 2)
+    pools = random_pools(config, several_run_plans(config)[name], 24, 16, dtype)
+    batch = step([(70, 64, 1), (700, 576, 1), (330, 256, 1)], 0, 24, 16)
+    check(host_library, pools, batch, 3, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", ["full", "minicache4", "aligned KLT", "three layers with residuals"])

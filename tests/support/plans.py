@@ -100,6 +100,30 @@ def single_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     }
 
 
+def several_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """Pairs of layers as `calibrate` stores them: runs of a few widths, at most 128 components, nothing else."""
+
+    def segments(text: str) -> tuple[Segment, ...]:
+        formats = (each.split("x") for each in text.split())
+        return tuple(Segment(int(length), name, transform="hadamard") for name, length in formats)  # type: ignore[arg-type]
+
+    def plan(key: str, value: str, basis: str) -> CompressionPlan:
+        streams = (
+            Stream(part, group, segments(text), merge="linear", basis=own)  # type: ignore[arg-type]
+            for part, text, own in (("key", key, basis), ("value", value, "post_rope"))
+            for group in ((0, 1), (2, 3))
+        )
+        return completed(config, *streams)
+
+    integers, more = "int8x16 int4x32", "int8x32 int4x48 int2x16"
+    levels, others = "g4x32 g3x16 g2x48 g1x16", "g4x16 g3x48 g2x32 g1x32"
+    return {
+        f"{key} | {value} {basis}": plan(key, value, basis)
+        for key, value in ((integers, others), (levels, more), (others, levels), ("modelx16 int4x80", integers))
+        for basis in ("pre_rope", "post_rope")
+    }
+
+
 def full_codec_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     """Handcrafted plans of four layers and at least 64 components a head; each is a group of options of the codec."""
     assert config.num_layers == 4 and config.head_dim >= 64

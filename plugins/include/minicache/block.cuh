@@ -172,11 +172,11 @@ struct CudaBlock {
   }
 
  private:
-#define MC_PRODUCT(type)                                                                                           \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                              \
-               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                                    \
-               : "=f"(d.x[0]), "=f"(d.x[1]), "=f"(d.x[2]), "=f"(d.x[3])                                            \
-               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(c.x[0]), "f"(c.x[1]),       \
+#define MC_PRODUCT(type)                                                                                     \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                        \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                              \
+               : "=f"(d.x[0]), "=f"(d.x[1]), "=f"(d.x[2]), "=f"(d.x[3])                                      \
+               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(c.x[0]), "f"(c.x[1]), \
                  "f"(c.x[2]), "f"(c.x[3]))
   template <class T>
   __device__ __forceinline__ static void product(FragmentD& d, const FragmentA<T>& a, const FragmentB<T>& b,

@@ -44,8 +44,8 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   const int kind = kind_of(k, v), held = stage_blocks(rebuilt, kind);
   const int mapped = rebuilt ? kTurnedBlocks * turned_steps(k.dim) : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
   shared.block_bytes = ceil_div(maximum(key.stage.bytes, value.stage.bytes), 128) * 128;
-  shared.stage_bytes = maximum(held * shared.block_bytes,
-                               v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
+  shared.stage_bytes =
+      maximum(held * shared.block_bytes, v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
   shared.stage_bytes = ceil_div(shared.stage_bytes, 128) * 128;
   shared.stages = stages;
   field(static_cast<std::int64_t>(stages) * shared.stage_bytes);

@@ -114,8 +114,8 @@ struct CompressedSplit {
       each_format(a.key, [&](auto formats) {
         read_keys([&](const char* stage, int u, int token) {
           auto first = [&](int n) { return first_step(u * kStageBlocks + n); };
-          rebuild.template logits<T, Kind>(block, a.key, formats, stage, a.shared.block_bytes, held(u), fragments, first,
-                                           scale, scores, token);
+          rebuild.template logits<T, Kind>(block, a.key, formats, stage, a.shared.block_bytes, held(u), fragments,
+                                           first, scale, scores, token);
           turn(u + 1);
         });
       });
@@ -171,9 +171,8 @@ struct CompressedSplit {
           prepare_weights<T>(block, stage, scores, start + token, own, constants);
         });
         block.sync();
-        each_block([&](const auto& stage, int, const WeightFragments& own) {
-          Own::add_stage(block, stage, own, runs, sums);
-        });
+        each_block(
+            [&](const auto& stage, int, const WeightFragments& own) { Own::add_stage(block, stage, own, runs, sums); });
       }
     });
     block.each([&](Thread thread) { constants(thread).store(weights, thread); });

@@ -100,8 +100,8 @@ MC_HD void put_rows(const Pair<E> (&x)[2][Pairs], FragmentA<E>* keys) {
   }
 }
 
-// The thread's part of unit number `unit` of 4 N components as fragments A: rows lane / 4 and lane / 4 + 8 of the warp's
-// tile.
+// The thread's part of unit number `unit` of 4 N components as fragments A: rows lane / 4 and lane / 4 + 8 of the
+// warp's tile.
 template <class T, Format F, int N, class Rows>
 MC_HD void read_unit(Thread thread, int unit, Rows rows, bool words, const ChannelRanges& ranges,
                      FragmentA<Element<T, F>>* keys) {
@@ -146,7 +146,8 @@ MC_HD void add_run(Block& block, typename Block::template PerThread<FragmentD>& 
     for (int n = 0; n < units; ++n) {
       add_unit<T, kFormat, 8>(block, sum, fragments, step + 2 * n, n, rows, words, ranges);
     }
-    if ((length & 31) > 0) add_unit<T, kFormat, 4>(block, sum, fragments, step + 2 * units, 2 * units, rows, words, ranges);
+    if ((length & 31) > 0)
+      add_unit<T, kFormat, 4>(block, sum, fragments, step + 2 * units, 2 * units, rows, words, ranges);
   });
 }
 

@@ -1,6 +1,6 @@
-// Logits of keys stored before RoPE: a warp rebuilds 16 keys of a cache block at a time on the tensor cores, turns them by
-// their places in the block, and multiplies with queries turned back by the block's position. Neither leaves the chip.
-// Keys at the same places of two blocks share what is read for them: maps and turns.
+// Logits of keys stored before RoPE: a warp rebuilds 16 keys of a cache block at a time on the tensor cores, turns them
+// by their places in the block, and multiplies with queries turned back by the block's position. Neither leaves the
+// chip. Keys at the same places of two blocks share what is read for them: maps and turns.
 //
 //     q . R(p + r) k = (R(-p) q) . (R(r) k),    k = (nu [y | residual]) [P | A]^T + c
 //
@@ -89,8 +89,8 @@ struct KeyRebuild {
     return place < dim / 2 ? place + d / half * (dim / 2) : -1;
   }
 
-  // Logits of `blocks` cache blocks of `data`, `block_bytes` apart, to `scores` from `token` on; `first(n)`: step of the
-  // fragments from which on the queries lie that are turned back by the position of block n.
+  // Logits of `blocks` cache blocks of `data`, `block_bytes` apart, to `scores` from `token` on; `first(n)`: step of
+  // the fragments from which on the queries lie that are turned back by the position of block n.
   template <class T, int Kind, class Formats, class Block, class First>
   MC_HD void logits(Block& block, const StreamReader& reader, Formats, const char* data, int block_bytes, int blocks,
                     const QueryFragments& queries, First first, float scale, Scores scores, int token) const {
@@ -225,7 +225,8 @@ struct KeyRebuild {
           part[1](thread) = both.step[1];
         });
         MC_UNROLL
-        for (int m = 0; m < Tiles; ++m) block.multiply_add(key[m][i], y[step][m], part[0], step == 0 ? c[0][i] : key[m][i]);
+        for (int m = 0; m < Tiles; ++m)
+          block.multiply_add(key[m][i], y[step][m], part[0], step == 0 ? c[0][i] : key[m][i]);
         MC_UNROLL
         for (int m = 0; m < Tiles; ++m) block.multiply_add(key[m][i], y[step + 1][m], part[1]);
       }
@@ -268,7 +269,8 @@ struct KeyRebuild {
         for (int i = 0; i < 4; ++i) {
           typename Block::template PerThread<FragmentB<E>> part;
           block.each([&](Thread thread) {
-            part(thread) = parts[rebuild_fragment(false, padded_steps(steps), tile_of(n, half, i), step, thread.lane())];
+            part(thread) =
+                parts[rebuild_fragment(false, padded_steps(steps), tile_of(n, half, i), step, thread.lane())];
           });
           block.multiply_add(key[0][i], y, part);
         }
@@ -277,8 +279,8 @@ struct KeyRebuild {
     }
   }
 
-  // Keys as they come out of the product, turned by their places, become fragments A of the next one: columns 8 n + 2 t +
-  // i are its k. Pair i of step n's.
+  // Keys as they come out of the product, turned by their places, become fragments A of the next one: columns 8 n + 2 t
+  // + i are its k. Pair i of step n's.
   template <class T, int Tiles, class Block>
   MC_HD void turn_keys(Thread thread, int dim, int n, int i, const Keys<Block, Tiles>& key,
                        Rows<Code<T>, Block, Tiles>& low, Rows<Code<T>, Block, Tiles>& high) const {

@@ -70,7 +70,8 @@ MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const
   }
 }
 
-// Rows of the warp's 16 tokens of a known run, components in the order of `known_component`; `y(thread, step)` takes them.
+// Rows of the warp's 16 tokens of a known run, components in the order of `known_component`; `y(thread, step)` takes
+// them.
 template <class T, int Kind, class Formats, class Block, class Y>
 MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage, Y y) {
   block.each([&](Thread thread) {

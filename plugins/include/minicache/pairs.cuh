@@ -49,8 +49,8 @@ MC_HD std::uint32_t permuted(std::uint32_t a, std::uint32_t b, std::uint32_t sel
 
 }  // namespace detail
 
-// Four of the eight bytes of a, then b, in one instruction (`__byte_perm` takes another to mask what it is given). Digits
-// of the selector, of 4 bits, are numbers of bytes; from 8 on, the highest bit of byte digit - 8, eight times.
+// Four of the eight bytes of a, then b, in one instruction (`__byte_perm` takes another to mask what it is given).
+// Digits of the selector, of 4 bits, are numbers of bytes; from 8 on, the highest bit of byte digit - 8, eight times.
 template <std::uint32_t Selector>
 MC_HD std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b) {
 #if MC_ON_DEVICE
