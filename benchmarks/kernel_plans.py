@@ -29,6 +29,7 @@ PLANS = (
     "KLT pairs pre_rope",
     "KLT runs post_rope",
     "KLT runs pre_rope",
+    "KLT ranges pre_rope",
 )
 
 
@@ -38,7 +39,10 @@ def plan_of(name: str, config: ModelConfig) -> CompressionPlan:
 
 
 def plan_of_pairs(name: str, config: ModelConfig) -> CompressionPlan:
-    """Pairs of layers joined by a linear map: half the numbers in int4, a quarter in g4, or half in g4, g3 and g2."""
+    """Pairs of layers joined by a linear map.
+
+    Half the numbers in int4, a quarter in g4, half in g4, g3 and g2, or a quarter in int8 and int4.
+    """
     if name not in PLANS or name in METHODS:
         raise UserError(f"unknown plan {name!r}", f"plans: {', '.join((*METHODS, *PLANS))}")
     dim = config.head_dim
@@ -47,6 +51,9 @@ def plan_of_pairs(name: str, config: ModelConfig) -> CompressionPlan:
         segments = (Segment(dim // 2, "g4", transform="hadamard"),)
     elif name.startswith("KLT runs"):
         lengths = {"g4": dim // 4, "g3": dim // 4, "g2": dim // 2}
+        segments = tuple(Segment(length, format, transform="hadamard") for format, length in lengths.items())
+    elif name.startswith("KLT ranges"):
+        lengths = {"int8": 16, "int4": dim // 2 - 16}
         segments = tuple(Segment(length, format, transform="hadamard") for format, length in lengths.items())
     basis = "pre_rope" if name.endswith("pre_rope") else "post_rope"
     streams = tuple(
