@@ -125,29 +125,35 @@ struct DecodeAttention {
     CompressedSplitArguments<T> arguments{
         problem, key, value, {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)},
         at(layout.map_fragments), workspace + layout.turns, {}, compressed()};
-    if (status == ok) status = choose_shared(arguments.shared);
+    const Splitter kernel = splitter();
+    if (status == ok) status = choose_shared(kernel.blocks, arguments.shared);
     if (status != ok) return status;
-    const Grid grid = splits(sizes.compressed_splits);
-    return splitter()(grid, arguments, stream);
+    return kernel.launch(splits(sizes.compressed_splits), arguments, stream);
   }
 
-  // The kernel for these streams.
-  auto splitter() const {
-    return sizes.rebuilt() ? splitter_of<true>() : splitter_of<false>();
-  }
+  // The kernel for these streams; how many of its thread blocks there are registers for on a multiprocessor.
+  struct Splitter {
+    std::int32_t (*launch)(Grid, const CompressedSplitArguments<T>&, void*);
+    int blocks;
+  };
+  Splitter splitter() const { return sizes.rebuilt() ? splitter_of<true>() : splitter_of<false>(); }
 
   template <bool Rebuild>
-  auto splitter_of() const {
+  Splitter splitter_of() const {
     switch (kind) {
       case 64:
-        return launch_split<Rebuild, 64>;
+        return splitter_of<Rebuild, 64>();
       case 128:
-        return launch_split<Rebuild, 128>;
+        return splitter_of<Rebuild, 128>();
       case kPlain:
-        return launch_split<Rebuild, kPlain>;
+        return splitter_of<Rebuild, kPlain>();
       default:
-        return launch_split<Rebuild, kGeneral>;
+        return splitter_of<Rebuild, kGeneral>();
     }
+  }
+  template <bool Rebuild, int Kind>
+  static Splitter splitter_of() {
+    return {launch_split<Rebuild, Kind>, CompressedSplit<T, Rebuild, Kind>::kMinBlocks};
   }
 
   template <bool Rebuild, int Kind>
@@ -155,9 +161,9 @@ struct DecodeAttention {
     return launch_kernel<CompressedSplit<T, Rebuild, Kind>>(kName, grid, arguments.shared.bytes, arguments, stream);
   }
 
-  // As many thread blocks on a multiprocessor as registers leave room for, then as many stages; what fits at all is
-  // better than a map outside of shared memory.
-  std::int32_t choose_shared(CompressedShared& shared) const {
+  // As many thread blocks on a multiprocessor as there are registers for (`most`), then as many stages; what fits at all
+  // is better than a map outside of shared memory.
+  std::int32_t choose_shared(int most, CompressedShared& shared) const {
     DeviceLimits limits{};
     if (const std::int32_t status = device_limits(kName, limits)) return status;
     constexpr int kReserved = 1024;  // of each thread block
@@ -165,9 +171,9 @@ struct DecodeAttention {
       shared = compressed_shared<T>(key, value, stages, resident);
       return shared.bytes <= minimum(bytes, limits.block);
     };
-    const bool rebuilt = sizes.rebuilt(), long_stages = stage_blocks(rebuilt, kind) > 1;
+    const bool long_stages = stage_blocks(sizes.rebuilt(), kind) > 1;
     for (const bool resident : {true, false}) {
-      for (int blocks = rebuilt ? 3 : 4; blocks >= 2; --blocks) {
+      for (int blocks = most; blocks >= 2; --blocks) {
         for (int stages = long_stages ? 3 : 4; stages >= (long_stages || blocks == 2 ? 2 : 3); --stages) {
           if (fits(stages, resident, limits.processor / blocks - kReserved)) return ok;
         }
