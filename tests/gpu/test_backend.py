@@ -21,9 +21,10 @@ from minicache_trt.runtime.llm import LLM
 from minicache_trt.runtime.request import SamplingParams
 from tests.gpu.conftest import Kernels
 from tests.support.checkpoints import LAYERED, make_checkpoint
-from tests.support.plans import full_codec_plans
+from tests.support.plans import full_codec_plans, several_run_plans
 
-PLANS = ["full", "kivi4", "minicache4", "pair KLT", "keys before RoPE"]
+RUNS = "int8x16 int4x32 | g4x16 g3x48 g2x32 g1x32 pre_rope"
+PLANS = ["full", "kivi4", "minicache4", "pair KLT", "keys before RoPE", RUNS]
 
 
 GEMMA = "gemma2, scale 20, caps 5 and 3, GQA 6:2, bfloat16"
@@ -34,10 +35,14 @@ def build(folder: Path, name: str, shape: str | None = None) -> Path:
     checkpoint = make_checkpoint(folder / "checkpoint", **(LAYERED[shape] if shape else {}) | {"head_dim": 64})
 
     def configure(config: ModelConfig) -> tuple[CompressionPlan, BuildConfig]:
-        plan = make_plan(config, name) if name in METHODS else full_codec_plans(config)[name]
+        plan = make_plan(config, name) if name in METHODS else custom_plan(config, name)
         return plan, BuildConfig(max_batch_size=4, max_seq_len=1024, quantum=128, backend="torch")
 
     return build_engine(str(checkpoint), folder / "engine", configure).directory
+
+
+def custom_plan(config: ModelConfig, name: str) -> CompressionPlan:
+    return (full_codec_plans(config) | several_run_plans(config))[name]
 
 
 def engine(kernels: Kernels, directory: Path, captured: bool) -> KernelEngine:
