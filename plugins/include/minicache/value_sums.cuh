@@ -193,7 +193,8 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
     });
   }
   static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");
-  if constexpr (Steps > 0 && F == Format::int4 && N == 4) {  // others would take more registers than there are
+  // Others would take more registers than there are.
+  if constexpr (Steps > 0 && (F == Format::int4 || is_gaussian(F)) && N == 4) {
     MC_UNROLL
     for (int step = 0; step < Steps; ++step) {
       add_step<T, F, N, Offset>(block, sums, step, rows, at, active, weight, words, channel, ranges);
