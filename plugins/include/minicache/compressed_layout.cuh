@@ -22,7 +22,7 @@ constexpr int kTurnedBlocks = 2 * kRebuildBlocks;  // blocks that queries are tu
 struct CompressedShared {
   std::int32_t block_bytes, stage_bytes, stages;  // of a cache block in a stage; of a stage; how many
   std::int32_t scores, sums, exact_weights, exact_rows, rows, map;
-  std::int32_t fragments, weights;  // of queries, and after them, in the same place, of the weights of a stage's blocks
+  std::int32_t fragments;           // of queries, and in their place then of the weights of a stage's blocks
   std::int32_t weight_bytes;        // of each block
   std::int32_t turns, offset, bases;  // of keys that are rebuilt
   std::int32_t table, bytes;
@@ -53,7 +53,6 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   const bool known = is_known(kind);  // one run, which stays in registers
   shared.weight_bytes = (known ? 1 : kResidualRun + 1) * (kBlockSize / 16) * kStep;
   shared.fragments = field(maximum((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep, held * shared.weight_bytes));
-  shared.weights = shared.fragments;
   // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
   const int constants = known ? WeightSums<kKnownBits * 16>::kUsed : kConstants;
   shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + constants * kDecodeThreads) * 4);

@@ -53,6 +53,12 @@ struct CompressedSplit {
     // Cache blocks in stage number u of keys, or of values.
     const int rounds = ceil_div(blocks, kStageBlocks);
     auto held = [&](int u) { return minimum(kStageBlocks, blocks - u * kStageBlocks); };
+    auto each_held = [&](int u, auto f) {
+      MC_UNROLL
+      for (int n = 0; n < kStageBlocks; ++n) {
+        if (n == 0 || n < held(u)) f(n);
+      }
+    };
     auto fetch_blocks = [&](int u, const StreamReader& reader, const auto& source) {
       char* const stage = next(filled);
       MC_UNROLL
@@ -92,10 +98,7 @@ struct CompressedSplit {
     // or with each of its blocks.
     auto read_key_blocks = [&](auto read) {
       read_keys([&](const char* stage, int u, int token) {
-        MC_UNROLL
-        for (int n = 0; n < kStageBlocks; ++n) {
-          if (n == 0 || n < held(u)) read(stage + n * a.shared.block_bytes, token + n * kBlockSize);
-        }
+        each_held(u, [&](int n) { read(stage + n * a.shared.block_bytes, token + n * kBlockSize); });
       });
     };
     if constexpr (Rebuild) {
@@ -146,8 +149,7 @@ struct CompressedSplit {
 
     const ExactRows exact{a.value, ids, exact_rows, value_slot, Kind ? 0 : blocks * a.value.shape.retained};
     take_exact_weights(block, a, exact, scores, start);
-    const WeightFragments weights{block.shared + a.shared.weights, fragments.parts + kConstants * kQueryTile,
-                                  fragments.parts};
+    const WeightFragments weights{fragments.data, fragments.parts + kConstants * kQueryTile, fragments.parts};
     typename Block::template PerThread<WeightSums<Kind>> constants;
     block.each([&](Thread thread) { constants(thread).clear(weights, thread); });
     typename Own::template Sums<Block> sums[Own::kOwn];
@@ -161,12 +163,10 @@ struct CompressedSplit {
         fetch_value(u + a.shared.stages - 1);
         const char* const first = next(ready);
         auto each_block = [&](auto f) {
-          MC_UNROLL
-          for (int n = 0; n < kStageBlocks; ++n) {
-            if (n > 0 && n >= held(u)) break;
+          each_held(u, [&](int n) {
             const ValueStage<Kind, decltype(formats)> stage{a.value, first + n * a.shared.block_bytes};
             f(stage, (u * kStageBlocks + n) * kBlockSize, weights.behind(n * a.shared.weight_bytes));
-          }
+          });
         };
         each_block([&](const auto& stage, int token, const WeightFragments& own) {
           prepare_weights<T>(block, stage, scores, start + token, own, constants);

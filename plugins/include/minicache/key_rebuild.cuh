@@ -149,7 +149,7 @@ struct KeyRebuild {
       }
       rebuild_plain<E, Kind / 16, Tiles>(block, half, Fixed<Kind / 16>{}, y, add);
     } else if constexpr (Kind == kPlain) {
-      const int steps = rebuild_steps(shape);
+      const int steps = padded_steps(rows.steps);
       Rows<E, Block, Tiles> y[kPlainSteps];
       MC_UNROLL
       for (int m = 0; m < Tiles; ++m) {
@@ -157,16 +157,15 @@ struct KeyRebuild {
         block.each([&](Thread thread) {
           MC_UNROLL
           for (int step = 0; step < kPlainSteps; ++step) {
-            if (step >= padded_steps(steps)) break;
+            if (step >= steps) break;
             y[step][m](thread) = rows.template row<E>(thread, step);
           }
         });
       }
-      rebuild_plain<E, kPlainSteps, Tiles>(block, half, padded_steps(steps), y, add);
+      rebuild_plain<E, kPlainSteps, Tiles>(block, half, steps, y, add);
     } else {
-      const int steps = rebuild_steps(shape);
       rows.template store<T>(block, stages[0]);
-      rebuild_any<E>(block, half, steps, add);
+      rebuild_any<E>(block, half, rows.steps, add);
     }
     block.each([&](Thread thread) {
       const int t = thread.lane() % 4, row = own_row(thread);
@@ -238,20 +237,16 @@ struct KeyRebuild {
   MC_HD void rebuild_plain(Block& block, int half, Steps steps, const Rows<E, Block, Tiles> (&y)[Most], F add) const {
     // Twice, so that the compiler knows which memory it is; and once for the usual half.
     constexpr int kUsual = 64;
-    if (map_in_shared < 0) {
-      const auto* const parts = static_cast<const FragmentPair<E>*>(map);
+    auto rebuild = [&](const FragmentPair<E>* parts) {
       MC_NO_UNROLL
       for (int n = 0; n < half / 16; ++n) rebuild_step<E, Most, Tiles>(block, half, n, steps, parts, y, add);
-      return;
-    }
+    };
+    if (map_in_shared < 0) return rebuild(static_cast<const FragmentPair<E>*>(map));
     const auto* const parts = reinterpret_cast<const FragmentPair<E>*>(block.shared + map_in_shared);
-    auto usual = [&](int n) { rebuild_step<E, Most, Tiles>(block, Fixed<kUsual>{}, n, steps, parts, y, add); };
-    if (half != kUsual) {
-      MC_NO_UNROLL
-      for (int n = 0; n < half / 16; ++n) rebuild_step<E, Most, Tiles>(block, half, n, steps, parts, y, add);
-    } else {
-      MC_UNROLL
-      for (int n = 0; n < kUsual / 16; ++n) usual(n);
+    if (half != kUsual) return rebuild(parts);
+    MC_UNROLL
+    for (int n = 0; n < kUsual / 16; ++n) {
+      rebuild_step<E, Most, Tiles>(block, Fixed<kUsual>{}, n, steps, parts, y, add);
     }
   }
 

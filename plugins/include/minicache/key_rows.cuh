@@ -46,16 +46,16 @@ struct RowRanges {
   }
 };
 
-// Unit number `unit` of 4 N components of run n of the warp's 16 tokens, as numbers: N / 4 fragments A.
+// Unit number `number` of 4 N components of run n of the warp's 16 tokens, as numbers: N / 4 fragments A.
 template <class T, Format F, int N, int Kind, class Formats>
 MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowNorms& norms,
-                      const RowRanges<Code<T>, F>& ranges, int n, int at, FragmentA<Code<T>> (&out)[2]) {
+                      const RowRanges<Code<T>, F>& ranges, int n, int number, FragmentA<Code<T>> (&out)[2]) {
   using E = Code<T>;
   const char* const base = stage.rows(n);
   const int own = own_row(thread), stride = stage.stride(n);
   auto rows = [&](Thread, int half) { return base + (own + 8 * half) * stride; };
   FragmentA<Element<T, F>> unit[N / 4];
-  read_unit<T, F, N>(thread, at, rows, stage.words(n), stage.channel_ranges(n), unit);
+  read_unit<T, F, N>(thread, number, rows, stage.words(n), stage.channel_ranges(n), unit);
   MC_UNROLL
   for (int s = 0; s < N / 4; ++s) {
     if constexpr (std::is_same_v<Element<T, F>, E>) {
@@ -99,11 +99,9 @@ struct KeyRows {
   MC_HD static int bytes(const StreamShape& shape) {
     return kDecodeThreads * padded_steps(rebuild_steps(shape)) * static_cast<int>(sizeof(FragmentA<Code<T>>));
   }
-  template <class T>
-  MC_HD static KeyRows of(char* data, Thread thread, const StreamShape& shape) {
-    const KeyRows rows{data, rebuild_steps(shape)};
-    if (rows.steps % 2 == 1) rows.row<Code<T>>(thread, rows.steps) = {};
-    return rows;
+  template <class E>
+  MC_HD void pad(Thread thread) const {
+    if (steps % 2 == 1) row<E>(thread, steps) = {};
   }
   template <class E>
   MC_HD FragmentA<E>& row(Thread thread, int step) const {

@@ -63,19 +63,7 @@ MC_HD void look_up(std::uint32_t four, std::uint32_t& low, std::uint32_t& high) 
 }
 
 // Eight codes as `level_pairs` takes them: of 3 and 4 bits one every 4 bits, in the order 0, 1, 4, 5, 2, 3, 6, 7; of
-// fewer bits as they are stored, the second four from bit 8 on. Of a word of eight, with whatever above them;
-template <int Bits>
-MC_HD std::uint32_t ordered_codes(std::uint32_t eight) {
-  if constexpr (Bits == 4) return permute_bytes<0x3120>(eight, 0);
-  if constexpr (Bits == 3) {
-    const std::uint32_t two =
-        (eight & 0x3fu) | (eight >> 4 & 0x3f00u) | (eight << 10 & 0x3f0000u) | (eight << 6 & 0x3f000000u);
-    return (two & 0x07070707u) | (two << 1 & 0x70707070u);
-  }
-  if constexpr (Bits == 1) return (eight & 0xfu) | (eight << 4 & 0xf00u);
-  return eight & 0xffffu;
-}
-// of two words of four.
+// fewer bits as they are stored, the second four from bit 8 on. Words have whatever above their codes: two of four,
 template <int Bits>
 MC_HD std::uint32_t ordered_codes(std::uint32_t first, std::uint32_t second) {
   if constexpr (Bits == 4) return permute_bytes<0x5140>(first, second);
@@ -85,6 +73,14 @@ MC_HD std::uint32_t ordered_codes(std::uint32_t first, std::uint32_t second) {
     return (two & 0x07070707u) | (two << 1 & 0x70707070u);
   }
   return permute_bytes<0x0040>(first, second) & 0xffffu;
+}
+// or one of eight.
+template <int Bits>
+MC_HD std::uint32_t ordered_codes(std::uint32_t eight) {
+  if constexpr (Bits == 4) return permute_bytes<0x3120>(eight, 0);
+  if constexpr (Bits == 3) return ordered_codes<3>(eight, eight >> 12);
+  if constexpr (Bits == 1) return (eight & 0xfu) | (eight << 4 & 0xf00u);
+  return eight & 0xffffu;
 }
 
 // Levels of eight ordered codes as pairs of codes p and p + 4.

@@ -64,8 +64,8 @@ struct StageLayout {
 MC_HD constexpr int stage_stride(int bytes) { return bytes % 16 != 0 || bytes / 16 % 2 == 1 ? bytes : bytes + 16; }
 
 // Bytes of a row of a known stream's codes; they lie one after another. Threads read keys by rows, whose units of 16
-// bytes lie in different banks as they are stored; values by columns, of rows 2 t and
-// following, t = lane % 4: their units change places.
+// bytes lie in different banks as they are stored; values by columns, of rows 2 t and following,
+// t = lane % 4: their units change places.
 MC_HD constexpr int known_bytes(int length) { return length * kKnownBits / 8; }
 MC_HD constexpr int known_unit(Part part, int length, int row, int unit) {
   if (part == Part::key) return unit;

@@ -182,22 +182,12 @@ struct Stage {
   // Calls f with the number of each run that is a part of every token.
   template <class F>
   MC_HD void each_run(F f) const {
-    if constexpr (is_known(Kind)) {
-      f(0);
-    } else {
-      MC_NO_UNROLL
-      for (int i = 0; i < reader.part_count; ++i) f(reader.parts[i]);
-    }
+    each_of(reader.parts, reader.part_count, f);
   }
   // Of those whose weights, of values, are no other's.
   template <class F>
   MC_HD void each_weighted(F f) const {
-    if constexpr (is_known(Kind)) {
-      f(0);
-    } else {
-      MC_NO_UNROLL
-      for (int i = 0; i < reader.weighted_count; ++i) f(reader.weighted[i]);
-    }
+    each_of(reader.weighted, reader.weighted_count, f);
   }
   MC_HD const StageRun& run(int n) const { return reader.runs[n]; }
   MC_HD auto length(int n) const {
@@ -241,6 +231,16 @@ struct Stage {
   MC_HD TokenRanges norms() const { return {data, reader.stage.norms.offset, -1}; }
 
  private:
+  template <class F>
+  MC_HD static void each_of(const std::int32_t* numbers, int count, F f) {
+    if constexpr (is_known(Kind)) {
+      f(0);
+    } else {
+      MC_NO_UNROLL
+      for (int i = 0; i < count; ++i) f(numbers[i]);
+    }
+  }
+
   static constexpr bool kCodes = is_known(Kind) && !std::is_same_v<Formats, AnyFormat>;
   static constexpr int params_of_known() {
     if constexpr (kCodes) return (kBlockSize * known_bytes(Kind) + 127) / 128 * 128;

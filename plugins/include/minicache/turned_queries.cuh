@@ -95,6 +95,7 @@ struct TurnedQueries {
     const char* const map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
     rebuild.map = map;
     rebuild.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
+    if (!is_known(Kind)) rebuild.rows = {block.shared + a.shared.rows, rebuild_steps(shape)};
     rebuild.turns = block.shared + a.shared.turns;
     rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
     const float* const offset = a.key.maps.offset == nullptr ? nullptr : a.key.maps.offset + slot * shape.dim;
@@ -107,7 +108,7 @@ struct TurnedQueries {
       };
       copy(a.shared.turns, a.turns, turn_bytes);
       if (a.shared.map_in_shared) copy(a.shared.map, map, bytes);
-      if (!is_known(Kind)) rebuild.rows = KeyRows::of<T>(block.shared + a.shared.rows, thread, shape);
+      if (!is_known(Kind)) rebuild.rows.template pad<Code<T>>(thread);
       for (int c = thread.index; c < 2 * padded_half(shape.dim); c += kDecodeThreads) {
         const int d = KeyRebuild::component(shape.dim, c);
         rebuild.offset[c] = offset == nullptr || d < 0 ? 0.0f : offset[d];
