@@ -144,7 +144,7 @@ def codec_rows(counter: Counter, model: str, name: str, blocks: int) -> Iterator
 def main(
     context: Annotated[int, typer.Option(min=64, help="Tokens of each sequence that is decoded.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded.")] = 8,
-    blocks: Annotated[int, typer.Option(min=1, help="Cache blocks that are compressed and restored.")] = 4,
+    blocks: Annotated[int, typer.Option(min=1, help="Cache blocks that are compressed and restored.")] = 16,
     multiprocessors: Annotated[int, typer.Option(min=1, help="Of the GPU; an H200 has 132.")] = 132,
     clock: Annotated[float, typer.Option(min=0.1, help="Of the GPU, in GHz; an H200 reaches 1.98.")] = 1.98,
     json_file: JsonFile = None,

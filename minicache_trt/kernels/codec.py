@@ -195,6 +195,8 @@ def restore_blocks(
     out = blocks.new_empty((len(blocks), config.num_kv_heads, BLOCK_SIZE, config.head_dim), dtype=dtype)
     if frequencies is None:
         frequencies = inverse_frequencies(layout.config.rope, config.head_dim).to(blocks.device)
+    size = library.size("restore_workspace", TYPES[dtype], shape.address, len(blocks))
+    workspace = torch.empty(size, dtype=torch.uint8, device=blocks.device)
     library.call(
         "restore_blocks",
         TYPES[dtype],
@@ -204,6 +206,8 @@ def restore_blocks(
         len(blocks),
         address(frequencies),
         address(out),
+        address(workspace),
+        size,
         stream_of(blocks),
     )
     return out

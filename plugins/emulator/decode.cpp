@@ -374,7 +374,7 @@ class Decoder {
   void decode_arithmetic(Instruction& i) {
     const std::string& op = statement_->opcode;
     const Type type = last_type();
-    const bool special = op == "ex2" || op == "rcp" || op == "sqrt" || op == "rsqrt";
+    const bool special = op == "ex2" || op == "rcp" || op == "sqrt" || op == "rsqrt" || op == "sin" || op == "cos";
     const bool floating = is_float(type) || type == Type::f16x2 || type == Type::bf16x2;
     i.kind = special ? Statistics::special : floating ? Statistics::floating : Statistics::integer;
     if (op == "selp") {

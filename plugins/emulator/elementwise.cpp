@@ -384,6 +384,10 @@ Handler elementwise(const Statement& statement, Type type) {
     return statement.has("ftz") ? apply<float, float>([](float x) { return flushed(std::exp2(flushed(x))); })
                                 : apply<float, float>([](float x) { return std::exp2(x); });
   }
+  if (op == "sin" && type == Type::f32)
+    return apply<float, float>([](float x) { return static_cast<float>(std::sin(static_cast<double>(flushed(x)))); });
+  if (op == "cos" && type == Type::f32)
+    return apply<float, float>([](float x) { return static_cast<float>(std::cos(static_cast<double>(flushed(x)))); });
   if (op == "rcp" && type == Type::f32 && statement.has("rn"))
     return apply<float, float>([](float x) { return 1.0f / x; });
   if (op == "rcp" && type == Type::f32)

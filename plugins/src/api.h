@@ -73,7 +73,9 @@ MC_API std::int64_t minicache_compress_workspace(minicache::Type type, const min
 MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicache::StreamView* stream_view,
                                              const std::int32_t* blocks, const std::int32_t* block_index,
                                              std::int32_t count, const float* inverse_frequencies, void* out,
-                                             void* stream);
+                                             void* workspace, std::int64_t workspace_bytes, void* stream);
+MC_API std::int64_t minicache_restore_workspace(minicache::Type type, const minicache::StreamShape* shape,
+                                                std::int32_t count);
 
 // Attention of the step's decodes (rows query_start[s], s < decodes) and of its prefill chunks (all other rows). The
 // append of the step's keys and values comes before either. Workspace sizes depend on shapes only, so that a captured

@@ -111,16 +111,10 @@ struct DecodeAttention {
     std::int32_t status = ok;
     if (sizes.maps_query()) status = map_queries();
     if (status == ok && sizes.rebuilt()) {
-      const MapFragmentsArguments<T> arguments{key.shape,
-                                               key.maps,
-                                               a.shape.inverse_frequencies,
-                                               kind != kGeneral,
-                                               is_known(kind),
-                                               workspace + layout.map_fragments,
-                                               workspace + layout.turns};
-      const std::int64_t most = maximum(rebuild_fragments<T>(key.shape), MapFragments<T>::table(key.shape));
-      const int blocks = static_cast<int>((most + kDecodeThreads - 1) / kDecodeThreads);
-      status = launch_kernel<MapFragments<T>>(kName, {blocks, key.shape.heads + 1, 1}, 0, arguments, stream);
+      using Kernel = MapFragments<T, PlaceTurns<T>>;
+      const PlaceTurns<T> turns{a.shape.inverse_frequencies, workspace + layout.turns};
+      const auto arguments = Kernel::Arguments::of(key, kind, false, workspace + layout.map_fragments, turns);
+      status = launch_kernel<Kernel>(kName, Kernel::grid(arguments, 1), 0, arguments, stream);
     }
     CompressedSplitArguments<T> arguments{
         problem, key, value, {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)},

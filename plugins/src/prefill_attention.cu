@@ -149,12 +149,12 @@ std::int32_t restore_history(const AttentionArguments& a, const PrefillWorkspace
   const Grid grid{ceil_div(columns, HistoryBlocks::kThreads), chunks, 1};
   const HistoryBlocks::Arguments list{a.step, first, columns, a.sliding_window, blocks, block_index};
   if (const std::int32_t status = launch_kernel<HistoryBlocks>(kName, grid, 0, list, stream)) return status;
-  const float* const frequencies = a.shape.inverse_frequencies;
-  if (const std::int32_t status = minicache_restore_blocks(a.type, &a.key, blocks, block_index, chunks * columns,
-                                                           frequencies, base + workspace.keys, stream))
-    return status;
-  return minicache_restore_blocks(a.type, &a.value, blocks, block_index, chunks * columns, frequencies,
-                                  base + workspace.values, stream);
+  auto restore = [&](const StreamView& view, std::int64_t out) {
+    return minicache_restore_blocks(a.type, &view, blocks, block_index, chunks * columns, a.shape.inverse_frequencies,
+                                    base + out, base + workspace.restoring, workspace.restoring_bytes, stream);
+  };
+  if (const std::int32_t status = restore(a.key, workspace.keys)) return status;
+  return restore(a.value, workspace.values);
 }
 
 template <class T, int D, int Rows>

@@ -20,6 +20,7 @@ struct PrefillWorkspace {
   std::int32_t columns = 0, pieces = 0;  // 0 without a compressed tier
   std::int64_t blocks = 0, block_index = 0;
   std::int64_t keys = 0, values = 0;
+  std::int64_t restoring = 0, restoring_bytes = 0;  // what restoring the keys, then the values, works in
   std::int64_t accumulators = 0, maxima = 0, sums = 0;
   std::int64_t bytes = 0;
 
@@ -34,6 +35,11 @@ struct PrefillWorkspace {
     result.block_index = result.take(chunks * columns * 4);
     result.keys = result.take(chunks * columns * block_bytes(a));
     result.values = result.take(chunks * columns * block_bytes(a));
+    for (const StreamView* view : {&a.key, &a.value}) {
+      const auto count = static_cast<std::int32_t>(chunks * columns);
+      result.restoring_bytes = maximum(result.restoring_bytes, minicache_restore_workspace(a.type, view->shape, count));
+    }
+    result.restoring = result.take(result.restoring_bytes);
     if (result.pieces == 1) return result;
     result.accumulators = result.take(rows * a.shape.dim * 4);
     result.maxima = result.take(rows * 4);

@@ -24,14 +24,20 @@ from minicache_trt.kernels.codec import append_kv, restore_blocks
 from minicache_trt.kernels.library import StreamShape, device_maps
 from tests.gpu.cases import model
 from tests.gpu.conftest import Kernels
-from tests.support.agreement import assert_blocks_agree
+from tests.support.agreement import assert_blocks_agree, assert_restored
 from tests.support.matrices import random_matrices
-from tests.support.plans import all_plans
+from tests.support.plans import all_plans, several_run_plans, single_run_plans
 
 POISON = 77
 SOURCE, TARGET, NUMBER = [3, 1, 5], [2, 4, 1], [0, 9, 60]
 TYPES = [torch.float16, torch.bfloat16]
-ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+MANY_BLOCKS = [
+    "int4 pairs before RoPE",
+    "int8x16 int4x32 | g4x16 g3x48 g2x32 g1x32 pre_rope",
+    "keys before RoPE",
+    "minicache4",
+    "kivi4",
+]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -81,6 +87,33 @@ def test_products_are_as_exact_as_floats(
 def test_compress_and_restore(kernels: Kernels, name: str, dim: int) -> None:
     config = model(dim, 3)
     check_codec(kernels, config, all_plans(config)[name])
+
+
+def run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    return single_run_plans(config) | several_run_plans(config)
+
+
+@pytest.mark.parametrize("name", run_plans(model(128)))
+def test_runs(kernels: Kernels, name: str) -> None:
+    """Streams that restoring has kernels of their own for."""
+    config = model(128, 3)
+    check_codec(kernels, config, run_plans(config)[name])
+
+
+@pytest.mark.parametrize("name", MANY_BLOCKS)
+def test_restoring_many_blocks(kernels: Kernels, name: str) -> None:
+    """However many there are, and whichever are left out: the same bits as one by one."""
+    config = model(128, 3)
+    plan = (run_plans(config) | all_plans(config))[name]
+    torch.manual_seed(0)
+    cache = compressed_cache(kernels, config, plan, torch.float16, torch.randn)
+    blocks = torch.tensor([2, -1, 4, 1, 1, -1, -1, 2, 4, -1, -1, 4, -1, 1, 1, 2, 2], dtype=torch.int32)
+    numbers = torch.arange(len(blocks), dtype=torch.int32) * 7
+    ids = [blocks.to(kernels.device), numbers.to(kernels.device)]
+    for part in PARTS:
+        many = cache.restore(part, 0, *ids)
+        for n in (blocks >= 0).nonzero()[:, 0].tolist():
+            assert torch.equal(many[n], cache.restore(part, 0, *(x[n : n + 1] for x in ids))[0]), (part, n)
 
 
 @pytest.mark.parametrize("dim", [80, 96])
@@ -144,5 +177,4 @@ def check_codec(kernels: Kernels, config: ModelConfig, plan: CompressionPlan) ->
             shape = StreamShape(kernels.library, layout, member)
             mine = restore_blocks(kernels.library, shape, layout, cache.tensors, maps, *ids, config, dtype)
             theirs = twin_restore(layout, fields, member, torch.tensor(NUMBER), constants)
-            limit = ROUNDING[dtype] * theirs.abs().amax(-1, keepdim=True) + 1e-5
-            assert ((mine.cpu().float() - theirs).abs() <= limit).all(), (layout.stream, member)
+            assert_restored(layout, mine.cpu(), theirs, member)

@@ -22,6 +22,7 @@ from minicache_trt.contract import StreamLayout, plan_layout, stream_layout
 from minicache_trt.functions.stream_maps import read_maps
 from minicache_trt.kernels.codec import restore_blocks
 from minicache_trt.kernels.library import KernelError, KernelLibrary, StreamShape, device_maps, stream_view
+from tests.support.agreement import assert_restored
 from tests.support.matrices import random_matrices
 from tests.support.plans import all_plans
 from tests.support.strategies import streams
@@ -34,8 +35,6 @@ CONFIGS = {
 TYPES = {"80": torch.float32, "128": torch.bfloat16, "64": torch.float16}
 SMALL = ModelConfig("llama", 4, 64, 64, 4, 2, 48, 100, 4096)
 BLOCKS, BLOCK_INDEX = torch.tensor([2, 4, 1], dtype=torch.int32), torch.tensor([0, 9, 60], dtype=torch.int32)
-ROUNDING = {torch.float32: 3e-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Of a result, relative to the largest number of its vector."""
 
 
 def stored(plan: CompressionPlan, layout: StreamLayout, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -66,9 +65,7 @@ def check_stream(
         mine = restore_blocks(library, shape, layout, tensors, maps, BLOCKS, BLOCK_INDEX, layout.config, dtype)
         theirs = twin.restore_blocks(layout, fields, member, BLOCK_INDEX, constants)
         assert mine.dtype == dtype
-        limit = ROUNDING[dtype] * theirs.abs().amax(-1, keepdim=True) + 1e-6
-        apart = (mine.float() - theirs).abs()
-        assert (apart <= limit).all(), (layout.stream, member, float((apart / limit).max()))
+        assert_restored(layout, mine, theirs, member)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -92,7 +89,7 @@ def test_kernel_reads_any_stream(host_library: KernelLibrary, stream: Stream, se
 
 
 @pytest.mark.parametrize("dim", [16, 256])
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_smallest_and_largest_heads(host_library: KernelLibrary, dim: int, dtype: torch.dtype) -> None:
     config = ModelConfig("llama", 4, 64, 64, 2, 1, dim, 100, 4096)
     half, wide = (Segment(dim // 2, "int8"),) * 2 if dim > 16 else (Segment(16),), (Segment(dim, "g4"),)
@@ -129,6 +126,7 @@ class Call:
         self.view = stream_view(self.shape, layout, self.tensors, self.maps)
         self.out = torch.empty(3, 3, 64, 64)
         self.frequencies = torch.ones(32)
+        self.workspace = torch.empty(library.size("restore_workspace", 0, self.shape.address, 3), dtype=torch.uint8)
         self.arguments: dict[str, object] = {
             "type": 0,
             "view": ctypes.byref(self.view),
@@ -137,6 +135,8 @@ class Call:
             "count": 3,
             "frequencies": self.frequencies.data_ptr(),
             "out": self.out.data_ptr(),
+            "workspace": self.workspace.data_ptr(),
+            "size": len(self.workspace),
             "stream": 0,
         }
 
@@ -144,13 +144,17 @@ class Call:
         self.library.call("restore_blocks", *(self.arguments | spoiled).values())
 
 
-def test_negative_blocks_are_left_out(host_library: KernelLibrary) -> None:
-    call = Call(host_library, "keys before RoPE", 1)
+@pytest.mark.parametrize("left_out", [[1], [0, 2], [0, 1], [0, 1, 2]])
+@pytest.mark.parametrize(("name", "index"), [("keys before RoPE", 1), ("kivi4", 0), ("hadamard4", -1), ("g3", 0)])
+def test_negative_blocks_are_left_out(host_library: KernelLibrary, name: str, index: int, left_out: list[int]) -> None:
+    call = Call(host_library, name, index)
     call()
-    whole, some = call.out.clone(), torch.tensor([2, -1, 1], dtype=torch.int32)
+    whole, some = call.out.clone(), BLOCKS.clone()
+    some[left_out] = -1
     call.out.fill_(7.0)
     call(blocks=some.data_ptr())
-    assert torch.equal(call.out[::2], whole[::2]) and (call.out[1] == 7.0).all()
+    whole[left_out] = 7.0
+    assert torch.equal(call.out, whole)
 
 
 def test_arguments_are_checked(host_library: KernelLibrary) -> None:
@@ -165,6 +169,9 @@ def test_arguments_are_checked(host_library: KernelLibrary) -> None:
         ({"count": -2}, "count of at least 0, got -2"),
         ({"out": None}, "out is null"),
         ({"out": call.out.data_ptr() + 8}, "out is not aligned to 16 bytes"),
+        ({"workspace": None}, "workspace is null"),
+        ({"workspace": call.workspace.data_ptr() + 8}, "workspace is not aligned to 16 bytes"),
+        ({"size": len(call.workspace) - 1}, f"workspace_bytes: expected at least {len(call.workspace)}, got"),
     ):
         with pytest.raises(KernelError, match=f"restore_blocks: .*{message}"):
             call(**spoiled)

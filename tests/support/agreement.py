@@ -13,6 +13,13 @@ from minicache_trt.reference import Constants
 from minicache_trt.reference.codec import EncodedBlocks, encode
 from minicache_trt.reference.ties import Ties, adopt
 
+ROUNDING = {torch.float32: 3e-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Of a result, relative to the largest number of its vector."""
+FACTORS = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-10}
+"""Of stored numbers, maps and turns to binary16, relative to the Euclidean norm of a vector."""
+MEAN_ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-10.5, torch.bfloat16: 2.0**-8.5}
+"""Root mean square of all results, relative to theirs."""
+
 
 def assert_blocks_agree(
     plan: CompressionPlan,
@@ -44,3 +51,12 @@ def assert_blocks_agree(
 
 def _array(values: Tensor) -> NDArray[np.generic]:
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def assert_restored(layout: StreamLayout, mine: Tensor, theirs: Tensor, member: int) -> None:
+    """Restored vectors ``mine`` are the twin's up to rounding."""
+    dtype, apart = mine.dtype, (mine.float() - theirs).abs()
+    limit = ROUNDING[dtype] * theirs.abs().amax(-1, keepdim=True) + FACTORS[dtype] * theirs.norm(dim=-1, keepdim=True)
+    assert (apart <= limit + 1e-6).all(), (layout.stream, member, float((apart / (limit + 1e-6)).max()))
+    mean = float(apart.square().mean().sqrt() / theirs.square().mean().sqrt())
+    assert mean <= MEAN_ROUNDING[dtype], (layout.stream, member, mean)

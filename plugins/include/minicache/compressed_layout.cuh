@@ -58,7 +58,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + constants * kDecodeThreads) * 4);
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
   shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
-  shared.rows = field(rebuilt && !known ? KeyRows::bytes<T>(k) : 0);
+  shared.rows = field(rebuilt && !known ? StoredRows::bytes<T>(k) : 0);
   shared.map_in_shared = rebuilt && map_in_shared;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
   shared.turns = field(rebuilt ? KeyRebuild::turn_bytes<Code<T>>(k.dim) : 0);

@@ -115,7 +115,7 @@ struct CompressedSplit {
         }
       };
       turn(0);
-      each_format(a.key, [&](auto formats) {
+      with_formats<Kind>(a.key, [&](auto formats) {
         read_keys([&](const char* stage, int u, int token) {
           auto first = [&](int n) { return first_step(u * kStageBlocks + n); };
           rebuild.template logits<T, Kind>(block, a.key, formats, stage, a.shared.block_bytes, held(u), fragments,
@@ -126,13 +126,13 @@ struct CompressedSplit {
     } else if constexpr (kKnownQueries) {
       KnownQueries<T, Kind, Block> queries;
       prepare_known(block, a, item, scale, fragments.data, queries);
-      each_format(a.key, [&](auto formats) {
+      with_formats<Kind>(a.key, [&](auto formats) {
         read_key_blocks([&](const char* stage, int token) {
           known_logits<T>(block, KeyStage<Kind, decltype(formats)>{a.key, stage}, queries, scale, scores, token);
         });
       });
     } else {
-      each_format(a.key, [&](auto formats) {
+      with_formats<Kind>(a.key, [&](auto formats) {
         read_key_blocks([&](const char* stage, int token) {
           key_logits<T>(block, KeyStage<Kind, decltype(formats)>{a.key, stage}, fragments, scale, scores, token);
         });
@@ -157,7 +157,7 @@ struct CompressedSplit {
     typename Own::template WarpRuns<Block> runs;
     Own::find_runs(block, a.value.shape, runs);
     if (Rebuild) find_values();
-    each_format(a.value, [&](auto formats) {
+    with_formats<Kind>(a.value, [&](auto formats) {
       for (int u = 0; u < rounds; ++u) {
         wait_stage(block, a.shared.stages);
         fetch_value(u + a.shared.stages - 1);
@@ -188,17 +188,6 @@ struct CompressedSplit {
   }
 
  private:
-  // Calls f with the formats a stream's stages have: of a known stream the one it has.
-  template <class F>
-  MC_HD static void each_format(const StreamReader& reader, F f) {
-    auto one = [&](auto tag) { f(OneFormat<decltype(tag)::value>{}); };
-    if constexpr (is_known(Kind)) {
-      with_known_format(reader.shape.segment[0].format, one);
-    } else {
-      f(AnyFormat{});
-    }
-  }
-
   // Ids of the split's cache blocks, in shared memory. Ends with a `sync`.
   template <class Block>
   MC_HD static const std::int32_t* load_table(Block& block, const Arguments& a, const SplitItem& item, int blocks) {
@@ -224,7 +213,7 @@ struct CompressedSplit {
   // Whether a stream's codes are read with an offset.
   MC_HD static bool offset_codes(const StreamReader& reader) {
     bool result = false;
-    each_format(reader, [&](auto formats) {
+    with_formats<Kind>(reader, [&](auto formats) {
       result = KeyStage<Kind, decltype(formats)>{reader, nullptr}.template offset_codes<T>();
     });
     return result;

@@ -8,6 +8,7 @@
 #include "minicache/compressed_split.cuh"
 #include "minicache/full_split.cuh"
 #include "minicache/head_maps.cuh"
+#include "minicache/map_fragments.cuh"
 
 namespace minicache {
 
@@ -59,7 +60,7 @@ DecodeWorkspace decode_workspace(const DecodeSizes& sizes) {
   workspace.query_latent = field(query && sizes.key_maps->map != nullptr, row * key.stored);
   workspace.query_residual = field(query && sizes.key_maps->residual_map != nullptr, row * key.dim);
   workspace.query_offset = field(query && sizes.key_maps->offset != nullptr, row);
-  workspace.map_fragments = field(sizes.rebuilt(), MapFragmentsArguments<T>::bytes(key));
+  workspace.map_fragments = field(sizes.rebuilt(), map_fragment_bytes<T>(key));
   workspace.turns = field(sizes.rebuilt(), KeyRebuild::table_bytes<Code<T>>(key.dim));
   workspace.sums = field(output, row * value.stored);
   workspace.residual_sums = field(output && value.has_residual(), row * value.dim);

@@ -33,6 +33,20 @@ MC_HD void sine_and_cosine(float angle, float& sine, float& cosine) {
 #endif
 }
 
+// The same within 1e-6, of angles below 2^24.
+MC_HD void sine_and_cosine_approximate(float angle, float& sine, float& cosine) {
+#if MC_ON_DEVICE
+  // Whole turns come off first, those of 2 pi rounded without an error: instructions take -pi to pi.
+  constexpr float kTurn = 6.28318548f, kRest = -1.74845553e-7f, kRounder = 12582912.0f;
+  const float turns = __fadd_rn(__fmaf_rn(angle, 0.159154943f, kRounder), -kRounder);
+  const float rest = __fmaf_rn(-turns, kRest, __fmaf_rn(-turns, kTurn, angle));
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(rest));
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(rest));
+#else
+  sine_and_cosine(angle, sine, cosine);
+#endif
+}
+
 MC_HD float sine_of(float angle) {
 #if MC_ON_DEVICE
   return sinf(angle);

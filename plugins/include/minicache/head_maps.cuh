@@ -2,22 +2,13 @@
 // decodes' query heads of a KV head with that head's matrix.
 #pragma once
 
+#include "minicache/head_matrix.cuh"
 #include "minicache/head_product.cuh"
-#include "minicache/key_rebuild.cuh"
 
 namespace minicache {
 
 // Tiles of 8 query rows of a thread block, and of one where there are no more.
 constexpr int kMapTiles = 4, kFewMapTiles = 1;
-
-// One matrix per slot, [heads, D, columns] row-major; heads is H, or 1: the same for all. Null: none.
-struct HeadMatrix {
-  const float* data;
-  std::int32_t heads, columns;
-  MC_HD const float* of(int slot, int dim) const {
-    return data + static_cast<std::int64_t>(heads == 1 ? 0 : slot) * dim * columns;
-  }
-};
 
 // Query rows of a KV head that a thread block has to do with: `count` from number `first` on.
 template <class T>
@@ -142,87 +133,6 @@ struct OutputMap {
       T* const out = a.out + a.problem.step.query_start[sequence] * a.out_stride + rows.query(row) * dim;
       out[component] = from_float<T>(a.plain[rows.row(row) * dim + component] + sum);
     });
-  }
-};
-
-template <class T>
-struct MapFragmentsArguments {
-  StreamShape shape;
-  ReadMaps maps;
-  const float* inverse_frequencies;
-  bool paired;  // as `rebuild_fragment` says
-  bool known;   // components in the order of `known_component`
-  void* out;    // [slots][rebuild_fragments]
-  char* turns;  // KeyRebuild's table
-
-  static std::int64_t bytes(const StreamShape& shape) {
-    return shape.heads * rebuild_fragments<T>(shape) * static_cast<std::int64_t>(sizeof(FragmentB<Code<T>>));
-  }
-};
-
-// What KeyRebuild takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the order
-// of `QueryFragments::component`, run by run; and the turns of a block's places and of a whole block. Thread block:
-// (128 fragments, slot), behind the last slot 128 turns.
-template <class T>
-struct MapFragments {
-  static constexpr int kThreads = kDecodeThreads;
-  using E = Code<T>;
-
-  MC_HD static std::int64_t turns(const StreamShape& shape) { return kBlockSize * padded_half(shape.dim) / 2; }
-  MC_HD static std::int64_t table(const StreamShape& shape) { return turns(shape) + padded_half(shape.dim); }
-
-  template <class Block>
-  MC_HD static void run(Block& block, const MapFragmentsArguments<T>& a) {
-    block.each([&](Thread thread) {
-      const std::int64_t n = static_cast<std::int64_t>(block.x()) * kThreads + thread.index;
-      if (block.y() < a.shape.heads) {
-        if (n < rebuild_fragments<T>(a.shape)) fill(a, block.y(), n);
-      } else if (n < turns(a.shape)) {
-        const int dim = a.shape.dim, pairs = padded_half(dim) / 2;
-        const int place = static_cast<int>(n) / pairs, pair = static_cast<int>(n) % pairs;
-        auto* const row = reinterpret_cast<KeyRebuild::Turn<E>*>(a.turns + place * KeyRebuild::turn_stride<E>(dim));
-        row[pair] = KeyRebuild::turn_of<E>(dim, a.inverse_frequencies, place, pair);
-      } else if (n < table(a.shape)) {
-        const int dim = a.shape.dim, c = static_cast<int>(n - turns(a.shape));
-        auto* const steps = reinterpret_cast<KeyRebuild::Base*>(a.turns + KeyRebuild::turn_bytes<E>(dim));
-        steps[c] = KeyRebuild::base_of(dim, a.inverse_frequencies, kBlockSize, c);
-      }
-    });
-  }
-
- private:
-  MC_HD static void fill(const MapFragmentsArguments<T>& a, int slot, std::int64_t n) {
-    const StreamShape& shape = a.shape;
-    const int steps = padded_steps(rebuild_steps(shape)), lane = static_cast<int>(n % kWarp);
-    const int step = static_cast<int>(n / kWarp % steps), tile = static_cast<int>(n / kWarp / steps);
-    const int d = KeyRebuild::component(shape.dim, tile * 8 + lane / 4);
-    const HeadMatrix map{a.maps.map, a.maps.map_heads, shape.stored};
-    const HeadMatrix residual{a.maps.residual_map, shape.heads, shape.dim};
-    auto number = [&](int c) {
-      const bool own = c < shape.stored;
-      const HeadMatrix matrix = own ? map : residual;
-      const int column = own ? c : c - shape.stored;
-      if (d < 0 || step >= rebuild_steps(shape)) return 0.0f;
-      if (matrix.data == nullptr) return static_cast<float>(column == d);
-      return matrix.of(slot, shape.dim)[static_cast<std::int64_t>(d) * matrix.columns + column];
-    };
-    FragmentB<E>* const out = static_cast<FragmentB<E>*>(a.out) + slot * rebuild_fragments<T>(shape);
-    FragmentB<E>& target = out[rebuild_fragment(a.paired, steps, tile, step, lane)];
-    int first = shape.stored, length = shape.dim;  // of the run that the step belongs to
-    for (int s = 0; s < shape.segments; ++s) {
-      const Segment& segment = shape.segment[s];
-      if (segment.format == Format::drop || 16 * step < segment.stored) continue;
-      if (16 * step >= segment.stored + segment.length) continue;
-      first = segment.stored;
-      length = segment.length;
-    }
-    for (int j = 0; j < 2; ++j) {
-      auto component = [&](int i) {
-        if (a.known) return known_component(length, step, lane, j, i);
-        return first + QueryFragments::component(length, step - first / 16, lane, j, i);
-      };
-      put_pair(target, j, make_pair<E>(number(component(0)), number(component(1))));
-    }
   }
 };
 

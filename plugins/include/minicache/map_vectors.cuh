@@ -244,7 +244,7 @@ struct LossKernel {
     float* rows;  // of turned keys
     int bytes;
 
-    MC_HD Scratch(char* base, const StreamShape& shape) : map(base, shape.stored, 0, shape.dim, 1) {
+    MC_HD Scratch(char* base, const StreamShape& shape) : map(base, shape.stored, shape.dim) {
       rows = reinterpret_cast<float*>(base + map.bytes);
       bytes = map.bytes + (turned(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0);
     }
@@ -263,7 +263,7 @@ struct LossKernel {
       for (int component = component_of(thread, 0); component < stored; component += kRowThreads * kChunk) {
         float x[kChunk];
         load_chunk(x, vectors + row_of(thread) * stored + component);
-        s.map.store_latent(row_of(thread), component, x);
+        s.map.store(row_of(thread), component, x);
       }
     });
     for (int member = 0; member < a.shape.members; ++member) {
@@ -274,7 +274,7 @@ struct LossKernel {
         rows_to_shared(block, source, s.rows, pitch_of(dim));
       }
       for (int first = 0; first < dim; first += SharedMap<T>::kColumns) {
-        s.map.multiply(block, a.maps.map[member] + place * stored, nullptr, first, 0);
+        s.map.multiply(block, a.maps.map[member] + place * stored, first);
         block.sync();
         measure(block, s, source, a.maps.offset[member] + place, first, lost, size);
       }

@@ -1,226 +1,290 @@
-// A stream's blocks as its layer's keys (after RoPE) or values.
+// A stream's blocks as its layer's keys (after RoPE) or values: rebuilt as decode attention rebuilds keys, then turned.
+//
+//     MapFragments ─► RestoreKernel
+//     (maps and turns, once a call)
 #pragma once
 
+#include "minicache/map_fragments.cuh"
+#include "minicache/retained_rows.cuh"
 #include "minicache/rotation.cuh"
-#include "minicache/shared_map.cuh"
-#include "minicache/stream_tile.cuh"
 
 namespace minicache {
 
+template <class E>
+using StepTurns = Neighbours<TurnPair<E>, 2>;  // of a thread's four components of a step
+
+// Cosines and sines of the positions of blocks: [blocks][kBlockSize][padded half / 2] `TurnPair`s. Angles are rounded
+// as models round them, so that keys are turned by what they were turned back by.
 template <class T>
-struct RestoreArguments {
-  StreamShape shape;
-  StreamPools pools;
-  ReadMaps maps;
-  const std::int32_t* blocks;         // negative: nothing is written
-  const std::int32_t* block_index;    // of each block in its sequence; null unless keys are in the pre_rope basis
+struct BlockTurns {
+  using E = Code<T>;
   const float* inverse_frequencies;
-  T* out;  // [count, H, B, D], by KV head
-};
+  const std::int32_t* blocks;       // negative: left out
+  const std::int32_t* block_index;  // of each block in its sequence
+  TurnPair<E>* out;
 
-// Whether restoring takes products with the layer's maps; a transform alone is undone by butterflies.
-MC_HD bool takes_products(const StreamShape& shape) { return shape.merge == Merge::linear || shape.align; }
+  MC_HD static int pairs(int dim) { return padded_half(dim) / 2; }
+  MC_HD static std::int64_t bytes(int dim, std::int32_t count) {
+    return std::int64_t{count} * kBlockSize * pairs(dim) * static_cast<std::int64_t>(sizeof(TurnPair<E>));
+  }
 
-// Shared memory of `RestoreKernel`; `bytes` is its size.
-template <class T>
-struct RestoreScratch {
-  std::int32_t* places;  // [B]
-  float* levels;         // of gaussian streams: [kLevels]
-  SharedMap<T> map;      // products only
-  float* rows;           // transforms without products: [B, pitch_of(D)]
-  int bytes;
-  static constexpr int kTables = 4 * (kBlockSize + kLevels);
-
-  MC_HD RestoreScratch(char* base, const StreamShape& shape)
-      : places(reinterpret_cast<std::int32_t*>(base)),
-        levels(reinterpret_cast<float*>(places + kBlockSize)),
-        map(base + kTables, shape.stored, shape.has_residual() ? shape.dim : 0, shape.dim,
-            SharedMap<T>::products_of(shape.dim)),
-        rows(reinterpret_cast<float*>(base + kTables)) {
-    const int own = has_transforms(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0;
-    bytes = kTables + (takes_products(shape) ? map.bytes : own);
+  // Of a place in a block, by the lanes of a warp; nothing in the padding.
+  MC_HD void fill(int dim, int block, int place, int lane) const {
+    if (blocks[block] < 0) return;
+    const auto position = static_cast<float>(block_index[block] * kBlockSize + place);
+    TurnPair<E>* const row = out + (std::int64_t{block} * kBlockSize + place) * pairs(dim);
+    MC_NO_UNROLL
+    for (int pair = lane; pair < dim / 4; pair += kWarp) {
+      float sine[2], cosine[2];
+      MC_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        sine_and_cosine_approximate(multiply(position, inverse_frequencies[2 * pair + i]), sine[i], cosine[i]);
+      }
+      row[pair] = {round_pair<E>(cosine[0], cosine[1]), round_pair<E>(sine[0], sine[1])};
+    }
   }
 };
 
-// x = nu (y P^T + residual A^T) + c, rotated, with the retained vectors in their places. Grid: blocks, KV heads.
-template <class T, int Chunks, bool Products>
+// Cache blocks that a thread block restores at a time.
+MC_HD constexpr int restored_blocks(int kind) { return kind == kGeneral ? 1 : kRebuildBlocks; }
+
+// Where things lie in a thread block's shared memory: byte offsets.
+struct RestoreShared {
+  std::int32_t block_bytes, stage_bytes, stages;  // of a cache block in a stage; of a stage; how many
+  std::int32_t map, rows, offset, places, bytes;
+  bool map_in_shared;
+};
+
+template <class T>
+RestoreShared restore_shared(const StreamReader& reader, int stages, bool map_in_shared) {
+  const StreamShape& shape = reader.shape;
+  const int kind = kind_of(shape, shape);
+  RestoreShared shared{};
+  int bytes = 0;
+  auto field = [&](std::int64_t size) {
+    const int offset = bytes;
+    bytes += static_cast<int>((size + 127) / 128 * 128);
+    return offset;
+  };
+  shared.block_bytes = reader.stage.bytes;  // whole units of 128
+  shared.stage_bytes = restored_blocks(kind) * shared.block_bytes;
+  shared.stages = stages;
+  field(std::int64_t{stages} * shared.stage_bytes);
+  shared.map_in_shared = map_in_shared;
+  shared.map = field(map_in_shared ? rebuild_fragments<T>(shape) * sizeof(FragmentB<Code<T>>) : 0);
+  shared.rows = field(is_known(kind) ? 0 : StoredRows::bytes<T>(shape));
+  shared.offset = field(2 * padded_half(shape.dim) * 4);
+  shared.places = field(shape.retained > 0 ? kBlockSize * 4 : 0);
+  shared.bytes = bytes;
+  return shared;
+}
+
+template <class T>
+struct RestoreArguments {
+  StreamReader reader;
+  const std::int32_t* blocks;  // negative: nothing is written
+  std::int32_t count;
+  std::int32_t groups;             // of thread blocks, which share the cache blocks
+  const void* map_fragments;       // of every slot
+  const TurnPair<Code<T>>* turns;  // BlockTurns; null: keys stay as they are
+  T* out;                          // [count, H, B, D], by KV head
+  RestoreShared shared;
+};
+
+// Thread block: (group, KV head). Kind: what is known of the stream.
+template <class T, int Kind>
 struct RestoreKernel {
-  static constexpr int kThreads = kTileThreads;
-  static constexpr int kMinBlocks = Products || Chunks == 4 ? 3 : 2;
+  static constexpr int kThreads = kDecodeThreads;
+#if defined(__CUDA_ARCH__)
+  static constexpr int kArch = __CUDA_ARCH__;
+#else
+  static constexpr int kArch = 900;
+#endif
+  // More would spill registers.
+  static constexpr bool kFour = Kind == kGeneral || (Kind == 64 && kArch == 900);
+  static constexpr bool kTwo = Kind == kPlain && kArch >= 1000;
+  static constexpr int kMinBlocks = kFour ? 4 : kTwo ? 2 : 3;
+  static constexpr int kTiles = restored_blocks(Kind);
+  using Arguments = RestoreArguments<T>;
+  using E = Code<T>;
 
   template <class Block>
-  MC_HD static void run(Block& block, const RestoreArguments<T>& a) {
-    if (a.blocks[block.x()] < 0) return;
-    const StreamShape& shape = a.shape;
-    const RestoreScratch<T> s(block.shared, shape);
-    const int n = block.x(), head = block.y();
-    const int slot = a.maps.slots == nullptr ? head : static_cast<int>(a.maps.slots[head]);
-    const StreamBlock from{shape, a.pools, a.blocks[n]};
-    if (shape.gaussian()) {
-      block.each([&](Thread thread) { fill_levels(thread, s.levels); });
-      block.sync();
-    }
-    if constexpr (Products) {
-      multiply(block, a, from, slot, s);
-    } else if (has_transforms(shape)) {
-      latent_to_shared<T>(block, from, slot, s.levels, s.rows, pitch_of(shape.dim));
-      undo_transforms<Chunks>(block, shape, s.rows, pitch_of(shape.dim));
-      if (shape.has_residual()) add_residual(block, from, slot, s);
-    }
-    if (shape.retained > 0) find_retained(block, from, slot, s.places);
-    block.sync();
-    write(block, a, from, n, head, slot, s);
+  MC_HD static void run(Block& block, const Arguments& a) {
+    using Source = StageSource<T, Kind, Part::key>;  // rows are read as those of keys are
+    const int head = block.y(), slot = a.reader.slot(head), rounds = ceil_div(a.count, kTiles);
+    const RowRebuild rebuild = rebuild_of(block, a, slot);
+    auto block_of = [&](int u, int m) {
+      const int n = u * kTiles + m;
+      return n < a.count ? a.blocks[n] : -1;
+    };
+    // Stages go round: `filled` is the next to fill, `ready` the next to read.
+    const int stage_bytes = a.shared.stage_bytes, end = a.shared.stages * stage_bytes;
+    int filled = 0, ready = 0;
+    auto next = [&](int& stage) {
+      char* const result = block.shared + stage;
+      stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
+      return result;
+    };
+    auto fetch = [&](int u) {
+      char* const stage = next(filled);
+      block.each([&](Thread thread) {
+        const Source source = Source::of(thread, a.reader, slot);  // each time: not in registers while rows are rebuilt
+        MC_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          const int id = block_of(u, m);
+          if (id >= 0) source.template fetch<Block>(thread, a.reader, stage + m * a.shared.block_bytes, id);
+        }
+      });
+      Block::commit_async();
+    };
+    rebuild.fetch_map(block, map_bytes(a));  // arrives with the first stage
+    rebuild.template prepare<T, Kind>(block, a.reader, slot, true);
+    for (int n = 0; n < a.shared.stages - 1; ++n) fetch(block.x() + n * a.groups);
+    with_formats<Kind>(a.reader, [&](auto formats) {
+      for (int u = block.x(); u < rounds; u += a.groups) {
+        wait_stage(block, a.shared.stages);
+        fetch(u + (a.shared.stages - 1) * a.groups);
+        const char* const stage = next(ready);
+        bool wanted[kTiles], any = false;
+        MC_UNROLL
+        for (int m = 0; m < kTiles; ++m) any |= wanted[m] = block_of(u, m) >= 0;
+        if (any) restore<decltype(formats)>(block, a, rebuild, stage, wanted, u * kTiles, head, slot);
+      }
+    });
   }
 
  private:
-  // y P^T + residual A^T.
-  template <class Block>
-  MC_HD static void multiply(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int slot,
-                             const RestoreScratch<T>& s) {
-    const StreamShape& shape = a.shape;
-    s.map.pad(block);
-    block.each([&](Thread thread) {
-      const int row = row_of(thread);
-      visit_latent<T>(thread, from, slot, s.levels, [&](int component, const float(&x)[kChunk]) {
-        s.map.store_latent(row, component, x);
-      });
-      if (!shape.has_residual()) return;
-      MC_NO_UNROLL
-      for (int component = component_of(thread, 0); component < shape.dim; component += kRowThreads * kChunk) {
-        float x[kChunk];
-        load_residual_chunk(x, from, slot, row, component);
-        s.map.store_residual(row, component, x);
-      }
-    });
-    const std::int64_t place = static_cast<std::int64_t>(slot) * shape.dim;
-    const float* map = a.maps.map + (a.maps.map_heads == 1 ? 0 : place * shape.stored);
-    const float* residual_map = shape.has_residual() ? a.maps.residual_map + place * shape.dim : nullptr;
-    MC_NO_UNROLL
-    for (int n = 0; n < SharedMap<T>::products_of(shape.dim); ++n)
-      s.map.multiply(block, map, residual_map, n * SharedMap<T>::kColumns, n);
+  MC_HD static int map_bytes(const Arguments& a) {
+    return static_cast<int>(rebuild_fragments<T>(a.reader.shape) * sizeof(FragmentB<E>));
   }
 
-  // Each thread to its own chunks of `rows`.
   template <class Block>
-  MC_HD static void add_residual(Block& block, const StreamBlock& from, int slot, const RestoreScratch<T>& s) {
-    block.each([&](Thread thread) {
-      MC_NO_UNROLL
-      for (int component = component_of(thread, 0); component < from.shape.dim; component += kRowThreads * kChunk) {
-        float x[kChunk], residual[kChunk];
-        float* own = s.rows + row_of(thread) * pitch_of(from.shape.dim) + component;
-        load_chunk(x, own);
-        load_residual_chunk(residual, from, slot, row_of(thread), component);
-        MC_UNROLL
-        for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
-        store_chunk(own, x);
-      }
-    });
+  MC_HD static RowRebuild rebuild_of(Block& block, const Arguments& a, int slot) {
+    RowRebuild rebuild{};
+    rebuild.map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * map_bytes(a);
+    rebuild.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
+    if (!is_known(Kind)) rebuild.rows = {block.shared + a.shared.rows, rebuild_steps(a.reader.shape)};
+    rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
+    return rebuild;
   }
 
-  // Norm and offset of a slot's vectors; null where there are none.
-  struct Affine {
-    const Half* norms;
-    const float* offset;
+  MC_HD static T* target(const Arguments& a, int n, int head) {
+    const StreamShape& shape = a.reader.shape;
+    return a.out + (static_cast<std::int64_t>(n) * shape.heads + head) * kBlockSize * shape.dim;
+  }
 
-    MC_HD void apply(float (&x)[kChunk], int row, int component) const {
-      if (norms == nullptr && offset == nullptr) return;
-      const float norm = norms == nullptr ? 1.0f : to_float(norms[row]);
-      float constant[kChunk] = {};
-      if (offset != nullptr) load_chunk(constant, offset + component);
+  // Blocks number `first` and following, as far as they are `wanted`.
+  template <class Formats, class Block>
+  MC_HD static void restore(Block& block, const Arguments& a, const RowRebuild& rebuild, const char* stage,
+                            const bool (&wanted)[kTiles], int first, int head, int slot) {
+    using Stage = KeyStage<Kind, Formats>;
+    const StreamShape& shape = a.reader.shape;
+    auto* const places = reinterpret_cast<std::int32_t*>(block.shared + a.shared.places);
+    const bool retains = Kind == kGeneral && shape.retained > 0;
+    if (retains) find_retained(block, StreamBlock{shape, a.reader.pools, a.blocks[first]}, slot, places);
+    typename Block::template PerThread<Row> rows[kTiles];
+    block.each([&](Thread thread) {
       MC_UNROLL
-      for (int e = 0; e < kChunk; ++e) x[e] = x[e] * norm + constant[e];
+      for (int m = 0; m < kTiles; ++m) rows[m](thread) = Row::of(thread, a, first + m, head);
+    });
+    auto add = [&](auto half, int n, RebuiltStep<Block, kTiles>& sum) {
+      block.each([&](Thread thread) {
+        const int own = half_of(a, half);
+        if (16 * n + 4 * (thread.lane() % 4) >= own) return;  // half a vector is a multiple of four components
+        MC_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          if (!wanted[m]) continue;
+          MC_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            if (retains && places[own_row(thread) + 8 * j] >= 0) continue;
+            write<Block>(thread, rows[m](thread), half, own, n, j, sum[m]);
+          }
+        }
+      });
+    };
+    if constexpr (kTiles == 1) {
+      const Stage stages[1] = {{a.reader, stage}};
+      rebuild.template each_step<T>(block, stages, add);
+    } else {  // the block that is wanted stands in for one that is not
+      const int next = a.shared.block_bytes;
+      const Stage stages[kTiles] = {{a.reader, stage + (wanted[0] ? 0 : next)},
+                                    {a.reader, stage + (wanted[1] ? next : 0)}};
+      rebuild.template each_step<T>(block, stages, add);
+    }
+    if (retains) write_retained(block, a, first, head, slot);
+  }
+
+  // The thread's first row of a block, lane / 4 of the warp's tile: where its components 4 t and following go, and what
+  // they are turned by.
+  struct Row {
+    T* out;
+    const StepTurns<E>* turns;  // null: they stay as they are
+
+    MC_HD static Row of(Thread thread, const Arguments& a, int n, int head) {
+      const int dim = a.reader.shape.dim, row = own_row(thread), t = thread.lane() % 4;
+      T* const out = target(a, n, head) + row * dim + 4 * t;
+      if (a.turns == nullptr) return {out, nullptr};
+      const auto* const table = a.turns + (static_cast<std::int64_t>(n) * kBlockSize + row) * BlockTurns<T>::pairs(dim);
+      return {out, reinterpret_cast<const StepTurns<E>*>(table) + t};
     }
   };
 
-  // Norm, offset, rotation, retained vectors.
+  // Half of a vector, as a constant where it is one.
+  MC_HD static int half_of(const Arguments& a, int) { return a.reader.shape.dim / 2; }
+  template <int Half>
+  MC_HD static constexpr int half_of(const Arguments&, Fixed<Half>) {
+    return Half;
+  }
+
+  // The thread's four components of half a vector in step n, and those they are paired with; j: of which row. `padded`:
+  // half of a padded vector.
   template <class Block>
-  MC_HD static void write(Block& block, const RestoreArguments<T>& a, const StreamBlock& from, int n, int head, int slot,
-                          const RestoreScratch<T>& s) {
-    const StreamShape& shape = a.shape;
-    const int dim = shape.dim;
-    const bool shared = Products || has_transforms(shape);
-    const Rotation rotation{turned(shape) ? a.inverse_frequencies : nullptr, dim,
-                            turned(shape) ? a.block_index[n] * kBlockSize : 0, 1.0f};
-    const Affine affine{shape.has_norms() ? from.norms(shape.gaussian() ? 0 : shape.member, slot) : nullptr,
-                        a.maps.offset == nullptr ? nullptr : a.maps.offset + slot * dim};
-    T* out = a.out + (static_cast<std::int64_t>(n) * shape.heads + head) * kBlockSize * dim;
-    block.each([&](Thread thread) {
-      const int row = row_of(thread), place = shape.retained > 0 ? s.places[row] : -1;
-      const auto store = [&](const float(&x)[kChunk], int component) { store_chunk(out + row * dim + component, x); };
-      const auto load = [&](float(&x)[kChunk], int component) {
-        if (shared) {
-          load_chunk(x, Products ? s.map.chunk(row, component) : s.rows + row * pitch_of(dim) + component);
-        } else {
-          load_numbers_of(x, from, slot, row, component, s.levels);
-        }
-        affine.apply(x, row, component);
-      };
-      if (place < 0 && rotation.turns()) {
-        turn_row(thread, rotation, load, store);
-        return;
-      }
-      if (place < 0 && !shared && !shape.has_residual() && shape.segments == 1 && has_ranges(shape.segment[0].format)) {
-        write_numbers(thread, from, slot, [&](float(&x)[kChunk], int component) {
-          affine.apply(x, row, component);
-          store(x, component);
-        });
-        return;
-      }
-      MC_NO_UNROLL
-      for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
-        float x[kChunk];
-        if (place >= 0) {
-          load_exact_chunk<T>(x, from, slot, place, component);
-        } else {
-          load(x, component);
-        }
-        store(x, component);
-      }
-    });
-  }
-
-  // A row's chunks, where one segment of codes with ranges is all there is.
-  template <class Store>
-  MC_HD static void write_numbers(Thread thread, const StreamBlock& from, int slot, Store store) {
-    const Segment& segment = from.shape.segment[0];
-    const int row = row_of(thread), dim = from.shape.dim;
-    const bool channel = segment.channel, integer = is_integer(segment.format);
-    const Half* const scales = from.params(slot) + segment.scale;
-    const Half* const minima = from.params(slot) + segment.minimum;
-    const float scale = channel ? 0.0f : to_float(scales[row]);
-    const float lowest = channel || !integer ? 0.0f : to_float(minima[row]);
-    with_range_bits(segment.format, [&](auto bits) {
-      constexpr int kWidth = decltype(bits)::value;
-      const std::int8_t* const codes = from.codes(slot) + row * from.shape.code_bytes;
-      MC_NO_UNROLL
-      for (int component = component_of(thread, 0); component < dim; component += kRowThreads * kChunk) {
-        float x[kChunk], factor[kChunk], low[kChunk];
-        load_numbers<kWidth>(x, segment.format, codes + component / kChunk * kWidth);
-        MC_UNROLL
-        for (int e = 0; e < kChunk; ++e) {
-          factor[e] = scale;
-          low[e] = lowest;
-        }
-        if (channel) {
-          load_chunk(factor, scales + component);
-          if (integer) load_chunk(low, minima + component);
-        }
-        MC_UNROLL
-        for (int e = 0; e < kChunk; ++e) x[e] = x[e] * factor[e] + low[e];
-        store(x, component);
-      }
-    });
-  }
-
-  // A chunk of a row that takes neither products nor transforms.
-  MC_HD static void load_numbers_of(float (&x)[kChunk], const StreamBlock& from, int slot, int row, int component,
-                                    const float* levels) {
-    load_latent_chunk<T>(x, from, slot, row, component, levels);
-    if (!from.shape.has_residual()) return;
-    float residual[kChunk];
-    load_residual_chunk(residual, from, slot, row, component);
+  MC_HD static void write(Thread thread, const Row& row, int padded, int half, int n, int j,
+                          const typename Block::template PerThread<FragmentD> (&sum)[4]) {
+    Neighbours<Pair<T>, 2> low, high;
+    StepTurns<E> by{};
+    if (row.turns != nullptr) by = row.turns[8 * j * (padded / 4) + 4 * n];
     MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) x[e] += residual[e];
+    for (int k = 0; k < 2; ++k) {
+      const float* const x = sum[k](thread).x + 2 * j;
+      const float* const y = sum[k + 2](thread).x + 2 * j;
+      if (row.turns != nullptr) {
+        Pair<E> first = round_pair<E>(x[0], x[1]), second = round_pair<E>(y[0], y[1]);
+        by.x[k].apply(first, second);
+        low.x[k] = rounded(first);
+        high.x[k] = rounded(second);
+      } else {
+        low.x[k] = round_pair<T>(x[0], x[1]);
+        high.x[k] = round_pair<T>(y[0], y[1]);
+      }
+    }
+    T* const out = row.out + 8 * j * 2 * half + 16 * n;
+    store_as(out, low);
+    store_as(out + half, high);
+  }
+  MC_HD static Pair<T> rounded(Pair<E> x) {
+    if constexpr (std::is_same_v<T, E>) {
+      return x;
+    } else {
+      return round_pair<T>(first_of(x), second_of(x));
+    }
+  }
+
+  // Vectors that block number n keeps exactly.
+  template <class Block>
+  MC_HD static void write_retained(Block& block, const Arguments& a, int n, int head, int slot) {
+    const StreamShape& shape = a.reader.shape;
+    const StreamBlock from{shape, a.reader.pools, a.blocks[n]};
+    const int chunks = shape.dim / kChunk;
+    block.each([&](Thread thread) {
+      for (int i = thread.index; i < shape.retained * chunks; i += kThreads) {
+        const int place = i / chunks, component = i % chunks * kChunk, row = from.retained_index(slot)[place];
+        if (row < 0 || row >= kBlockSize) continue;
+        float x[kChunk];
+        load_exact_chunk<T>(x, from, slot, place, component);
+        store_chunk(target(a, n, head) + row * shape.dim + component, x);
+      }
+    });
   }
 };
 

@@ -254,6 +254,17 @@ using KeyStage = Stage<Kind, Part::key, Formats>;
 template <int Kind, class Formats = AnyFormat>
 using ValueStage = Stage<Kind, Part::value, Formats>;
 
+// Calls f with the formats a stream's stages have: of a known stream the one it has.
+template <int Kind, class F>
+MC_HD void with_formats(const StreamReader& reader, F f) {
+  auto one = [&](auto tag) { f(OneFormat<decltype(tag)::value>{}); };
+  if constexpr (is_known(Kind)) {
+    with_known_format(reader.shape.segment[0].format, one);
+  } else {
+    f(AnyFormat{});
+  }
+}
+
 // Retained vectors of a split, numbered over its cache blocks: `capacity` of them each.
 struct ExactRows {
   const StreamReader& reader;

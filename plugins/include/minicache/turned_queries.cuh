@@ -92,28 +92,19 @@ struct TurnedQueries {
     KeyRebuild rebuild{};
     const StreamShape& shape = a.key.shape;
     const int bytes = static_cast<int>(rebuild_fragments<T>(shape) * sizeof(FragmentB<Code<T>>));
-    const char* const map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
-    rebuild.map = map;
-    rebuild.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
-    if (!is_known(Kind)) rebuild.rows = {block.shared + a.shared.rows, rebuild_steps(shape)};
+    rebuild.keys.map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
+    rebuild.keys.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
+    if (!is_known(Kind)) rebuild.keys.rows = {block.shared + a.shared.rows, rebuild_steps(shape)};
+    rebuild.keys.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
     rebuild.turns = block.shared + a.shared.turns;
-    rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
-    const float* const offset = a.key.maps.offset == nullptr ? nullptr : a.key.maps.offset + slot * shape.dim;
     const int turn_bytes = KeyRebuild::turn_bytes<Code<T>>(shape.dim);
     block.each([&](Thread thread) {
-      auto copy = [&](std::int32_t target, const char* source, int size) {
-        for (int at = thread.index * 16; at < size; at += kDecodeThreads * 16) {
-          Block::copy_async(block.shared + target + at, source + at);
-        }
-      };
-      copy(a.shared.turns, a.turns, turn_bytes);
-      if (a.shared.map_in_shared) copy(a.shared.map, map, bytes);
-      if (!is_known(Kind)) rebuild.rows.template pad<Code<T>>(thread);
-      for (int c = thread.index; c < 2 * padded_half(shape.dim); c += kDecodeThreads) {
-        const int d = KeyRebuild::component(shape.dim, c);
-        rebuild.offset[c] = offset == nullptr || d < 0 ? 0.0f : offset[d];
+      for (int at = thread.index * 16; at < turn_bytes; at += kDecodeThreads * 16) {
+        Block::copy_async(rebuild.turns + at, a.turns + at);
       }
     });
+    rebuild.keys.fetch_map(block, bytes);
+    rebuild.keys.template prepare<T, Kind>(block, a.key, slot, false);
     Block::commit_async();
     Block::template wait_async<0>();
     return rebuild;

@@ -15,33 +15,47 @@ MC_HD constexpr int padded_steps(int steps) { return (steps + 1) & ~1; }
 
 struct RowNorms {
   float x[2];
-  MC_HD static RowNorms of(const TokenRanges& norms, int row) { return {norms.scale(row), norms.scale(row + 8)}; }
+  bool any;  // of all rows alike
+  MC_HD static RowNorms of(const TokenRanges& norms, int row) {
+    return {{norms.scale(row), norms.scale(row + 8)}, norms.scales >= 0};
+  }
 };
 
 // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
-// added: ranges and norms of the tokens.
+// added: ranges of the tokens, then norms. Products of both are not rounded: their error would be that of all of a
+// row's numbers, which maps add up.
 template <class E, Format F>
 struct RowRanges {
-  Pair<E> factor[2], constant[2];
+  Pair<E> scale[2], minimum[2], norm[2];
+  bool normed;
 
   MC_HD static RowRanges of(const TokenRanges& ranges, const RowNorms& norms, int row) {
     RowRanges result{};
+    result.normed = norms.any;
     MC_UNROLL
     for (int j = 0; j < 2; ++j) {
-      const float norm = norms.x[j], scale = has_ranges(F) ? norm * ranges.scale(row + 8 * j) : norm;
-      result.factor[j] = round_pair<E>(scale, scale);
-      result.constant[j] = minus_zeros<E>();
-      if constexpr (is_integer(F)) {
-        const float lowest = norm * ranges.minimum(row + 8 * j);
-        result.constant[j] = round_pair<E>(lowest, lowest);
-      }
+      const float scale = ranges.scale(row + 8 * j), lowest = ranges.minimum(row + 8 * j);
+      result.norm[j] = round_pair<E>(norms.x[j], norms.x[j]);
+      result.scale[j] = round_pair<E>(scale, scale);
+      result.minimum[j] = is_integer(F) ? round_pair<E>(lowest, lowest) : minus_zeros<E>();
     }
     return result;
   }
   MC_HD FragmentA<E> apply(const FragmentA<E>& unit) const {
+    FragmentA<E> result = unit;
+    if constexpr (has_ranges(F)) result = applied(result, scale, minimum);
+    if (!has_ranges(F) || normed) {
+      const Pair<E> zeros[2] = {minus_zeros<E>(), minus_zeros<E>()};
+      result = applied(result, norm, zeros);
+    }
+    return result;
+  }
+
+ private:
+  MC_HD static FragmentA<E> applied(const FragmentA<E>& x, const Pair<E> (&factor)[2], const Pair<E> (&constant)[2]) {
     FragmentA<E> result;
     MC_UNROLL
-    for (int j = 0; j < 4; ++j) put_pair(result, j, fused(pair_of(unit, j), factor[j % 2], constant[j % 2]));
+    for (int j = 0; j < 4; ++j) put_pair(result, j, fused(pair_of(x, j), factor[j % 2], constant[j % 2]));
     return result;
   }
 };
@@ -91,7 +105,7 @@ MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage, Y y) {
 
 // Rows of any runs in shared memory, run by run, components in the order of `QueryFragments::component`: [kDecodeWarps]
 // [steps][lanes] fragments that only their own threads use. The last of an odd number of steps is followed by zeros.
-struct KeyRows {
+struct StoredRows {
   char* data;
   std::int32_t steps;
 
