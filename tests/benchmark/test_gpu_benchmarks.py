@@ -149,7 +149,13 @@ def test_instructions_are_counted(module: Any) -> None:
     script = module("instructions")
     counter, model = script.Counter.built(), "Llama-3-8B 32/8/128"
     rows = [*script.decode_rows(counter, model, "kivi4", 1, 128), *script.codec_rows(counter, model, "kivi4", 1)]
-    kernels = ["FullSplit", "CompressedSplit", "CombineSplits", "all", *2 * ["MapFragments", "RestoreKernel", "CompressKernel"]]
+    kernels = [
+        "FullSplit",
+        "CompressedSplit",
+        "CombineSplits",
+        "all",
+        *2 * ["MapFragments", "RestoreKernel", "CompressKernel"],
+    ]
     assert [row.kernel for row in rows] == kernels
     assert all(row.instructions > 1000 and row.shared_turns >= row.shared_turns_at_best for row in rows)
     # Twice the history, twice the splits' work and little more: one more split of the same size would be too much.

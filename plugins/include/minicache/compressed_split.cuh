@@ -11,11 +11,6 @@ namespace minicache {
 template <class T, bool Rebuild, int Kind>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
-#if defined(__CUDA_ARCH__)
-  static constexpr int kArch = __CUDA_ARCH__;
-#else
-  static constexpr int kArch = 0;
-#endif
   // More would spill registers, or, of tables and maps of keys that are rebuilt, find no shared memory.
   static constexpr int kPlainBlocks = !Kind || kArch == 800 ? 3 : 4;
   static constexpr bool kOlder = kArch >= 800 && kArch < 900;

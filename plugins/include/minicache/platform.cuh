@@ -31,6 +31,13 @@
 
 namespace minicache {
 
+// What is compiled for, as in 900; on the host 0.
+#if defined(__CUDA_ARCH__)
+constexpr int kArch = __CUDA_ARCH__;
+#else
+constexpr int kArch = 0;
+#endif
+
 // IEEE binary16 and bfloat16 as stored; arithmetic is done in float.
 struct Half {
   std::uint16_t bits;

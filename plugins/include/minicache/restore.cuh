@@ -95,13 +95,8 @@ struct RestoreArguments {
 template <class T, int Kind>
 struct RestoreKernel {
   static constexpr int kThreads = kDecodeThreads;
-#if defined(__CUDA_ARCH__)
-  static constexpr int kArch = __CUDA_ARCH__;
-#else
-  static constexpr int kArch = 900;
-#endif
   // More would spill registers.
-  static constexpr bool kFour = Kind == kGeneral || (Kind == 64 && kArch == 900);
+  static constexpr bool kFour = Kind == kGeneral || (Kind == 64 && (kArch == 900 || kArch == 0));
   static constexpr bool kTwo = Kind == kPlain && kArch >= 1000;
   static constexpr int kMinBlocks = kFour ? 4 : kTwo ? 2 : 3;
   static constexpr int kTiles = restored_blocks(Kind);
