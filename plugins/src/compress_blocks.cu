@@ -11,17 +11,29 @@ namespace {
 
 constexpr const char* kName = "compress_blocks";
 
-// Floats of each part of the workspace.
+// Byte offsets of the parts of the workspace.
 struct Workspace {
-  std::int64_t vectors, statistics;
+  std::int64_t vectors = 0, statistics = 0, rotations = 0, split = 0;
+  std::int64_t bytes = 0;
 
-  Workspace(const StreamShape& shape, std::int64_t count) {
+  Workspace(Type type, const StreamShape& shape, std::int64_t count) {
     const std::int64_t rows = count * shape.heads * kBlockSize;
-    const bool linear = shape.merge == Merge::linear;
-    vectors = linear ? rows * shape.stored : shape.align ? rows * shape.members * shape.dim : 0;
-    statistics = rows * statistics_of(shape);
+    const bool linear = shape.merge == Merge::linear, maps = linear || shape.align;
+    vectors = take(4 * (linear ? rows * shape.stored : shape.align ? rows * shape.members * shape.dim : 0));
+    statistics = take(4 * rows * statistics_of(shape));
+    rotations = take(turned(shape) ? 4 * count * Rotation::numbers(shape.dim) : 0);
+    if (!turned(shape) || !maps || type == Type::float32) return;
+    const MatrixPieces<BFloat16, 3> pieces{nullptr, shape.heads, ceil_div(linear ? shape.stored : shape.dim, kExactColumns),
+                                           exact_pieces(shape.dim)};
+    split = take(pieces.bytes(shape.members));
   }
-  std::int64_t bytes() const { return static_cast<std::int64_t>(sizeof(float)) * (vectors + statistics); }
+
+ private:
+  std::int64_t take(std::int64_t size) {
+    const std::int64_t offset = bytes;
+    bytes += (size + 255) / 256 * 256;
+    return offset;
+  }
 };
 
 bool check_maps(const StreamShape& shape, const WriteMaps& maps) {
@@ -75,13 +87,23 @@ std::int32_t launch_tensor_map(MapArguments<T> map, void* stream) {
 }
 
 template <class T>
-std::int32_t launch_map(const CompressArguments<T>& a, std::int32_t count, void* stream) {
+std::int32_t launch_turned_map(const MapArguments<T>& map, void* stream) {
+  using Kernel = MapKernel<T, true>;
+  using Split = SplitMatrices<T, typename Kernel::E, Kernel::kParts>;
+  const auto pieces = Kernel::Pieces::of(map);
+  const Grid grid{map.a.shape.members * pieces.pieces, pieces.heads, pieces.chunks};
+  if (const std::int32_t status = launch_kernel<Split>(kName, grid, 0, map, stream)) return status;
+  return launch_tensor_map<T, true>(map, stream);
+}
+
+template <class T>
+std::int32_t launch_map(const CompressArguments<T>& a, std::int32_t count, void* split, void* stream) {
   const StreamShape& shape = a.shape;
   const bool linear = shape.merge == Merge::linear;
   const MapArguments<T> map{a, linear ? a.maps.encode : a.maps.align, linear ? a.maps.bias : nullptr, a.vectors,
-                            linear ? shape.stored : shape.dim, linear ? 1 : shape.members, count, 1, false};
+                            linear ? shape.stored : shape.dim, linear ? 1 : shape.members, count, 1, false, split};
   if constexpr (sizeof(T) == 2) {
-    return turned(shape) ? launch_tensor_map<T, true>(map, stream) : launch_tensor_map<T, false>(map, stream);
+    return turned(shape) ? launch_turned_map(map, stream) : launch_tensor_map<T, false>(map, stream);
   } else {
     using Kernel = FloatMapKernel<T>;
     return launch_kernel<Kernel>(kName, Grid{count, shape.heads, map.sums}, Kernel::shared_bytes(map), map, stream);
@@ -89,13 +111,16 @@ std::int32_t launch_map(const CompressArguments<T>& a, std::int32_t count, void*
 }
 
 template <class T>
-std::int32_t compress(CompressArguments<T> a, std::int32_t count, void* stream) {
+std::int32_t compress(CompressArguments<T> a, const RotationArguments& rotations, std::int32_t count, void* split,
+                      void* stream) {
   const StreamShape& shape = a.shape;
   layer_shares(shape, a.shares);
   const Grid grid{count, shape.heads, 1};
   const bool linear = shape.merge == Merge::linear;
   std::int32_t status = ok;
-  if (linear || shape.align) status = launch_map(a, count, stream);
+  if (rotations.out != nullptr)
+    status = launch_kernel<RotationKernel>(kName, RotationKernel::grid(count, shape.dim), 0, rotations, stream);
+  if (status == ok && (linear || shape.align)) status = launch_map(a, count, split, stream);
   if (status == ok && linear && shape.retained > 0) {
     using Kernel = LossKernel<T>;
     const int bytes = typename Kernel::Scratch(nullptr, shape).bytes;
@@ -114,9 +139,9 @@ std::int32_t compress(CompressArguments<T> a, std::int32_t count, void* stream) 
 }  // namespace
 }  // namespace minicache
 
-MC_API std::int64_t minicache_compress_workspace(minicache::Type, const minicache::StreamShape* shape,
+MC_API std::int64_t minicache_compress_workspace(minicache::Type type, const minicache::StreamShape* shape,
                                                  std::int32_t count) {
-  return shape == nullptr || count < 1 ? 0 : minicache::Workspace(*shape, count).bytes();
+  return shape == nullptr || count < 1 ? 0 : minicache::Workspace(type, *shape, count).bytes;
 }
 
 MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minicache::StreamShape* shape,
@@ -140,18 +165,29 @@ MC_API std::int32_t minicache_compress_blocks(minicache::Type type, const minica
   }
   const WriteMaps own_maps = maps == nullptr ? WriteMaps{} : *maps;
   if (!check_pools(kName, *shape, *pools) || !check_maps(*shape, own_maps)) return invalid_argument;
-  const Workspace parts(*shape, count);
-  if (parts.bytes() > 0 && !check_pointer(kName, Required{"workspace", workspace, 16})) return invalid_argument;
-  if (workspace_bytes < parts.bytes())
+  const Workspace parts(type, *shape, count);
+  if (parts.bytes > 0 && !check_pointer(kName, Required{"workspace", workspace, 16})) return invalid_argument;
+  if (workspace_bytes < parts.bytes)
     return fail(invalid_argument, "%s: expected a workspace of at least %lld bytes, got %lld", kName,
-                static_cast<long long>(parts.bytes()), static_cast<long long>(workspace_bytes));
+                static_cast<long long>(parts.bytes), static_cast<long long>(workspace_bytes));
   return with_type(kName, type, [&](auto number) {
     using T = decltype(number);
-    float* vectors = static_cast<float*>(workspace);
-    CompressArguments<T> arguments{*shape, *pools, own_maps, {}, source_blocks,
-                                   target_blocks, block_index, inverse_frequencies, {}, vectors,
-                                   parts.statistics > 0 ? vectors + parts.vectors : nullptr};
+    auto* const memory = static_cast<char*>(workspace);
+    auto floats = [&](std::int64_t offset) { return reinterpret_cast<float*>(memory + offset); };
+    float* const rotations = turned(*shape) ? floats(parts.rotations) : nullptr;
+    CompressArguments<T> arguments{*shape,
+                                   *pools,
+                                   own_maps,
+                                   {},
+                                   source_blocks,
+                                   target_blocks,
+                                   block_index,
+                                   rotations,
+                                   {},
+                                   floats(parts.vectors),
+                                   statistics_of(*shape) > 0 ? floats(parts.statistics) : nullptr};
     for (int i = 0; i < shape->members; ++i) arguments.layers[i] = static_cast<const T*>(layers[i]);
-    return compress(arguments, count, stream);
+    const RotationArguments turns{block_index, inverse_frequencies, shape->dim, rotations};
+    return compress(arguments, turns, count, memory + parts.split, stream);
   });
 }

@@ -19,7 +19,8 @@ struct MapArguments {
   std::int32_t columns;   // a multiple of 16
   std::int32_t sums;      // 1, or m: each member apart
   std::int32_t count, blocks_each;  // cache blocks, and how many of them a thread block takes
-  bool resident;  // the matrices' columns stay in shared memory; otherwise blocks_each is 1
+  bool resident;    // the matrices' columns stay in shared memory; otherwise blocks_each is 1
+  const void* split;  // MatrixPieces of the matrices, of keys that are un-rotated first
 
   MC_HD int members() const { return sums == 1 ? a.shape.members : 1; }
   MC_HD const float* matrix(int member, int slot) const {
@@ -27,6 +28,41 @@ struct MapArguments {
   }
   MC_HD float* results(int n, int sum, int slot) const {
     return out + ((static_cast<std::int64_t>(n) * sums + sum) * a.shape.heads + slot) * kBlockSize * columns;
+  }
+};
+
+// Where pieces of 64 columns of split matrices lie: [m][H][columns / 64][pieces] of kPieceFragments.
+template <class E, int Parts>
+struct MatrixPieces {
+  FragmentA<E>* fragments;
+  int heads, chunks, pieces;
+
+  template <class T>
+  MC_HD static MatrixPieces of(const MapArguments<T>& a) {
+    return {static_cast<FragmentA<E>*>(const_cast<void*>(a.split)), a.a.shape.heads, ceil_div(a.columns, kExactColumns),
+            exact_pieces(a.a.shape.dim)};
+  }
+  MC_HD std::int64_t bytes(int members) const {
+    return std::int64_t{members} * heads * chunks * pieces * kPieceBytes<Parts>;
+  }
+  MC_HD FragmentA<E>* at(int member, int slot, int chunk, int piece) const {
+    const std::int64_t place = ((std::int64_t{member} * heads + slot) * chunks + chunk) * pieces + piece;
+    return fragments + place * kPieceFragments<Parts>;
+  }
+};
+
+// Grid: members and pieces, slots, 64 columns.
+template <class T, class E, int Parts>
+struct SplitMatrices {
+  static constexpr int kThreads = kTileThreads;
+
+  template <class Block>
+  MC_HD static void run(Block& block, const MapArguments<T>& a) {
+    const auto to = MatrixPieces<E, Parts>::of(a);
+    const int member = block.x() / to.pieces, piece = block.x() % to.pieces, first = block.z() * kExactColumns;
+    const ExactMatrix matrix{a.matrix(member, block.y()) + first, a.a.shape.dim, a.columns,
+                             minimum(a.columns - first, kExactColumns)};
+    matrix.template stage<Parts, false>(block, piece, nullptr, to.at(member, block.y(), block.z(), piece));
   }
 };
 
@@ -40,6 +76,7 @@ struct MapKernel {
   static constexpr int kParts = kScaled ? 2 : 3;  // of the matrix, and of turned rows
   // Whether a thread block may take several cache blocks; registers do not suffice where it turns keys.
   static constexpr bool kMayReside = !Turned;
+  using Pieces = MatrixPieces<E, kParts>;
 
   // Shared memory; `bytes` is its size.
   struct Scratch {
@@ -60,7 +97,7 @@ struct MapKernel {
       planes.numbers = reinterpret_cast<E*>(end);
       end += Turned ? RowPlanes<E, kParts>::kBytes : 0;
       pieces = reinterpret_cast<FragmentA<E>*>(end);
-      end += (a.resident ? a.members() * exact_pieces(a.a.shape.dim) : 1) * kPieceBytes<kParts>;
+      end += (Turned ? 2 : a.resident ? a.members() * exact_pieces(a.a.shape.dim) : 1) * kPieceBytes<kParts>;
       bytes = static_cast<int>(end - base);
     }
   };
@@ -90,7 +127,12 @@ struct MapKernel {
     MC_NO_UNROLL
     for (int n = start; n < end; ++n) {
       clear(block, total);
-      add_members(block, a, s, matrix, n, slot, sum, !kMayReside || n == start, total);
+      find_rows(block, a, s, n, slot, sum);
+      if constexpr (Turned) {
+        add_turned(block, a, s, a.a.rotation(n), slot, sum, first / kExactColumns, total);
+      } else {
+        add_members(block, a, s, matrix, sum, !a.resident || n == start, total);
+      }
       store_results<kScaled>(block, total, width, s.exchange, s.inverses, s.bias, a.results(n, sum, slot) + first,
                              a.columns);
     }
@@ -101,54 +143,94 @@ struct MapKernel {
     Bytes16 first, second;
   };
 
+  // Where the members' rows of a cache block are. Begins with a `sync`.
+  template <class Block>
+  MC_HD static void find_rows(Block& block, const MapArguments<T>& a, const Scratch& s, int n, int slot, int sum) {
+    block.sync();  // nor do others still read sums of the cache block before
+    block.each([&](Thread thread) {
+      if (thread.index < a.members()) s.rows[thread.index] = a.a.rows(n, sum + thread.index, slot);
+    });
+    block.sync();
+  }
+  MC_HD static const T* rows_of(const Scratch& s, int member) {
+    const T* const own = s.rows[member];
+#if MC_ON_DEVICE
+    __builtin_assume(__isGlobal(own));
+#endif
+    return own;
+  }
+
+  // Rows as they are. `stage`: the matrices are not in shared memory yet.
   template <class Block, class Matrix>
-  MC_HD static void add_members(Block& block, const MapArguments<T>& a, const Scratch& s, Matrix matrix, int n, int slot,
-                                int sum, bool stage, ExactSums<Block>& total) {
+  MC_HD static void add_members(Block& block, const MapArguments<T>& a, const Scratch& s, Matrix matrix, int sum,
+                                bool stage, ExactSums<Block>& total) {
     const int dim = a.a.shape.dim, pieces = exact_pieces(dim), members = a.members();
-    const Rotation back = a.a.rotation(n);
     FragmentA<E>* fragments = s.pieces;
     ExactRows<Block, E, 2> rows[1], next;
-    typename Block::template PerThread<PairedChunks> chunks;
-    block.each([&](Thread thread) {
-      if (thread.index < members) s.rows[thread.index] = a.a.rows(n, sum + thread.index, slot);
-    });
-    block.sync();  // nor do others still read sums of the cache block before
-    const auto load = [&](int piece, int member) {
-      const T* const own = s.rows[member - sum];
-#if MC_ON_DEVICE
-      __builtin_assume(__isGlobal(own));
-#endif
-      if constexpr (Turned) {
-        block.each([&](Thread thread) { chunks(thread) = load_pair(thread, own, dim, piece); });
-      } else {
-        load_rows(block, next, own, dim, piece);
-      }
-    };
-    load(0, sum);
+    load_rows(block, next, rows_of(s, 0), dim, 0);
     MC_NO_UNROLL
     for (int piece = 0; piece < pieces; ++piece) {
-      if constexpr (Turned) {
-        block.each([&](Thread thread) { put_turn(s, thread, back, kHalfPiece * piece); });
-      }
       MC_NO_UNROLL
-      for (int member = sum; member < sum + members; ++member) {
-        if (Turned || stage) block.sync();
-        if constexpr (Turned) {
-          turn(block, s, chunks, dim, piece);
-        } else {
-          rows[0] = next;
+      for (int member = 0; member < members; ++member) {
+        if (stage) block.sync();
+        rows[0] = next;
+        if (stage) {
+          matrix(sum + member).template stage<kParts, kScaled>(block, piece, s.scales, fragments);
+          block.sync();
         }
-        if (stage) matrix(member).template stage<kParts, kScaled>(block, piece, s.scales, fragments);
-        if (Turned || stage) block.sync();
         // Reads of memory are under way while the tensor cores work.
-        const bool last = member + 1 == sum + members;
-        if (!last || piece + 1 < pieces) load(last ? piece + 1 : piece, last ? sum : member + 1);
-        if constexpr (Turned) {
-          multiply_add(block, total, s.planes, fragments);
-        } else {
-          multiply_add<kParts, false>(block, total, rows, fragments, 0, [](const ExactPlace& place) { return place.half; });
-        }
-        if (kMayReside && a.resident) fragments += kPieceFragments<kParts>;
+        const bool last = member + 1 == members;
+        if (!last || piece + 1 < pieces) load_rows(block, next, rows_of(s, last ? 0 : member + 1), dim, piece + last);
+        multiply_add<kParts, false>(block, total, rows, fragments, 0, [](const ExactPlace& place) { return place.half; });
+        if (a.resident) fragments += kPieceFragments<kParts>;
+      }
+    }
+  }
+
+  // Rows un-rotated first; pieces of the matrices and turns arrive while the tensor cores work.
+  template <class Block>
+  MC_HD static void add_turned(Block& block, const MapArguments<T>& a, const Scratch& s, const Rotation& back, int slot,
+                               int sum, int chunk, ExactSums<Block>& total) {
+    const int dim = a.a.shape.dim, pieces = exact_pieces(dim), members = a.members();
+    const Pieces matrices = Pieces::of(a);
+    typename Block::template PerThread<PairedChunks> chunks;
+    auto load = [&](int piece, int member) {
+      block.each([&](Thread thread) { chunks(thread) = load_pair(thread, rows_of(s, member), dim, piece); });
+    };
+    auto fetch = [&](int piece, int member, FragmentA<E>* target) {
+      const FragmentA<E>* const from = matrices.at(sum + member, slot, chunk, piece);
+      block.each([&](Thread thread) {
+        MC_UNROLL
+        for (int i = 0; i < kPieceFragments<kParts> / kThreads; ++i)
+          Block::copy_async(target + i * kThreads + thread.index, from + i * kThreads + thread.index);
+      });
+      Block::commit_async();
+    };
+    auto fetch_turns = [&](int piece) {
+      block.each([&](Thread thread) { fetch_turn<Block>(s, thread, back, kHalfPiece * piece); });
+      Block::commit_async();
+    };
+    FragmentA<E>*fragments = s.pieces, *others = s.pieces + kPieceFragments<kParts>;
+    fetch_turns(0);
+    fetch(0, 0, fragments);
+    load(0, 0);
+    MC_NO_UNROLL
+    for (int piece = 0; piece < pieces; ++piece) {
+      MC_NO_UNROLL
+      for (int member = 0; member < members; ++member) {
+        const bool last = member + 1 == members, more = !last || piece + 1 < pieces;
+        const int next_piece = last ? piece + 1 : piece, next_member = last ? 0 : member + 1;
+        Block::template wait_async<0>();
+        block.sync();  // nor do others still read what is overwritten now
+        if (more) fetch(next_piece, next_member, others);
+        turn(block, s, chunks, dim, piece);
+        if (last && more) fetch_turns(next_piece);  // a thread's turns are its own
+        block.sync();
+        if (more) load(next_piece, next_member);
+        multiply_add(block, total, s.planes, fragments);
+        FragmentA<E>* const read = fragments;
+        fragments = others;
+        others = read;
       }
     }
   }
@@ -161,16 +243,15 @@ struct MapKernel {
     return PairedChunks{load_as<Bytes16>(own), load_as<Bytes16>(own + dim / 2)};
   }
 
-  // A thread's turn of components from `first` on: cosines, then sines, in quarters [4][threads].
-  MC_HD static void put_turn(const Scratch& s, Thread thread, const Rotation& rotation, int first) {
+  // Starts copying a thread's turn of components from `first` on: cosines, then sines, in quarters [4][threads].
+  template <class Block>
+  MC_HD static void fetch_turn(const Scratch& s, Thread thread, const Rotation& rotation, int first) {
     const int component = first + component_of(thread, 0);
     if (2 * component >= rotation.dim) return;
     float* const own = static_cast<float*>(s.exchange) + 4 * thread.index;
-    MC_NO_UNROLL
-    for (int e = 0; e < kChunk; ++e) {
-      float* const place = own + e / 4 * 4 * kThreads + e % 4;
-      rotation.turn_of(row_of(thread), component + e, place[2 * 4 * kThreads], place[0]);
-    }
+    const float* const from = rotation.place(row_of(thread), component);
+    MC_UNROLL
+    for (int i = 0; i < 4; ++i) Block::copy_async(own + i * 4 * kThreads, from + 4 * i);
   }
   MC_HD static Turn turn_of(const Scratch& s, Thread thread) {
     const float* const own = static_cast<const float*>(s.exchange) + 4 * thread.index;

@@ -14,7 +14,7 @@ struct CompressArguments {
   const std::int32_t* source_blocks;
   const std::int32_t* target_blocks;
   const std::int32_t* block_index;
-  const float* inverse_frequencies;
+  const float* rotations;   // of each block, `Rotation`s' tables; null: keys stay as they are
   float shares[kMaxGroup];  // of the layers in a spherical mean
   float* vectors;           // linear: y [count, H, B, stored]; align: x_i A_i [count, m, H, B, D]; otherwise null
   float* statistics;        // [count, H, statistics_of(shape), B]
@@ -26,7 +26,7 @@ struct CompressArguments {
     return tier.block(source_blocks[n], shape.part, head);
   }
   MC_HD Rotation rotation(int n) const {
-    return Rotation{turned(shape) ? inverse_frequencies : nullptr, shape.dim, block_index[n] * kBlockSize, -1.0f};
+    return Rotation{rotations == nullptr ? nullptr : rotations + n * Rotation::numbers(shape.dim), shape.dim};
   }
   MC_HD VectorSource<T> source(int n, int member, int slot) const {
     return VectorSource<T>{rows(n, member, slot), nullptr, shape.dim, rotation(n)};

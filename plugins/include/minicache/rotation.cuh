@@ -24,25 +24,52 @@ struct Turn {
   }
 };
 
-// Component i is paired with i + D / 2; both turn by position times frequency i.
+// Component i is paired with i + D / 2; both turn back by position times frequency i: cosines and sines of a cache block's
+// places.
 struct Rotation {
-  const float* inverse_frequencies;  // [D / 2]; null: no rotation
+  const float* table;  // [kBlockSize][D / 2 / kChunk][cosines, sines][kChunk]; null: no rotation
   int dim;
-  int position;     // of row 0
-  float direction;  // 1: forward, -1: back
 
-  MC_HD bool turns() const { return inverse_frequencies != nullptr; }
-  // Of one component of the first half at a row's position.
-  MC_HD void turn_of(int row, int component, float& sine, float& cosine) const {
-    sine_and_cosine(multiply(static_cast<float>(position + row), inverse_frequencies[component]), sine, cosine);
-    sine *= direction;
-  }
-  // Of a chunk of the first half; a chunk of eight never crosses the middle.
+  MC_HD static std::int64_t numbers(int dim) { return std::int64_t{kBlockSize} * dim; }
+  MC_HD bool turns() const { return table != nullptr; }
+  // Cosines of a chunk of the first half at a row's position, behind them sines; a chunk of eight never crosses the
+  // middle.
+  MC_HD const float* place(int row, int component) const { return table + row * dim + 2 * component; }
   MC_HD Turn turn_of(int row, int component) const {
     Turn turn;
-    MC_UNROLL
-    for (int e = 0; e < kChunk; ++e) turn_of(row, component + e, turn.sine[e], turn.cosine[e]);
+    load_chunk(turn.cosine, place(row, component));
+    load_chunk(turn.sine, place(row, component) + kChunk);
     return turn;
+  }
+};
+
+struct RotationArguments {
+  const std::int32_t* block_index;   // of each block in its sequence
+  const float* inverse_frequencies;  // [D / 2]
+  std::int32_t dim;
+  float* out;  // [blocks][Rotation::numbers]
+};
+
+// Rotations of cache blocks. Grid: blocks, 32 components of half a vector.
+struct RotationKernel {
+  static constexpr int kThreads = kTileThreads;
+  static Grid grid(std::int32_t blocks, int dim) { return {blocks, ceil_div(dim / 2, kRowThreads * kChunk), 1}; }
+
+  template <class Block>
+  MC_HD static void run(Block& block, const RotationArguments& a) {
+    block.each([&](Thread thread) {
+      const int component = block.y() * kRowThreads * kChunk + component_of(thread, 0), row = row_of(thread);
+      if (2 * component >= a.dim) return;
+      const auto position = static_cast<float>(a.block_index[block.x()] * kBlockSize + row);
+      const Rotation rotation{a.out + block.x() * Rotation::numbers(a.dim), a.dim};
+      float* const own = const_cast<float*>(rotation.place(row, component));
+      MC_NO_UNROLL
+      for (int e = 0; e < kChunk; ++e) {
+        float sine;
+        sine_and_cosine(multiply(position, a.inverse_frequencies[component + e]), sine, own[e]);
+        own[kChunk + e] = -sine;
+      }
+    });
   }
 };
 
