@@ -23,8 +23,8 @@ struct Workspace {
     statistics = take(4 * rows * statistics_of(shape));
     rotations = take(turned(shape) ? 4 * count * Rotation::numbers(shape.dim) : 0);
     if (!turned(shape) || !maps || type == Type::float32) return;
-    const MatrixPieces<BFloat16, 3> pieces{nullptr, shape.heads, ceil_div(linear ? shape.stored : shape.dim, kExactColumns),
-                                           exact_pieces(shape.dim)};
+    const MatrixPieces<BFloat16, 3> pieces{
+        nullptr, shape.heads, ceil_div(linear ? shape.stored : shape.dim, kExactColumns), exact_pieces(shape.dim)};
     split = take(pieces.bytes(shape.members));
   }
 
@@ -100,8 +100,16 @@ template <class T>
 std::int32_t launch_map(const CompressArguments<T>& a, std::int32_t count, void* split, void* stream) {
   const StreamShape& shape = a.shape;
   const bool linear = shape.merge == Merge::linear;
-  const MapArguments<T> map{a, linear ? a.maps.encode : a.maps.align, linear ? a.maps.bias : nullptr, a.vectors,
-                            linear ? shape.stored : shape.dim, linear ? 1 : shape.members, count, 1, false, split};
+  const MapArguments<T> map{a,
+                            linear ? a.maps.encode : a.maps.align,
+                            linear ? a.maps.bias : nullptr,
+                            a.vectors,
+                            linear ? shape.stored : shape.dim,
+                            linear ? 1 : shape.members,
+                            count,
+                            1,
+                            false,
+                            split};
   if constexpr (sizeof(T) == 2) {
     return turned(shape) ? launch_turned_map(map, stream) : launch_tensor_map<T, false>(map, stream);
   } else {

@@ -19,8 +19,8 @@ struct MapArguments {
   std::int32_t columns;   // a multiple of 16
   std::int32_t sums;      // 1, or m: each member apart
   std::int32_t count, blocks_each;  // cache blocks, and how many of them a thread block takes
-  bool resident;    // the matrices' columns stay in shared memory; otherwise blocks_each is 1
-  const void* split;  // MatrixPieces of the matrices, of keys that are un-rotated first
+  bool resident;                    // the matrices' columns stay in shared memory; otherwise blocks_each is 1
+  const void* split;                // MatrixPieces of the matrices, of keys that are un-rotated first
 
   MC_HD int members() const { return sums == 1 ? a.shape.members : 1; }
   MC_HD const float* matrix(int member, int slot) const {
@@ -77,12 +77,13 @@ struct MapKernel {
   // Whether a thread block may take several cache blocks; registers do not suffice where it turns keys.
   static constexpr bool kMayReside = !Turned;
   using Pieces = MatrixPieces<E, kParts>;
+  static_assert(kExactSumBytes <= RowPlanes<E, kParts>::kBytes, "sums take the place of rows");
 
   // Shared memory; `bytes` is its size.
   struct Scratch {
     float *scales, *inverses, *bias;  // [64]
     const T** rows;                   // [m] of the members
-    void* exchange;                   // for the threads' maxima, turns and sums, in turn
+    void* exchange;                   // for the threads' maxima and sums, in turn
     RowPlanes<E, kParts> planes;      // Turned
     FragmentA<E>* pieces;
     int bytes;
@@ -93,8 +94,8 @@ struct MapKernel {
       bias = inverses + kExactColumns;
       rows = reinterpret_cast<const T**>(bias + kExactColumns);
       exchange = rows + kMaxGroup;
-      char* end = static_cast<char*>(exchange) + maximum(kExactSumBytes, kThreads * static_cast<int>(sizeof(Turn)));
-      planes.numbers = reinterpret_cast<E*>(end);
+      char* end = static_cast<char*>(exchange) + (Turned ? 0 : kExactSumBytes);
+      planes.numbers = reinterpret_cast<E*>(end);  // Turned: sums take their place
       end += Turned ? RowPlanes<E, kParts>::kBytes : 0;
       pieces = reinterpret_cast<FragmentA<E>*>(end);
       end += (Turned ? 2 : a.resident ? a.members() * exact_pieces(a.a.shape.dim) : 1) * kPieceBytes<kParts>;
@@ -130,6 +131,7 @@ struct MapKernel {
       find_rows(block, a, s, n, slot, sum);
       if constexpr (Turned) {
         add_turned(block, a, s, a.a.rotation(n), slot, sum, first / kExactColumns, total);
+        block.sync();
       } else {
         add_members(block, a, s, matrix, sum, !a.resident || n == start, total);
       }
@@ -181,7 +183,8 @@ struct MapKernel {
         // Reads of memory are under way while the tensor cores work.
         const bool last = member + 1 == members;
         if (!last || piece + 1 < pieces) load_rows(block, next, rows_of(s, last ? 0 : member + 1), dim, piece + last);
-        multiply_add<kParts, false>(block, total, rows, fragments, 0, [](const ExactPlace& place) { return place.half; });
+        multiply_add<kParts, false>(block, total, rows, fragments, 0,
+                                    [](const ExactPlace& place) { return place.half; });
         if (a.resident) fragments += kPieceFragments<kParts>;
       }
     }
@@ -194,6 +197,7 @@ struct MapKernel {
     const int dim = a.a.shape.dim, pieces = exact_pieces(dim), members = a.members();
     const Pieces matrices = Pieces::of(a);
     typename Block::template PerThread<PairedChunks> chunks;
+    typename Block::template PerThread<Turn> turns;
     auto load = [&](int piece, int member) {
       block.each([&](Thread thread) { chunks(thread) = load_pair(thread, rows_of(s, member), dim, piece); });
     };
@@ -206,12 +210,7 @@ struct MapKernel {
       });
       Block::commit_async();
     };
-    auto fetch_turns = [&](int piece) {
-      block.each([&](Thread thread) { fetch_turn<Block>(s, thread, back, kHalfPiece * piece); });
-      Block::commit_async();
-    };
     FragmentA<E>*fragments = s.pieces, *others = s.pieces + kPieceFragments<kParts>;
-    fetch_turns(0);
     fetch(0, 0, fragments);
     load(0, 0);
     MC_NO_UNROLL
@@ -220,11 +219,11 @@ struct MapKernel {
       for (int member = 0; member < members; ++member) {
         const bool last = member + 1 == members, more = !last || piece + 1 < pieces;
         const int next_piece = last ? piece + 1 : piece, next_member = last ? 0 : member + 1;
+        block.each([&](Thread thread) { turns(thread) = load_turn(thread, back, piece); });
         Block::template wait_async<0>();
         block.sync();  // nor do others still read what is overwritten now
         if (more) fetch(next_piece, next_member, others);
-        turn(block, s, chunks, dim, piece);
-        if (last && more) fetch_turns(next_piece);  // a thread's turns are its own
+        turn(block, s, chunks, turns);
         block.sync();
         if (more) load(next_piece, next_member);
         multiply_add(block, total, s.planes, fragments);
@@ -243,39 +242,22 @@ struct MapKernel {
     return PairedChunks{load_as<Bytes16>(own), load_as<Bytes16>(own + dim / 2)};
   }
 
-  // Starts copying a thread's turn of components from `first` on: cosines, then sines, in quarters [4][threads].
-  template <class Block>
-  MC_HD static void fetch_turn(const Scratch& s, Thread thread, const Rotation& rotation, int first) {
-    const int component = first + component_of(thread, 0);
-    if (2 * component >= rotation.dim) return;
-    float* const own = static_cast<float*>(s.exchange) + 4 * thread.index;
-    const float* const from = rotation.place(row_of(thread), component);
-    MC_UNROLL
-    for (int i = 0; i < 4; ++i) Block::copy_async(own + i * 4 * kThreads, from + 4 * i);
-  }
-  MC_HD static Turn turn_of(const Scratch& s, Thread thread) {
-    const float* const own = static_cast<const float*>(s.exchange) + 4 * thread.index;
-    Turn turn;
-    MC_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      load_four(turn.cosine + 4 * i, own + 4 * i * kThreads);
-      load_four(turn.sine + 4 * i, own + 4 * (2 + i) * kThreads);
-    }
-    return turn;
+  MC_HD static Turn load_turn(Thread thread, const Rotation& back, int piece) {
+    const int component = kHalfPiece * piece + component_of(thread, 0);
+    return 2 * component < back.dim ? back.turn_of(row_of(thread), component) : Turn{};
   }
 
   // Un-rotates the threads' components: their parts to shared memory.
   template <class Block>
-  MC_HD static void turn(Block& block, const Scratch& s,
-                         const typename Block::template PerThread<PairedChunks>& chunks, int dim, int piece) {
+  MC_HD static void turn(Block& block, const Scratch& s, const typename Block::template PerThread<PairedChunks>& chunks,
+                         const typename Block::template PerThread<Turn>& turns) {
     block.each([&](Thread thread) {
-      const int component = component_of(thread, 0);
       float first[kChunk], second[kChunk];
       chunk_of<T>(first, chunks(thread).first);
       chunk_of<T>(second, chunks(thread).second);
-      if (2 * (kHalfPiece * piece + component) < dim) turn_of(s, thread).apply(first, second);
-      s.planes.store(row_of(thread), 0, component, first);
-      s.planes.store(row_of(thread), 1, component, second);
+      turns(thread).apply(first, second);
+      s.planes.store(row_of(thread), 0, component_of(thread, 0), first);
+      s.planes.store(row_of(thread), 1, component_of(thread, 0), second);
     });
   }
 };

@@ -24,8 +24,8 @@ struct Turn {
   }
 };
 
-// Component i is paired with i + D / 2; both turn back by position times frequency i: cosines and sines of a cache block's
-// places.
+// Component i is paired with i + D / 2; both turn back by position times frequency i: cosines and sines of a cache
+// block's places.
 struct Rotation {
   const float* table;  // [kBlockSize][D / 2 / kChunk][cosines, sines][kChunk]; null: no rotation
   int dim;

@@ -146,7 +146,8 @@ struct RowRebuild {
           part[1](thread) = both.step[1];
         });
         MC_UNROLL
-        for (int m = 0; m < Tiles; ++m) block.multiply_add(sum[m][i], y[step][m], part[0], step == 0 ? c[0][i] : sum[m][i]);
+        for (int m = 0; m < Tiles; ++m)
+          block.multiply_add(sum[m][i], y[step][m], part[0], step == 0 ? c[0][i] : sum[m][i]);
         MC_UNROLL
         for (int m = 0; m < Tiles; ++m) block.multiply_add(sum[m][i], y[step + 1][m], part[1]);
       }
