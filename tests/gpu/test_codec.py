@@ -29,7 +29,7 @@ from tests.support.matrices import random_matrices
 from tests.support.plans import all_plans, several_run_plans, single_run_plans
 
 POISON = 77
-SOURCE, TARGET, NUMBER = [3, 1, 5], [2, 4, 1], [0, 9, 60]
+SOURCE, TARGET, NUMBER = [3, 1, 5], [2, 4, 1], [0, 9, 2047]
 TYPES = [torch.float16, torch.bfloat16]
 MANY_BLOCKS = [
     "int4 pairs before RoPE",

@@ -142,6 +142,15 @@ def test_floats(cases: Cases) -> None:
     np.testing.assert_allclose(out[10], np.exp2(np.fmin(np.fmax(x, -100), 100)), rtol=2**-21)
 
 
+def test_sines_and_cosines_of_long_contexts(cases: Cases) -> None:
+    angles = (np.random.default_rng(4).uniform(-1, 1, COUNT) * 2.0 ** np.linspace(-10, 23, COUNT)).astype(np.float32)
+    angles[:3] = 0.0, 1e-30, 131071.0
+    out = np.zeros((2, COUNT), np.float32)
+    assert cases("angles", angles, out, COUNT) == ""
+    exact = angles.astype(np.float64)
+    np.testing.assert_allclose(out, [np.sin(exact), np.cos(exact)], atol=1e-6)
+
+
 def test_shuffles(cases: Cases) -> None:
     out = np.zeros((4, 32), np.uint32)
     assert cases("shuffles", out) == ""

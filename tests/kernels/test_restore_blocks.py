@@ -34,7 +34,7 @@ CONFIGS = {
 }
 TYPES = {"80": torch.float32, "128": torch.bfloat16, "64": torch.float16}
 SMALL = ModelConfig("llama", 4, 64, 64, 4, 2, 48, 100, 4096)
-BLOCKS, BLOCK_INDEX = torch.tensor([2, 4, 1], dtype=torch.int32), torch.tensor([0, 9, 60], dtype=torch.int32)
+BLOCKS, BLOCK_INDEX = torch.tensor([2, 4, 1], dtype=torch.int32), torch.tensor([0, 9, 2047], dtype=torch.int32)
 
 
 def stored(plan: CompressionPlan, layout: StreamLayout, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "minicache/elementary.cuh"
+
 namespace {
 
 using u32 = std::uint32_t;
@@ -91,6 +93,12 @@ __global__ void floats(const float* a, const float* b, const float* c, float* ou
   put(!(x >= y) ? 1.0f : 0.0f);
   put(x == y ? 1.0f : 0.0f);
   put(x != y ? 1.0f : 0.0f);
+}
+
+// out[2][count]: sines, cosines.
+__global__ void angles(const float* in, float* out, int count) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) minicache::sine_and_cosine_approximate(in[i], out[i], out[count + i]);
 }
 
 // ---- warps ----
@@ -257,6 +265,10 @@ CASES_API const char* cases_integers(const u32* a, const u32* b, const u32* c, u
 }
 CASES_API const char* cases_floats(const float* a, const float* b, const float* c, float* out, int count) {
   floats<<<(count + 95) / 96, 96>>>(a, b, c, out, count);
+  return finish();
+}
+CASES_API const char* cases_angles(const float* in, float* out, int count) {
+  angles<<<(count + 95) / 96, 96>>>(in, out, count);
   return finish();
 }
 CASES_API const char* cases_shuffles(u32* out) {
