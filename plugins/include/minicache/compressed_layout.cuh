@@ -34,12 +34,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   const StreamShape &k = key.shape, &v = value.shape;
   const bool rebuilt = k.basis == Basis::pre_rope;
   CompressedShared shared{};
-  int bytes = 0;
-  auto field = [&](std::int64_t size) {
-    const int offset = bytes;
-    bytes += static_cast<int>((size + 127) / 128 * 128);
-    return offset;
-  };
+  SharedFields field;
   constexpr int kStep = QueryFragments::step_bytes<T>();
   const int kind = kind_of(k, v), held = stage_blocks(rebuilt, kind);
   const int mapped = rebuilt ? kTurnedBlocks * turned_steps(k.dim) : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
@@ -65,7 +60,7 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.offset = field(rebuilt ? 2 * padded_half(k.dim) * 4 : 0);
   shared.bases = field(rebuilt ? kSplitBlocks * padded_half(k.dim) * sizeof(KeyRebuild::Base) : 0);
   shared.table = field(kSplitBlocks * 4);
-  shared.bytes = bytes;
+  shared.bytes = field.bytes;
   return shared;
 }
 

@@ -29,14 +29,7 @@ struct CompressedSplit {
     const int blocks = item.last_block - item.first_block;
     const std::int32_t* const ids = load_table(block, a, item, blocks);
     const Scores scores{reinterpret_cast<float*>(block.shared + a.shared.scores)};
-    // Stages go round: keys of all blocks, then values. `filled` is the next to fill, `ready` the next to read.
-    const int stage_bytes = a.shared.stage_bytes, end = a.shared.stages * stage_bytes;
-    int filled = 0, ready = 0;
-    auto next = [&](int& stage) {
-      char* const result = block.shared + stage;
-      stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
-      return result;
-    };
+    StageRing stages(block.shared, a.shared.stage_bytes, a.shared.stages);  // of all keys, then of values
     using KeySource = StageSource<T, Kind, Part::key>;
     using ValueSource = StageSource<T, Kind, Part::value>;
     typename Block::template PerThread<KeySource> keys;
@@ -55,7 +48,7 @@ struct CompressedSplit {
       }
     };
     auto fetch_blocks = [&](int u, const StreamReader& reader, const auto& source) {
-      char* const stage = next(filled);
+      char* const stage = stages.to_fill();
       MC_UNROLL
       for (int n = 0; n < kStageBlocks; ++n) {
         const int own = u * kStageBlocks + n;
@@ -87,7 +80,7 @@ struct CompressedSplit {
       for (int u = 0; u < rounds; ++u) {
         wait_stage(block, a.shared.stages);
         fetch(u + a.shared.stages - 1);
-        read(next(ready), u, start + u * kStageBlocks * kBlockSize);
+        read(stages.to_read(), u, start + u * kStageBlocks * kBlockSize);
       }
     };
     // or with each of its blocks.
@@ -156,7 +149,7 @@ struct CompressedSplit {
       for (int u = 0; u < rounds; ++u) {
         wait_stage(block, a.shared.stages);
         fetch_value(u + a.shared.stages - 1);
-        const char* const first = next(ready);
+        const char* const first = stages.to_read();
         auto each_block = [&](auto f) {
           each_held(u, [&](int n) {
             const ValueStage<Kind, decltype(formats)> stage{a.value, first + n * a.shared.block_bytes};

@@ -60,12 +60,7 @@ RestoreShared restore_shared(const StreamReader& reader, int stages, bool map_in
   const StreamShape& shape = reader.shape;
   const int kind = kind_of(shape, shape);
   RestoreShared shared{};
-  int bytes = 0;
-  auto field = [&](std::int64_t size) {
-    const int offset = bytes;
-    bytes += static_cast<int>((size + 127) / 128 * 128);
-    return offset;
-  };
+  SharedFields field;
   shared.block_bytes = reader.stage.bytes;  // whole units of 128
   shared.stage_bytes = restored_blocks(kind) * shared.block_bytes;
   shared.stages = stages;
@@ -75,7 +70,7 @@ RestoreShared restore_shared(const StreamReader& reader, int stages, bool map_in
   shared.rows = field(is_known(kind) ? 0 : StoredRows::bytes<T>(shape));
   shared.offset = field(2 * padded_half(shape.dim) * 4);
   shared.places = field(shape.retained > 0 ? kBlockSize * 4 : 0);
-  shared.bytes = bytes;
+  shared.bytes = field.bytes;
   return shared;
 }
 
@@ -112,16 +107,9 @@ struct RestoreKernel {
       const int n = u * kTiles + m;
       return n < a.count ? a.blocks[n] : -1;
     };
-    // Stages go round: `filled` is the next to fill, `ready` the next to read.
-    const int stage_bytes = a.shared.stage_bytes, end = a.shared.stages * stage_bytes;
-    int filled = 0, ready = 0;
-    auto next = [&](int& stage) {
-      char* const result = block.shared + stage;
-      stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
-      return result;
-    };
+    StageRing stages(block.shared, a.shared.stage_bytes, a.shared.stages);
     auto fetch = [&](int u) {
-      char* const stage = next(filled);
+      char* const stage = stages.to_fill();
       block.each([&](Thread thread) {
         const Source source = Source::of(thread, a.reader, slot);  // each time: not in registers while rows are rebuilt
         MC_UNROLL
@@ -139,7 +127,7 @@ struct RestoreKernel {
       for (int u = block.x(); u < rounds; u += a.groups) {
         wait_stage(block, a.shared.stages);
         fetch(u + (a.shared.stages - 1) * a.groups);
-        const char* const stage = next(ready);
+        const char* const stage = stages.to_read();
         bool wanted[kTiles], any = false;
         MC_UNROLL
         for (int m = 0; m < kTiles; ++m) any |= wanted[m] = block_of(u, m) >= 0;

@@ -45,6 +45,17 @@ struct Fixed {
   MC_HD constexpr operator int() const { return N; }
 };
 
+// Fields of a thread block's shared memory, one after another on multiples of 128 bytes.
+struct SharedFields {
+  std::int32_t bytes = 0;
+  // Offset of the next one.
+  std::int32_t operator()(std::int64_t size) {
+    const std::int32_t offset = bytes;
+    bytes += static_cast<std::int32_t>((size + 127) / 128 * 128);
+    return offset;
+  }
+};
+
 // A field of a stage: where it lies, and how it is copied there. Rows of a multiple of 16 bytes keep apart, all others
 // are copied as units of 16 bytes.
 struct StageField {

@@ -140,6 +140,24 @@ using StageSource =
     std::conditional_t<is_known(Kind), KnownStageSource<Kind, Of>,
                        std::conditional_t<Kind == kPlain, PlainStageSource<T>, AnyStageSource<T>>>;
 
+// Stages in shared memory, filled and read in turn.
+struct StageRing {
+  char* shared;
+  int stage_bytes, end;
+  int filled = 0, ready = 0;  // the next to fill and to read
+
+  MC_HD StageRing(char* base, int bytes, int stages) : shared(base), stage_bytes(bytes), end(stages * bytes) {}
+  MC_HD char* to_fill() { return next(filled); }
+  MC_HD const char* to_read() { return next(ready); }
+
+ private:
+  MC_HD char* next(int& stage) {
+    char* const result = shared + stage;
+    stage = stage + stage_bytes == end ? 0 : stage + stage_bytes;
+    return result;
+  }
+};
+
 // Ranges of a run's components, the same for all tokens, if it has such: bytes from the stage's start.
 struct ChannelRanges {
   bool any;
