@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,18 @@ class EmulatedRuntime:
     def run_blocks_in_reverse(self, reverse: bool) -> None:
         """Thread blocks run from the last to the first; a GPU promises no order."""
         self._functions.emulator_reverse(int(reverse))
+
+    @contextmanager
+    def device(self, processors: int = 1, block_kib: int = 227, processor_kib: int = 228) -> Iterator[None]:
+        """Another GPU for a while: its multiprocessors, shared memory of a thread block and of a multiprocessor.
+
+        The defaults are a Hopper's, of which one multiprocessor is enough; Ada has 99 and 100 KiB.
+        """
+        self._functions.emulator_device(processors, block_kib << 10, processor_kib << 10)
+        try:
+            yield
+        finally:
+            self._functions.emulator_device(1, 227 << 10, 228 << 10)
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """What each kernel did since `reset`, by its mangled name: counts, as in ``plugins/emulator/statistics.h``."""

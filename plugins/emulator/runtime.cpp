@@ -17,7 +17,7 @@
 namespace emulator {
 namespace {
 
-constexpr std::int64_t kSharedDefault = 48 * 1024, kSharedMost = 227 * 1024;
+constexpr std::int64_t kSharedDefault = 48 * 1024;
 
 // The PTX of a module, taken apart so that a kernel is parsed when it is first launched.
 struct Module {
@@ -49,6 +49,8 @@ struct Runtime {
   Allowed allowed;
   std::map<const char*, std::size_t> allocations;
   bool reverse = false;
+  // Thread blocks run one after another; shared memory is that of Hopper.
+  std::int32_t processors = 1, shared_of_block = 227 * 1024, shared_of_processor = 228 * 1024;
   std::string answer;
 };
 
@@ -264,7 +266,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   emulator::Kernel* const kernel = emulator::kernel_of(function);
   if (kernel == nullptr) return failed(cudaErrorInvalidDeviceFunction);
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > emulator::kSharedMost)
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > runtime().shared_of_block)
     return failed(cudaErrorInvalidValue);
   kernel->shared_limit = value;
   return cudaSuccess;
@@ -276,15 +278,15 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {  // of Hopper
+  switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(emulator::kSharedMost);
+      *value = runtime().shared_of_block;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = static_cast<int>(emulator::kSharedMost) + 1024;
+      *value = runtime().shared_of_processor;
       return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:  // thread blocks run one after another
-      *value = 1;
+    case cudaDevAttrMultiProcessorCount:
+      *value = runtime().processors;
       return cudaSuccess;
     default:
       return failed(cudaErrorInvalidValue);
@@ -356,6 +358,13 @@ void emulator_allow_all() {
 }
 
 void emulator_reverse(std::int32_t reverse) { runtime().reverse = reverse != 0; }
+
+void emulator_device(std::int32_t processors, std::int32_t shared_of_block, std::int32_t shared_of_processor) {
+  auto& state = runtime();
+  state.processors = processors;
+  state.shared_of_block = shared_of_block;
+  state.shared_of_processor = shared_of_processor;
+}
 
 const char* emulator_statistics() {
   auto& state = runtime();

@@ -86,7 +86,7 @@ struct Restore {
     for (const bool resident : {true, false}) {
       for (int blocks = most; blocks >= 1; --blocks) {
         const int room = minimum(limits.processor / blocks - kReserved, limits.block);
-        for (int stages = 3; stages >= 2; --stages) {
+        for (int stages = 3; stages >= (resident || blocks > 1 ? 2 : 1); --stages) {
           shared = restore_shared<T>(arguments.reader, stages, resident);
           if (shared.bytes <= room) return ok;
         }

@@ -81,18 +81,20 @@ MC_HD std::uint32_t code_pair(const std::uint32_t (&codes)[2], int p) {
   return split_halves<Bits, N>(codes, p / kPerWord) >> (p % kPerWord * Bits);
 }
 
-// Codes in the low bits of each half as numbers: 1024 + code is a binary16 number whose low bits are the code.
+// Codes in the low bits of each half as numbers, less `Centre`: 1024 + code is a binary16 number whose low bits are the
+// code.
 constexpr std::uint32_t kThousand = 0x64006400u;
-template <int Bits>
+template <int Bits, int Centre = 0>
 MC_HD Pair<Half> low_codes(std::uint32_t word) {
   constexpr std::uint32_t kMask = ((1u << Bits) - 1u) * 0x00010001u;
   const Pair<Half> sum{merge_bits<kMask, kThousand>(word)};
-  return fused(sum, Pair<Half>{0x3c003c00u}, Pair<Half>{0xe400e400u});
+  return fused(sum, Pair<Half>{0x3c003c00u}, Pair<Half>{(0xe400u + Centre) * 0x00010001u});
 }
 // The same for 4-bit codes in bits 4 to 7, in place: 1024 + 16 code.
+template <int Centre = 0>
 MC_HD Pair<Half> second_nibbles(std::uint32_t word) {
   const Pair<Half> sum{merge_bits<0x00f000f0u, kThousand>(word)};
-  return fused(sum, Pair<Half>{0x2c002c00u}, Pair<Half>{0xd400d400u});
+  return fused(sum, Pair<Half>{0x2c002c00u}, Pair<Half>{(0xd400u + 16u * Centre) * 0x00010001u});
 }
 
 template <int Bits, int N>
@@ -225,24 +227,25 @@ MC_HD void read_word(std::uint32_t word, Pair<Code<T>> (&out)[4]) {
 
 namespace detail {
 
-// Integer code number c of two rows, whose codes are `joined`: the first row's in low halves, the second's in high
-// ones.
+// Integer code number c of two rows, less its centre, whose codes are `joined`: the first row's in low halves, the
+// second's in high ones.
 template <int Bits, int N>
 MC_HD Pair<Half> integer_column(const std::uint32_t (&joined)[2], int c) {
   constexpr int kPerWord = Bits == 8 ? 2 : N;
   if constexpr (Bits == 4 && N > 2) {
-    if (c % 2 == 1) return second_nibbles(joined[0] >> (4 * (c - 1)));
+    if (c % 2 == 1) return second_nibbles<code_centre(Bits)>(joined[0] >> (4 * (c - 1)));
   }
-  return low_codes<Bits>(joined[c / kPerWord] >> (c % kPerWord * Bits));
+  return low_codes<Bits, code_centre(Bits)>(joined[c / kPerWord] >> (c % kPerWord * Bits));
 }
 
 }  // namespace detail
 
-// Chunk number `chunk` of N components (N = 2 or 4) of two rows: out[c] holds component c of both.
+// Chunk number `chunk` of N components (N = 2 or 4) of two rows: out[c] holds component c of both. Integer codes are less
+// by their centre.
 template <class T, Format F, int N>
 MC_HD void read_columns(const void* a, const void* b, int chunk, bool words, Pair<Element<T, F>> (&out)[N]) {
+  constexpr int kBits = bits_of(F);
   if constexpr (is_integer(F) && sizeof(T) == 2) {
-    constexpr int kBits = bits_of(F);
     std::uint32_t first[2], second[2];
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), chunk, words, first);
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), chunk, words, second);
@@ -251,7 +254,6 @@ MC_HD void read_columns(const void* a, const void* b, int chunk, bool words, Pai
     MC_UNROLL
     for (int c = 0; c < N; ++c) out[c] = detail::integer_column<kBits, N>(joined, c);
   } else if constexpr (is_gaussian(F) && sizeof(T) == 2 && N == 4) {
-    constexpr int kBits = bits_of(F);
     std::uint32_t first[2], second[2];
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(a), chunk, words, first);
     detail::load_codes<kBits, N>(static_cast<const std::int8_t*>(b), chunk, words, second);
@@ -264,6 +266,11 @@ MC_HD void read_columns(const void* a, const void* b, int chunk, bool words, Pai
     for (int p = 0; p < N / 2; ++p) {
       out[p] = firsts(x[p], y[p]);
       out[p + N / 2] = seconds(x[p], y[p]);
+    }
+    if constexpr (is_integer(F)) {  // as floats
+      constexpr float kCentre = code_centre(kBits);
+      MC_UNROLL
+      for (int c = 0; c < N; ++c) out[c] = make_pair<float>(first_of(out[c]) - kCentre, second_of(out[c]) - kCentre);
     }
   }
 }

@@ -13,8 +13,7 @@ struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
   // More would spill registers, or, of tables and maps of keys that are rebuilt, find no shared memory.
   static constexpr int kPlainBlocks = !Kind || kArch == 800 ? 3 : 4;
-  static constexpr bool kOlder = kArch >= 800 && kArch < 900;
-  static constexpr bool kTwoRebuild = Kind == 128 || Kind == kPlain || kArch == 1200 || (!Kind && kOlder);
+  static constexpr bool kTwoRebuild = Kind != 64 || kArch == 1200;
   static constexpr int kMinBlocks = !Rebuild ? kPlainBlocks : kTwoRebuild ? 2 : 3;
   static constexpr int kStageBlocks = stage_blocks(Rebuild, Kind);
   using Arguments = CompressedSplitArguments<T>;

@@ -29,19 +29,20 @@ struct CompressedSums {
     });
   }
 
-  // What the offset of codes added to the sums of a known run. Rows g + 8 of a sum are components of odd number.
+  // What the offset of codes and their centre added to the sums of a known run. Rows g + 8 of a sum are components of odd number.
   template <class Block>
   MC_HD static void take_offset(Block& block, const WeightFragments& weights, Sums<Block> (&sums)[kOwn]) {
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int query = 2 * (thread.lane() % 4) + i;
-        const float added = kCodeOffset * weights.constant(WeightFragments::kOffsets, query);
+        const float weight = weights.constant(WeightFragments::kOffsets, query);
+        constexpr float kCentre = code_centre(kKnownBits);
         MC_UNROLL
         for (int m = 0; m < 2; ++m) {
           FragmentD& sum = sums[0][m](thread);
-          sum.x[i] -= added;
-          sum.x[2 + i] = (sum.x[2 + i] - added) / kOffsetStep;
+          sum.x[i] -= (kCodeOffset + kCentre) * weight;
+          sum.x[2 + i] = (sum.x[2 + i] - (kCodeOffset + kOffsetStep * kCentre) * weight) / kOffsetStep;
         }
       }
     });
@@ -185,12 +186,13 @@ struct CompressedSums {
     block.each([&](Thread thread) {
       const int query = thread.lane() / 4;
       for (int step = thread.warp(); step < ceil_div(exact.count, 16); step += kDecodeWarps) {
+        const float centre = centre_of(exact.reader.shape.retained_format);
         float scaled[4];
         for (int i = 0; i < 4; ++i) {
           const int n = 16 * step + 2 * (thread.lane() % 4) + i % 2 + 8 * (i / 2), row = exact.clamped(n);
           const float weight = n < exact.count ? list[query * exact.count + n] : 0.0f;
           scaled[i] = weight * exact.scale(row);
-          weights.part(kExactRun, thread) += weight * exact.minimum(row);
+          weights.part(kExactRun, thread) += weight * exact.minimum(row) + centre * scaled[i];
         }
         target.put<T>(exact.reader.shape.retained_format, 0, step, thread.lane(), scaled);
       }

@@ -41,6 +41,13 @@ MC_HD constexpr bool is_gaussian(Format format) {
 // A scale is stored with the codes; integers store a minimum as well.
 MC_HD constexpr bool has_ranges(Format format) { return is_integer(format) || format == Format::fp8; }
 
+// Where sums are taken over integer codes, they are taken of codes less their centre, and minima are those of centres:
+// weights are rounded, and what that adds is the same for all components of a token, which maps may add up.
+MC_HD constexpr int code_centre(int bits) { return 1 << (bits - 1); }
+MC_HD constexpr float centre_of(Format format) {
+  return is_integer(format) ? static_cast<float>(code_centre(bits_of(format))) : 0.0f;
+}
+
 // Stored bytes are byte - 128; as bits, that flips the top one.
 MC_HD constexpr std::uint8_t stored_to_byte(std::int8_t stored) { return static_cast<std::uint8_t>(stored) ^ 0x80u; }
 MC_HD constexpr std::int8_t byte_to_stored(std::uint8_t byte) { return static_cast<std::int8_t>(byte ^ 0x80u); }

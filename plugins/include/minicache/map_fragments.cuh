@@ -110,13 +110,14 @@ struct MapFragments {
       const HeadMatrix matrix = own ? HeadMatrix{a.maps.map, a.maps.map_heads, shape.stored}
                                     : HeadMatrix{a.maps.residual_map, shape.heads, shape.dim};
       const int before = own ? 0 : shape.stored;
-      const float* const row = matrix.data == nullptr ? nullptr : matrix.of(slot, shape.dim) + d * matrix.columns;
+      const bool unit = matrix.data == nullptr;
+      const float* const row = unit || d < 0 ? nullptr : matrix.of(slot, shape.dim) + d * matrix.columns;
       const Run run = Run::of(shape, step);
       auto number = [&](int j, int i) {
         const int c = a.known ? known_component(run.length, step, lane, j, i)
                               : run.first + QueryFragments::component(run.length, step - run.first / 16, lane, j, i);
         if (d < 0 || step >= a.steps) return 0.0f;
-        return row == nullptr ? static_cast<float>(c - before == d) : row[c - before];
+        return unit ? static_cast<float>(c - before == d) : row[c - before];
       };
       MC_UNROLL
       for (int j = 0; j < 2; ++j) put_pair(target, j, make_pair<E>(number(j, 0), number(j, 1)));

@@ -2,6 +2,8 @@
 //
 //     MapFragments ─► RestoreKernel
 //     (maps and turns, once a call)
+//
+// Stored numbers, maps and turns are binary16 on the way, of either 16-bit type; sums of products are floats.
 #pragma once
 
 #include "minicache/map_fragments.cuh"
@@ -125,8 +127,12 @@ struct RestoreKernel {
     for (int n = 0; n < a.shared.stages - 1; ++n) fetch(block.x() + n * a.groups);
     with_formats<Kind>(a.reader, [&](auto formats) {
       for (int u = block.x(); u < rounds; u += a.groups) {
+        if (a.shared.stages == 1) {
+          block.sync();  // nobody reads it any more
+          fetch(u);
+        }
         wait_stage(block, a.shared.stages);
-        fetch(u + (a.shared.stages - 1) * a.groups);
+        if (a.shared.stages > 1) fetch(u + (a.shared.stages - 1) * a.groups);
         const char* const stage = stages.to_read();
         bool wanted[kTiles], any = false;
         MC_UNROLL

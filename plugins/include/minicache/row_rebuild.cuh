@@ -47,7 +47,7 @@ struct RowRebuild {
     return c < dim / 2 ? c + d / half * (dim / 2) : -1;
   }
 
-  // Fills `offset`, of columns, and the padding of the rows, without a `sync`.
+  // Fills `offset` and the padding of the rows, without a `sync`.
   template <class T, int Kind, class Block>
   MC_HD void prepare(Block& block, const StreamReader& reader, int slot, bool neighbours) const {
     const int dim = reader.shape.dim;

@@ -116,6 +116,7 @@ struct StageRun {
   std::int32_t token_scales, token_minima, channel_scales, channel_minima;
   std::int32_t weights;         // the first run whose weights, of values, are the same
   bool words;                   // whether words of its codes are aligned
+  float centre;                 // `centre_of` the format
 };
 
 // A stream as the kernels read it: of one layer.
@@ -167,6 +168,7 @@ StageRun stage_run(const StreamShape& shape, const StageLayout& stage, int n) {
   run.channel_scales = channel ? scales : -1;
   run.channel_minima = channel ? minima : -1;
   run.words = (run.stride | run.rows) % 4 == 0;
+  run.centre = centre_of(run.format);
   return run;
 }
 

@@ -224,6 +224,13 @@ struct Stage {
     }
   }
   MC_HD bool words(int n) const { return is_known(Kind) || run(n).words; }
+  MC_HD float centre(int n) const {
+    if constexpr (kCodes) {
+      return centre_of(Formats::format);
+    } else {
+      return run(n).centre;
+    }
+  }
   // Whether codes are read with an offset.
   template <class T>
   MC_HD bool offset_codes() const {

@@ -15,7 +15,7 @@ constexpr int kConstants = kRuns + 1;
 // Fragments of weights in shared memory, kBlockSize / 16 steps of 16 tokens per run, and what belongs to whole runs.
 struct WeightFragments {
   char* data;
-  float* parts;   // [kConstants][kDecodeThreads]: a thread's sums of weights times minima; last: of weights
+  float* parts;   // [kConstants][kDecodeThreads]: a thread's sums of weights times centres; last: of weights
   float* totals;  // [kConstants][kQueryTile]
   // Number, among the constants, of the sum of a known run's weights as rounded, where its codes are read with an offset.
   static constexpr int kOffsets = 1;
@@ -93,18 +93,18 @@ MC_HD void prepare_weights(Block& block, const ValueStage<Kind, Formats>& stage,
     }
     stage.each_weighted([&](int n) {
       const TokenRanges ranges = stage.token_ranges(n);
-      if (ranges.minima >= 0) {
-        float minima[4];
-        ranges.load_minima(first, minima);
-        float constant = 0.0f;
-        MC_UNROLL
-        for (int i = 0; i < 4; ++i) constant += weight[i] * minima[i];
-        sums(thread).add(fragments, n, thread, constant);
-      }
       float scaled[4];
       ranges.load_scales(first, scaled);
       MC_UNROLL
       for (int i = 0; i < 4; ++i) scaled[i] *= weight[i];
+      if (ranges.minima >= 0) {
+        float minima[4];
+        ranges.load_minima(first, minima);
+        float constant = stage.centre(n) * sum_of(scaled);
+        MC_UNROLL
+        for (int i = 0; i < 4; ++i) constant += weight[i] * minima[i];
+        sums(thread).add(fragments, n, thread, constant);
+      }
       fragments.put<T>(stage.run(n).format, n, thread.warp(), thread.lane(), scaled);
       if (!stage.template offset_codes<T>()) return;
       MC_UNROLL
@@ -114,14 +114,20 @@ MC_HD void prepare_weights(Block& block, const ValueStage<Kind, Formats>& stage,
   });
 }
 
-// Ranges of N components, each twice in a pair.
+// Ranges of N components, each twice in a pair: scales, and numbers of centres.
 template <class E, int N>
 struct ColumnRanges {
   Pair<E> scale[N], minimum[N];
 
-  MC_HD void load(const Half* scales, const Half* minima, int index) {
-    spread(scales + index, scale);
-    if (minima != nullptr) spread(minima + index, minimum);
+  template <Format F>
+  MC_HD void load(const ChannelRanges& stored, int index) {
+    spread(stored.scales() + index, scale);
+    if constexpr (is_integer(F)) {
+      spread(stored.minima() + index, minimum);
+      const Pair<E> centre = make_pair<E>(centre_of(F), centre_of(F));
+      MC_UNROLL
+      for (int c = 0; c < N; ++c) minimum[c] = fused(scale[c], centre, minimum[c]);
+    }
   }
 
  private:
@@ -188,8 +194,7 @@ MC_HD void add_components(Block& block, typename Block::template PerThread<Fragm
     block.each([&](Thread thread) {
       MC_UNROLL
       for (int c = 0; c < N; ++c) ranges(thread).minimum[c] = minus_zeros<Code<T>>();
-      const Half* const minima = is_integer(F) ? stored.minima() : nullptr;
-      if (MC_ON_DEVICE || active(thread)) ranges(thread).load(stored.scales(), minima, N * at(thread));
+      if (MC_ON_DEVICE || active(thread)) ranges(thread).template load<F>(stored, N * at(thread));
     });
   }
   static_assert(!has_ranges(F) || sizeof(E) == sizeof(Code<T>), "ranges belong to codes");

@@ -1,0 +1,56 @@
+"""GPUs with less shared memory than a Hopper, as the emulated one can be: other stages, maps left in global memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from minicache_trt.kernels.emulated import EmulatedRuntime
+from minicache_trt.kernels.library import KernelError
+from tests.gpu.cases import Case, assert_agrees, model
+from tests.gpu.conftest import Kernels
+from tests.support.plans import all_plans, several_run_plans, single_run_plans
+from tests.support.steps import step
+
+TOO_LARGE = {"keys before RoPE", "mean of four"}
+"""Decoding takes more shared memory than Ada has, at head dimension 256."""
+MIXED = [(70, 64, 1), (449, 384, 1), (65, 64, 1), (300, 128, 150)]
+
+
+@pytest.fixture(autouse=True)
+def ada(kernels: Kernels) -> Iterator[None]:
+    if kernels.kind != "emulated":
+        pytest.skip("a GPU is as large as it is; needs nvcc and no GPU, to emulate one")
+    with EmulatedRuntime(kernels.library.path).device(processors=3, block_kib=99, processor_kib=100):
+        yield
+
+
+@pytest.mark.parametrize("plan", all_plans(model()))
+def test_every_plan_of_large_heads(kernels: Kernels, plan: str) -> None:
+    config = model(256)
+    case = Case.random(kernels, config, all_plans(config)[plan], step(MIXED), torch.float16)
+    if plan in TOO_LARGE:
+        with pytest.raises(KernelError, match=r"a block of these streams takes [0-9]+ bytes of shared memory"):
+            case.attend(kernels, 1)
+    else:
+        assert_agrees(kernels, case)
+
+
+def test_restoring_with_one_stage(kernels: Kernels) -> None:
+    """Rows of 256 numbers in the compute type, of which not two blocks fit; left-out blocks among them."""
+    config = model(256)
+    cache = Case.random(kernels, config, all_plans(config)["minicache"], step(MIXED), torch.float16).cache
+    blocks, numbers = torch.tensor([[3, -1, 5, 9, 3, 3, -1, 1], [0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
+    restored = cache.restore("key", 1, blocks, numbers)
+    with EmulatedRuntime(kernels.library.path).device():
+        expected = cache.restore("key", 1, blocks, numbers)
+    assert torch.equal(restored[blocks >= 0], expected[blocks >= 0])
+
+
+@pytest.mark.parametrize("plan", single_run_plans(model(128)) | several_run_plans(model(128)))
+def test_runs(kernels: Kernels, plan: str) -> None:
+    config = model(128)
+    plans = single_run_plans(config) | several_run_plans(config)
+    assert_agrees(kernels, Case.random(kernels, config, plans[plan], step(MIXED), torch.float16))
