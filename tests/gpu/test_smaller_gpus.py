@@ -40,13 +40,18 @@ def test_every_plan_of_large_heads(kernels: Kernels, plan: str) -> None:
 
 def test_restoring_with_one_stage(kernels: Kernels) -> None:
     """Rows of 256 numbers in the compute type, of which not two blocks fit; left-out blocks among them."""
-    config = model(256)
+    config, runtime = model(256), EmulatedRuntime(kernels.library.path)
     cache = Case.random(kernels, config, all_plans(config)["minicache"], step(MIXED), torch.float16).cache
     blocks, numbers = torch.tensor([[3, -1, 5, 9, 3, 3, -1, 1], [0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
-    restored = cache.restore("key", 1, blocks, numbers)
-    with EmulatedRuntime(kernels.library.path).device():
-        expected = cache.restore("key", 1, blocks, numbers)
+    expected = cache.restore("key", 1, blocks, numbers)
+    with runtime.device(block_kib=72, processor_kib=100):
+        restored = cache.restore("key", 1, blocks, numbers)
     assert torch.equal(restored[blocks >= 0], expected[blocks >= 0])
+    with (
+        runtime.device(block_kib=60, processor_kib=100),
+        pytest.raises(KernelError, match=r"restore_blocks: a block of these streams takes [0-9]+ bytes"),
+    ):
+        cache.restore("key", 1, blocks, numbers)
 
 
 @pytest.mark.parametrize("plan", single_run_plans(model(128)) | several_run_plans(model(128)))
