@@ -13,8 +13,8 @@ EMULATOR_API void emulator_allow_all();
 // Order in which thread blocks run: 0 first to last, 1 last to first. A GPU promises none.
 EMULATOR_API void emulator_reverse(std::int32_t reverse);
 
-// What launchers are told of the GPU: multiprocessors, and bytes of shared memory that a thread block may have and that a
-// multiprocessor has. At first 1, 227 KiB and 228 KiB.
+// What launchers are told of the GPU: multiprocessors, and bytes of shared memory that a thread block may have and that
+// a multiprocessor has. At first 1, 227 KiB and 228 KiB.
 EMULATOR_API void emulator_device(std::int32_t processors, std::int32_t shared_of_block,
                                   std::int32_t shared_of_processor);
 

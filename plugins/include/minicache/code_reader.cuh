@@ -240,8 +240,8 @@ MC_HD Pair<Half> integer_column(const std::uint32_t (&joined)[2], int c) {
 
 }  // namespace detail
 
-// Chunk number `chunk` of N components (N = 2 or 4) of two rows: out[c] holds component c of both. Integer codes are less
-// by their centre.
+// Chunk number `chunk` of N components (N = 2 or 4) of two rows: out[c] holds component c of both, integer codes less
+// their centre.
 template <class T, Format F, int N>
 MC_HD void read_columns(const void* a, const void* b, int chunk, bool words, Pair<Element<T, F>> (&out)[N]) {
   constexpr int kBits = bits_of(F);

@@ -29,7 +29,8 @@ struct CompressedSums {
     });
   }
 
-  // What the offset of codes and their centre added to the sums of a known run. Rows g + 8 of a sum are components of odd number.
+  // What the offset of codes and their centre added to the sums of a known run. Rows g + 8 of a sum are components of
+  // odd number.
   template <class Block>
   MC_HD static void take_offset(Block& block, const WeightFragments& weights, Sums<Block> (&sums)[kOwn]) {
     block.each([&](Thread thread) {

@@ -1,4 +1,4 @@
-// Stored keys of a warp's 16 tokens as numbers: [y | residual] with ranges and norms applied, as fragments A.
+// Stored rows of a warp's 16 tokens as numbers: [y | residual] with ranges and norms applied, as fragments A.
 #pragma once
 
 #include "minicache/known_logits.cuh"
