@@ -41,11 +41,12 @@ class EmulatedRuntime:
 
         The defaults are a Hopper's, of which one multiprocessor is enough; Ada has 99 and 100 KiB.
         """
-        self._functions.emulator_device(processors, block_kib << 10, processor_kib << 10)
+        numbers = (ctypes.c_int32 * 3)(processors, block_kib << 10, processor_kib << 10)
+        self._functions.emulator_exchange_device(numbers)
         try:
             yield
         finally:
-            self._functions.emulator_device(1, 227 << 10, 228 << 10)
+            self._functions.emulator_exchange_device(numbers)
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """What each kernel did since `reset`, by its mangled name: counts, as in ``plugins/emulator/statistics.h``."""

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "decode.h"
@@ -359,11 +360,11 @@ void emulator_allow_all() {
 
 void emulator_reverse(std::int32_t reverse) { runtime().reverse = reverse != 0; }
 
-void emulator_device(std::int32_t processors, std::int32_t shared_of_block, std::int32_t shared_of_processor) {
+void emulator_exchange_device(std::int32_t* numbers) {
   auto& state = runtime();
-  state.processors = processors;
-  state.shared_of_block = shared_of_block;
-  state.shared_of_processor = shared_of_processor;
+  std::swap(state.processors, numbers[0]);
+  std::swap(state.shared_of_block, numbers[1]);
+  std::swap(state.shared_of_processor, numbers[2]);
 }
 
 const char* emulator_statistics() {

@@ -14,9 +14,8 @@ EMULATOR_API void emulator_allow_all();
 EMULATOR_API void emulator_reverse(std::int32_t reverse);
 
 // What launchers are told of the GPU: multiprocessors, and bytes of shared memory that a thread block may have and that
-// a multiprocessor has. At first 1, 227 KiB and 228 KiB.
-EMULATOR_API void emulator_device(std::int32_t processors, std::int32_t shared_of_block,
-                                  std::int32_t shared_of_processor);
+// a multiprocessor has. Takes three numbers and gives back those before.
+EMULATOR_API void emulator_exchange_device(std::int32_t* numbers);
 
 // JSON of what each kernel did since the last reset; valid until the next call.
 EMULATOR_API const char* emulator_statistics();

@@ -23,7 +23,7 @@ struct Workspace {
     statistics = take(4 * rows * statistics_of(shape));
     rotations = take(turned(shape) ? 4 * count * Rotation::numbers(shape.dim) : 0);
     if (!turned(shape) || !maps || type == Type::float32) return;
-    const MatrixPieces<BFloat16, 3> pieces{
+    const MapKernel<Half, true>::Pieces pieces{
         nullptr, shape.heads, ceil_div(linear ? shape.stored : shape.dim, kExactColumns), exact_pieces(shape.dim)};
     split = take(pieces.bytes(shape.members));
   }

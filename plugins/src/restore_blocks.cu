@@ -2,6 +2,7 @@
 #include "device_limits.h"
 #include "launching.h"
 #include "minicache/restore.cuh"
+#include "minicache/rotation.cuh"
 
 namespace minicache {
 namespace {
@@ -42,13 +43,14 @@ template <class T>
 struct Restore {
   RestoreArguments<T> arguments;
   BlockTurns<T> turns;
+  void* fragments;  // of the maps
   void* stream;
 
   std::int32_t run() {
     using Prepare = MapFragments<T, BlockTurns<T>>;
     const StreamReader& reader = arguments.reader;
     const int kind = kind_of(reader.shape, reader.shape), tables = arguments.turns == nullptr ? 0 : arguments.count;
-    const auto prepare = Prepare::Arguments::of(reader, kind, true, const_cast<void*>(arguments.map_fragments), turns);
+    const auto prepare = Prepare::Arguments::of(reader, kind, true, fragments, turns);
     if (const std::int32_t status = launch_kernel<Prepare>(kName, Prepare::grid(prepare, tables), 0, prepare, stream))
       return status;
     switch (kind) {
@@ -140,6 +142,7 @@ MC_API std::int32_t minicache_restore_blocks(minicache::Type type, const minicac
     const StreamReader reader = stream_reader<T>(shape, stream_view->pools, stream_view->maps, known);
     return Restore<T>{{reader, blocks, count, 0, memory, table, static_cast<T*>(out), {}},
                       {inverse_frequencies, blocks, block_index, table},
+                      memory,
                       stream}
         .run();
   });

@@ -26,7 +26,7 @@ from tests.gpu.cases import model
 from tests.gpu.conftest import Kernels
 from tests.support.agreement import assert_blocks_agree, assert_restored
 from tests.support.matrices import random_matrices
-from tests.support.plans import all_plans, several_run_plans, single_run_plans
+from tests.support.plans import all_plans, run_plans
 
 POISON = 77
 SOURCE, TARGET, NUMBER = [3, 1, 5], [2, 4, 1], [0, 9, 2047]
@@ -87,10 +87,6 @@ def test_products_are_as_exact_as_floats(
 def test_compress_and_restore(kernels: Kernels, name: str, dim: int) -> None:
     config = model(dim, 3)
     check_codec(kernels, config, all_plans(config)[name])
-
-
-def run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
-    return single_run_plans(config) | several_run_plans(config)
 
 
 @pytest.mark.parametrize("name", run_plans(model(128)))

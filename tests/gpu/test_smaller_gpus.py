@@ -11,7 +11,7 @@ from minicache_trt.kernels.emulated import EmulatedRuntime
 from minicache_trt.kernels.library import KernelError
 from tests.gpu.cases import Case, assert_agrees, model
 from tests.gpu.conftest import Kernels
-from tests.support.plans import all_plans, several_run_plans, single_run_plans
+from tests.support.plans import all_plans, run_plans
 from tests.support.steps import step
 
 TOO_LARGE = {"keys before RoPE", "mean of four"}
@@ -54,8 +54,7 @@ def test_restoring_with_one_stage(kernels: Kernels) -> None:
         cache.restore("key", 1, blocks, numbers)
 
 
-@pytest.mark.parametrize("plan", single_run_plans(model(128)) | several_run_plans(model(128)))
+@pytest.mark.parametrize("plan", run_plans(model(128)))
 def test_runs(kernels: Kernels, plan: str) -> None:
     config = model(128)
-    plans = single_run_plans(config) | several_run_plans(config)
-    assert_agrees(kernels, Case.random(kernels, config, plans[plan], step(MIXED), torch.float16))
+    assert_agrees(kernels, Case.random(kernels, config, run_plans(config)[plan], step(MIXED), torch.float16))

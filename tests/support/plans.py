@@ -124,6 +124,11 @@ def several_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     }
 
 
+def run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """Streams of nothing but runs, for which kernels of their own exist."""
+    return single_run_plans(config) | several_run_plans(config)
+
+
 def full_codec_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     """Handcrafted plans of four layers and at least 64 components a head; each is a group of options of the codec."""
     assert config.num_layers == 4 and config.head_dim >= 64

@@ -225,6 +225,16 @@ MC_HD void copy_rows(Thread thread, char* target, int stride, const void* source
   }
 }
 
+// Starts copying `bytes` bytes, whole units of 16, to shared memory.
+template <class Block>
+MC_HD void fetch_bytes(Block& block, char* target, const void* source, int bytes) {
+  block.each([&](Thread thread) {
+    for (int at = thread.index * 16; at < bytes; at += kDecodeThreads * 16) {
+      Block::copy_async(target + at, static_cast<const char*>(source) + at);
+    }
+  });
+}
+
 // Waits until the oldest of `stages - 1` groups of copies has arrived.
 template <class Block>
 MC_HD void wait_stage(Block& block, int stages) {

@@ -20,7 +20,7 @@ struct MapArguments {
   std::int32_t sums;      // 1, or m: each member apart
   std::int32_t count, blocks_each;  // cache blocks, and how many of them a thread block takes
   bool resident;                    // the matrices' columns stay in shared memory; otherwise blocks_each is 1
-  const void* split;                // MatrixPieces of the matrices, of keys that are un-rotated first
+  void* split;                      // MatrixPieces of the matrices, of keys that are un-rotated first
 
   MC_HD int members() const { return sums == 1 ? a.shape.members : 1; }
   MC_HD const float* matrix(int member, int slot) const {
@@ -39,7 +39,7 @@ struct MatrixPieces {
 
   template <class T>
   MC_HD static MatrixPieces of(const MapArguments<T>& a) {
-    return {static_cast<FragmentA<E>*>(const_cast<void*>(a.split)), a.a.shape.heads, ceil_div(a.columns, kExactColumns),
+    return {static_cast<FragmentA<E>*>(a.split), a.a.shape.heads, ceil_div(a.columns, kExactColumns),
             exact_pieces(a.a.shape.dim)};
   }
   MC_HD std::int64_t bytes(int members) const {
@@ -190,7 +190,7 @@ struct MapKernel {
     }
   }
 
-  // Rows un-rotated first; pieces of the matrices and turns arrive while the tensor cores work.
+  // Rows un-rotated first; rows and pieces of the matrices arrive while the tensor cores work.
   template <class Block>
   MC_HD static void add_turned(Block& block, const MapArguments<T>& a, const Scratch& s, const Rotation& back, int slot,
                                int sum, int chunk, ExactSums<Block>& total) {

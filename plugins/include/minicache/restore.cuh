@@ -8,7 +8,6 @@
 
 #include "minicache/map_fragments.cuh"
 #include "minicache/retained_rows.cuh"
-#include "minicache/rotation.cuh"
 
 namespace minicache {
 
@@ -104,7 +103,7 @@ struct RestoreKernel {
   MC_HD static void run(Block& block, const Arguments& a) {
     using Source = StageSource<T, Kind, Part::key>;  // rows are read as those of keys are
     const int head = block.y(), slot = a.reader.slot(head), rounds = ceil_div(a.count, kTiles);
-    const RowRebuild rebuild = rebuild_of(block, a, slot);
+    const auto rebuild = RowRebuild::of<T, Kind>(block, a.reader, a.map_fragments, slot, a.shared);
     auto block_of = [&](int u, int m) {
       const int n = u * kTiles + m;
       return n < a.count ? a.blocks[n] : -1;
@@ -122,7 +121,7 @@ struct RestoreKernel {
       });
       Block::commit_async();
     };
-    rebuild.fetch_map(block, map_bytes(a));  // arrives with the first stage
+    rebuild.template fetch_map<T>(block, a.reader);  // arrives with the first stage
     rebuild.template prepare<T, Kind>(block, a.reader, slot, true);
     for (int n = 0; n < a.shared.stages - 1; ++n) fetch(block.x() + n * a.groups);
     with_formats<Kind>(a.reader, [&](auto formats) {
@@ -143,20 +142,6 @@ struct RestoreKernel {
   }
 
  private:
-  MC_HD static int map_bytes(const Arguments& a) {
-    return static_cast<int>(rebuild_fragments<T>(a.reader.shape) * sizeof(FragmentB<E>));
-  }
-
-  template <class Block>
-  MC_HD static RowRebuild rebuild_of(Block& block, const Arguments& a, int slot) {
-    RowRebuild rebuild{};
-    rebuild.map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * map_bytes(a);
-    rebuild.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
-    if (!is_known(Kind)) rebuild.rows = {block.shared + a.shared.rows, rebuild_steps(a.reader.shape)};
-    rebuild.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
-    return rebuild;
-  }
-
   MC_HD static T* target(const Arguments& a, int n, int head) {
     const StreamShape& shape = a.reader.shape;
     return a.out + (static_cast<std::int64_t>(n) * shape.heads + head) * kBlockSize * shape.dim;

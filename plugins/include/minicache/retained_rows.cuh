@@ -5,30 +5,6 @@
 
 namespace minicache {
 
-// Eight codes of a format with ranges, of `Width` bits, as numbers before scale and minimum.
-template <int Width>
-MC_HD void load_numbers(float (&x)[kChunk], Format format, const std::int8_t* codes) {
-  const PackedCodes packed = load_codes<Width>(codes);
-  MC_UNROLL
-  for (int e = 0; e < kChunk; ++e) {
-    const std::uint32_t code = packed.template get<Width>(e);
-    x[e] =
-        Width == 8 && format == Format::fp8 ? fp8_to_float(static_cast<std::uint8_t>(code)) : static_cast<float>(code);
-  }
-}
-MC_HD void load_numbers(float (&x)[kChunk], Format format, const std::int8_t* codes) {
-  with_range_bits(format, [&](auto bits) { load_numbers<decltype(bits)::value>(x, format, codes); });
-}
-
-// Eight codes of a row with one range: scale * code + lowest (null: none).
-MC_HD void load_row_numbers(float (&x)[kChunk], Format format, const std::int8_t* codes, const Half* scale,
-                            const Half* lowest) {
-  load_numbers(x, format, codes);
-  const float step = to_float(*scale), low = lowest == nullptr ? 0.0f : to_float(*lowest);
-  MC_UNROLL
-  for (int e = 0; e < kChunk; ++e) x[e] = x[e] * step + low;
-}
-
 // A chunk of a retained vector, number `place` of the block's.
 template <class T>
 MC_HD void load_exact_chunk(float (&x)[kChunk], const StreamBlock& from, int slot, int place, int component) {
@@ -38,11 +14,19 @@ MC_HD void load_exact_chunk(float (&x)[kChunk], const StreamBlock& from, int slo
     load_chunk(x, from.exact<T>(shape.member, slot) + place * shape.dim + component);
     return;
   }
-  const Half* params = from.exact_params(shape.member, slot) + place;
-  load_row_numbers(
-      x, format,
-      from.exact_codes(shape.member, slot) + place * shape.exact_bytes() + component / kChunk * bits_of(format), params,
-      is_integer(format) ? params + shape.retained : nullptr);
+  const Half* const params = from.exact_params(shape.member, slot) + place;
+  const std::int8_t* const codes = from.exact_codes(shape.member, slot) + place * shape.exact_bytes();
+  const float scale = to_float(params[0]), lowest = is_integer(format) ? to_float(params[shape.retained]) : 0.0f;
+  with_range_bits(format, [&](auto bits) {
+    constexpr int kWidth = decltype(bits)::value;
+    const PackedCodes packed = load_codes<kWidth>(codes + component / kChunk * kWidth);
+    MC_UNROLL
+    for (int e = 0; e < kChunk; ++e) {
+      const std::uint32_t code = packed.template get<kWidth>(e);
+      const bool number = kWidth == 8 && format == Format::fp8;
+      x[e] = (number ? fp8_to_float(static_cast<std::uint8_t>(code)) : static_cast<float>(code)) * scale + lowest;
+    }
+  });
 }
 
 // places[row]: which retained vector row is, -1 for none. Synchronized.

@@ -1,4 +1,4 @@
-// Rotary embeddings of a block's keys by absolute position: undone before they are compressed, applied when restored.
+// Rotary embeddings of a block's keys by absolute position, undone before they are compressed.
 #pragma once
 
 #include "minicache/elementary.cuh"
@@ -32,13 +32,14 @@ struct Rotation {
 
   MC_HD static std::int64_t numbers(int dim) { return std::int64_t{kBlockSize} * dim; }
   MC_HD bool turns() const { return table != nullptr; }
-  // Cosines of a chunk of the first half at a row's position, behind them sines; a chunk of eight never crosses the
-  // middle.
-  MC_HD const float* place(int row, int component) const { return table + row * dim + 2 * component; }
+  // Where the cosines of a chunk of the first half at a row's position are, behind them the sines; a chunk of eight
+  // never crosses the middle.
+  MC_HD static int place(int dim, int row, int component) { return row * dim + 2 * component; }
   MC_HD Turn turn_of(int row, int component) const {
+    const float* const own = table + place(dim, row, component);
     Turn turn;
-    load_chunk(turn.cosine, place(row, component));
-    load_chunk(turn.sine, place(row, component) + kChunk);
+    load_chunk(turn.cosine, own);
+    load_chunk(turn.sine, own + kChunk);
     return turn;
   }
 };
@@ -61,8 +62,7 @@ struct RotationKernel {
       const int component = block.y() * kRowThreads * kChunk + component_of(thread, 0), row = row_of(thread);
       if (2 * component >= a.dim) return;
       const auto position = static_cast<float>(a.block_index[block.x()] * kBlockSize + row);
-      const Rotation rotation{a.out + block.x() * Rotation::numbers(a.dim), a.dim};
-      float* const own = const_cast<float*>(rotation.place(row, component));
+      float* const own = a.out + block.x() * Rotation::numbers(a.dim) + Rotation::place(a.dim, row, component);
       MC_NO_UNROLL
       for (int e = 0; e < kChunk; ++e) {
         float sine;

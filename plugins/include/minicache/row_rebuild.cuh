@@ -47,6 +47,18 @@ struct RowRebuild {
     return c < dim / 2 ? c + d / half * (dim / 2) : -1;
   }
 
+  // `fragments`: of all slots; `shared`: where things lie in a thread block's shared memory.
+  template <class T, int Kind, class Block, class Shared>
+  MC_HD static RowRebuild of(const Block& block, const StreamReader& reader, const void* fragments, int slot,
+                             const Shared& shared) {
+    RowRebuild rebuild{};
+    rebuild.map = static_cast<const char*>(fragments) + static_cast<std::int64_t>(slot) * map_bytes<T>(reader);
+    rebuild.map_in_shared = shared.map_in_shared ? shared.map : -1;
+    if (!is_known(Kind)) rebuild.rows = {block.shared + shared.rows, rebuild_steps(reader.shape)};
+    rebuild.offset = reinterpret_cast<float*>(block.shared + shared.offset);
+    return rebuild;
+  }
+
   // Fills `offset` and the padding of the rows, without a `sync`.
   template <class T, int Kind, class Block>
   MC_HD void prepare(Block& block, const StreamReader& reader, int slot, bool neighbours) const {
@@ -61,15 +73,10 @@ struct RowRebuild {
     });
   }
 
-  // Starts copying the slot's fragments (`bytes` of them) to shared memory, if they are to lie there.
-  template <class Block>
-  MC_HD void fetch_map(Block& block, int bytes) const {
-    if (map_in_shared < 0) return;
-    block.each([&](Thread thread) {
-      for (int at = thread.index * 16; at < bytes; at += kDecodeThreads * 16) {
-        Block::copy_async(block.shared + map_in_shared + at, static_cast<const char*>(map) + at);
-      }
-    });
+  // Starts copying the slot's fragments to shared memory, if they are to lie there.
+  template <class T, class Block>
+  MC_HD void fetch_map(Block& block, const StreamReader& reader) const {
+    if (map_in_shared >= 0) fetch_bytes(block, block.shared + map_in_shared, map, map_bytes<T>(reader));
   }
 
   // Calls `add(half, n, sums)` for each step n of half a vector: of the warp's 16 rows of each of `stages`. `half`: of
@@ -108,6 +115,11 @@ struct RowRebuild {
   }
 
  private:
+  template <class T>
+  MC_HD static int map_bytes(const StreamReader& reader) {
+    return static_cast<int>(rebuild_fragments<T>(reader.shape) * sizeof(FragmentB<Code<T>>));
+  }
+
   template <class E, class Block, int Tiles>
   using Rows = typename Block::template PerThread<FragmentA<E>>[Tiles];
 

@@ -89,21 +89,10 @@ struct TurnedQueries {
 
   template <int Kind, class Block>
   MC_HD static KeyRebuild prepare_rebuild(Block& block, const Arguments& a, int slot) {
-    KeyRebuild rebuild{};
-    const StreamShape& shape = a.key.shape;
-    const int bytes = static_cast<int>(rebuild_fragments<T>(shape) * sizeof(FragmentB<Code<T>>));
-    rebuild.keys.map = static_cast<const char*>(a.map_fragments) + static_cast<std::int64_t>(slot) * bytes;
-    rebuild.keys.map_in_shared = a.shared.map_in_shared ? a.shared.map : -1;
-    if (!is_known(Kind)) rebuild.keys.rows = {block.shared + a.shared.rows, rebuild_steps(shape)};
-    rebuild.keys.offset = reinterpret_cast<float*>(block.shared + a.shared.offset);
-    rebuild.turns = block.shared + a.shared.turns;
-    const int turn_bytes = KeyRebuild::turn_bytes<Code<T>>(shape.dim);
-    block.each([&](Thread thread) {
-      for (int at = thread.index * 16; at < turn_bytes; at += kDecodeThreads * 16) {
-        Block::copy_async(rebuild.turns + at, a.turns + at);
-      }
-    });
-    rebuild.keys.fetch_map(block, bytes);
+    KeyRebuild rebuild{RowRebuild::of<T, Kind>(block, a.key, a.map_fragments, slot, a.shared),
+                       block.shared + a.shared.turns};
+    fetch_bytes(block, rebuild.turns, a.turns, KeyRebuild::turn_bytes<Code<T>>(a.key.shape.dim));
+    rebuild.keys.template fetch_map<T>(block, a.key);
     rebuild.keys.template prepare<T, Kind>(block, a.key, slot, false);
     Block::commit_async();
     Block::template wait_async<0>();
