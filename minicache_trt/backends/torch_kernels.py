@@ -85,7 +85,10 @@ class KernelEngine:
     def allocate(self, full_blocks: int, compressed_blocks: int) -> int:
         self._new_graphs()  # they hold the addresses of the pools there were
         with allocating_cache(self.device):
-            return self.cache.allocate(full_blocks, compressed_blocks)
+            num_bytes = self.cache.allocate(full_blocks, compressed_blocks)
+        with self._one_line_errors("the first launch of its kernels"), torch.inference_mode():
+            self.cache.warm_up()
+        return num_bytes
 
     @torch.inference_mode()
     def decode(self, batch: Batch) -> NDArray[np.float32]:

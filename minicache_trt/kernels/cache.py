@@ -18,7 +18,7 @@ from minicache_trt.kernels.codec import CompressStream, append_kv, restore_block
 from minicache_trt.kernels.device_memory import zeroed_pools
 from minicache_trt.kernels.library import KernelLibrary, StreamShape, device_maps, stream_view
 from minicache_trt.kernels.prefill import prefill_attention, prefill_workspace
-from minicache_trt.kernels.steps import StepInputs
+from minicache_trt.kernels.steps import StepInputs, StepShape
 from minicache_trt.kernels.structs import AttentionArguments
 from minicache_trt.model.rope import inverse_frequencies
 
@@ -86,6 +86,24 @@ class KernelCache:
         blocks = full_blocks, compressed_blocks
         self.tensors = zeroed_pools(self.config, self.plan, blocks, self.dtype, self.device)
         return self.num_bytes
+
+    def warm_up(self) -> None:
+        """Launch every layer's and stream's kernels once, on block 0, which no request owns.
+
+        What cannot run on this device fails here and not in a request, and kernels are loaded when the first one comes.
+
+        Raises
+        ------
+        KernelError
+            A kernel does not support this model's shape, or its streams take more shared memory than there is.
+        """
+        step = StepInputs(StepShape(2, 2, 1, 1, 1, 1, 2), self.device)  # a decode and a chunk of one token
+        heads = self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads
+        q, k, v = (torch.zeros(2, n * self.config.head_dim, dtype=self.dtype, device=self.device) for n in heads)
+        for layer in range(self.config.num_layers):
+            self.attend(step, q, k, v, layer)
+        block = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.compress(block, block, block)
 
     def attend(self, step: StepInputs, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Append, then attend over both tiers: ``PagedAttention``.

@@ -131,8 +131,7 @@ std::int32_t compress(CompressArguments<T> a, const RotationArguments& rotations
   if (status == ok && (linear || shape.align)) status = launch_map(a, count, split, stream);
   if (status == ok && linear && shape.retained > 0) {
     using Kernel = LossKernel<T>;
-    const int bytes = typename Kernel::Scratch(nullptr, shape).bytes;
-    status = launch_kernel<Kernel>(kName, grid, bytes, a, stream);
+    status = launch_kernel<Kernel>(kName, grid, Kernel::map_of(nullptr, shape).bytes, a, stream);
   }
   if (status != ok) return status;
   return with_chunks(linear ? shape.stored : shape.dim, [&](auto chunks) {

@@ -38,8 +38,10 @@ struct DecodeAttention {
     const int group = a.shape.query_heads / a.shape.heads;
     problem = {a.shape, a.step, a.sliding_window, group, ceil_div(group, kQueryTile), sizes.full_splits,
                sizes.compressed_splits, static_cast<const T*>(a.q), a.q_stride};
-    if (!sizes.compressed()) return;
-    kind = kind_of(*a.key.shape, *a.value.shape);
+    if (sizes.compressed()) read_as(kind_of(*a.key.shape, *a.value.shape));
+  }
+  void read_as(int known) {
+    kind = known;
     key = stream_reader<T>(*a.key.shape, a.key.pools, a.key.maps, is_known(kind));
     value = stream_reader<T>(*a.value.shape, a.value.pools, a.value.maps, is_known(kind));
   }
@@ -52,7 +54,7 @@ struct DecodeAttention {
   }
   Grid splits(int count) const { return {count, a.shape.heads * problem.tiles, a.step.decodes}; }
 
-  std::int32_t run() const {
+  std::int32_t run() {
     std::int32_t status = run_full();
     if (status == ok && sizes.compressed()) status = run_compressed();
     return status == ok ? combine() : status;
@@ -107,22 +109,27 @@ struct DecodeAttention {
                                  arguments, stream);
   }
 
-  std::int32_t run_compressed() const {
-    std::int32_t status = ok;
-    if (sizes.maps_query()) status = map_queries();
+  std::int32_t run_compressed() {
+    CompressedShared shared{};
+    std::int32_t status = choose_shared(shared);
+    if (status == ok && sizes.maps_query()) status = map_queries();
     if (status == ok && sizes.rebuilt()) {
       using Kernel = MapFragments<T, PlaceTurns<T>>;
       const PlaceTurns<T> turns{a.shape.inverse_frequencies, workspace + layout.turns};
       const auto arguments = Kernel::Arguments::of(key, kind, false, workspace + layout.map_fragments, turns);
       status = launch_kernel<Kernel>(kName, Kernel::grid(arguments, 1), 0, arguments, stream);
     }
-    CompressedSplitArguments<T> arguments{
-        problem, key, value, {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)},
-        at(layout.map_fragments), workspace + layout.turns, {}, compressed()};
-    const Splitter kernel = splitter();
-    if (status == ok) status = choose_shared(kernel.blocks, arguments.shared);
+    const CompressedSplitArguments<T> arguments{
+        problem,
+        key,
+        value,
+        {at(layout.query_latent), at(layout.query_residual), at(layout.query_offset)},
+        at(layout.map_fragments),
+        workspace + layout.turns,
+        shared,
+        compressed()};
     if (status != ok) return status;
-    return kernel.launch(splits(sizes.compressed_splits), arguments, stream);
+    return splitter().launch(splits(sizes.compressed_splits), arguments, stream);
   }
 
   // The kernel for these streams; how many of its thread blocks there are registers for on a multiprocessor.
@@ -155,27 +162,42 @@ struct DecodeAttention {
     return launch_kernel<CompressedSplit<T, Rebuild, Kind>>(kName, grid, arguments.shared.bytes, arguments, stream);
   }
 
-  // As many thread blocks on a multiprocessor as there are registers for (`most`), then as many stages; what fits at all
-  // is better than a map outside of shared memory.
-  std::int32_t choose_shared(int most, CompressedShared& shared) const {
+  // Streams too large for the kernel that is made for them are read as general ones, if need be with a single stage
+  // and with turns in global memory.
+  std::int32_t choose_shared(CompressedShared& shared) {
     DeviceLimits limits{};
     if (const std::int32_t status = device_limits(kName, limits)) return status;
+    if (shares_processor(limits, shared)) return ok;
+    if (kind != kGeneral) {
+      read_as(kGeneral);
+      if (shares_processor(limits, shared)) return ok;
+    }
+    for (const CompressedRoom room : {CompressedRoom{2, false, false}, CompressedRoom{1, false, false}}) {
+      if (fits(room, limits.block, limits, shared)) return ok;
+    }
+    return too_large(kName, shared.bytes, limits);
+  }
+
+  // As many thread blocks on a multiprocessor as there are registers for, then as many stages; what fits at all is
+  // better than a map outside of shared memory.
+  bool shares_processor(const DeviceLimits& limits, CompressedShared& shared) const {
     constexpr int kReserved = 1024;  // of each thread block
-    auto fits = [&](int stages, bool resident, int bytes) {
-      shared = compressed_shared<T>(key, value, stages, resident);
-      return shared.bytes <= minimum(bytes, limits.block);
-    };
     const bool long_stages = stage_blocks(sizes.rebuilt(), kind) > 1;
     for (const bool resident : {true, false}) {
-      for (int blocks = most; blocks >= 2; --blocks) {
+      for (int blocks = splitter().blocks; blocks >= 2; --blocks) {
         for (int stages = long_stages ? 3 : 4; stages >= (long_stages || blocks == 2 ? 2 : 3); --stages) {
-          if (fits(stages, resident, limits.processor / blocks - kReserved)) return ok;
+          const CompressedRoom room{stages, resident, true};
+          if (fits(room, limits.processor / blocks - kReserved, limits, shared)) return true;
         }
       }
-      if (fits(2, resident, limits.block)) return ok;
+      if (fits({2, resident, true}, limits.block, limits, shared)) return true;
     }
-    return fail(unsupported, "%s: a block of these streams takes %d bytes of shared memory, the device has %d", kName,
-                shared.bytes, limits.block);
+    return false;
+  }
+
+  bool fits(const CompressedRoom& room, int bytes, const DeviceLimits& limits, CompressedShared& shared) const {
+    shared = compressed_shared<T>(key, value, kind, room);
+    return shared.bytes <= minimum(bytes, limits.block);
   }
 
   std::int32_t combine() const {

@@ -20,12 +20,18 @@ inline std::int32_t device_limits(const char* name, DeviceLimits& limits) {
   ask(limits.block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(limits.processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   ask(limits.processors, cudaDevAttrMultiProcessorCount);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here
   return finish(name, error);
 #else
   static_cast<void>(name);
   limits = {1 << 30, 228 * 1024, 1};
   return ok;
 #endif
+}
+
+inline std::int32_t too_large(const char* name, int bytes, const DeviceLimits& limits) {
+  return fail(unsupported, "%s: a block of these streams takes %d bytes of shared memory, the device has %d", name,
+              bytes, limits.block);
 }
 
 }  // namespace minicache

@@ -1,7 +1,7 @@
 // What the launchers of the codec share: types, checks of arguments, a launch that is the same on both sides.
 #pragma once
 
-#include "errors.h"
+#include "device_limits.h"
 #include "minicache/block.cuh"
 
 namespace minicache {
@@ -9,7 +9,11 @@ namespace minicache {
 template <class Kernel, class Arguments>
 std::int32_t launch_kernel(const char* name, Grid grid, int shared, const Arguments& arguments, void* stream) {
 #if defined(__CUDACC__)
-  return finish(name, launch<Kernel>(grid, shared, arguments, static_cast<cudaStream_t>(stream)));
+  const cudaError_t error = launch<Kernel>(grid, shared, arguments, static_cast<cudaStream_t>(stream));
+  DeviceLimits limits{};
+  if (error == cudaErrorInvalidValue && device_limits(name, limits) == ok && shared > limits.block)
+    return too_large(name, shared, limits);
+  return finish(name, error);
 #else
   static_cast<void>(name);
   static_cast<void>(stream);

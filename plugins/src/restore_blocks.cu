@@ -94,8 +94,7 @@ struct Restore {
         }
       }
     }
-    return fail(unsupported, "%s: a block of these streams takes %d bytes of shared memory, the device has %d", kName,
-                shared.bytes, limits.block);
+    return too_large(kName, shared.bytes, limits);
   }
 };
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from minicache_trt.errors import UserError
 from minicache_trt.kernels.emulated import EmulatedRuntime
 from minicache_trt.kernels.library import KernelError
 from tests.gpu.cases import Case, assert_agrees, model
 from tests.gpu.conftest import Kernels
-from tests.support.plans import all_plans, run_plans
+from tests.gpu.test_backend import build, engine
+from tests.gpu.test_codec import check_codec
+from tests.support.plans import all_plans, run_plans, wide_plans
 from tests.support.steps import step
 
-TOO_LARGE = {"keys before RoPE", "mean of four"}
-"""Decoding takes more shared memory than Ada has, at head dimension 256."""
 MIXED = [(70, 64, 1), (449, 384, 1), (65, 64, 1), (300, 128, 150)]
 
 
@@ -30,12 +32,19 @@ def ada(kernels: Kernels) -> Iterator[None]:
 @pytest.mark.parametrize("plan", all_plans(model()))
 def test_every_plan_of_large_heads(kernels: Kernels, plan: str) -> None:
     config = model(256)
-    case = Case.random(kernels, config, all_plans(config)[plan], step(MIXED), torch.float16)
-    if plan in TOO_LARGE:
-        with pytest.raises(KernelError, match=r"a block of these streams takes [0-9]+ bytes of shared memory"):
-            case.attend(kernels, 1)
-    else:
-        assert_agrees(kernels, case)
+    assert_agrees(kernels, Case.random(kernels, config, all_plans(config)[plan], step(MIXED), torch.float16))
+
+
+@pytest.mark.parametrize("plan", wide_plans(model()))
+def test_wide_streams_of_large_heads(kernels: Kernels, plan: str) -> None:
+    config = model(256)
+    assert_agrees(kernels, Case.random(kernels, config, wide_plans(config)[plan], step(MIXED), torch.float16))
+
+
+@pytest.mark.parametrize("plan", all_plans(model()))
+def test_codec_of_large_heads(kernels: Kernels, plan: str) -> None:
+    config = model(256)
+    check_codec(kernels, config, all_plans(config)[plan])
 
 
 def test_restoring_with_one_stage(kernels: Kernels) -> None:
@@ -58,3 +67,14 @@ def test_restoring_with_one_stage(kernels: Kernels) -> None:
 def test_runs(kernels: Kernels, plan: str) -> None:
     config = model(128)
     assert_agrees(kernels, Case.random(kernels, config, run_plans(config)[plan], step(MIXED), torch.float16))
+
+
+def test_streams_too_large_are_refused_when_their_pools_are_made(kernels: Kernels, tmp_path: Path) -> None:
+    directory = build(tmp_path, "keys before RoPE")
+    own = engine(kernels, directory, captured=False)
+    with (
+        EmulatedRuntime(kernels.library.path).device(block_kib=48, processor_kib=100),
+        pytest.raises(UserError, match=r"the kernels cannot run .* takes [0-9]+ bytes of shared memory.*onnxruntime"),
+    ):
+        own.allocate(4, 4)
+    assert own.allocate(4, 4)  # on a larger one: the refusal has left nothing behind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from minicache_trt.compression.methods import MERGING_METHODS, METHODS, MethodOptions, make_plan
@@ -100,33 +101,68 @@ def single_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     }
 
 
+def runs_of(text: str) -> tuple[Segment, ...]:
+    """Rotated runs, as "int8x16 int4x32"."""
+    formats = (each.split("x") for each in text.split())
+    return tuple(Segment(int(length), name, transform="hadamard") for name, length in formats)  # type: ignore[arg-type]
+
+
 def several_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     """Pairs of layers as `calibrate` stores them: runs of a few widths, at most 128 components, nothing else."""
+    integers, more = "int8x16 int4x32", "int8x32 int4x48 int2x16"
+    levels, others = "g4x32 g3x16 g2x48 g1x16", "g4x16 g3x48 g2x32 g1x32"
+    pairs = ((integers, others), (levels, more), (others, levels), ("modelx16 int4x80", integers))
+    return _run_plans(config, pairs, ((0, 1), (2, 3)))
 
-    def segments(text: str) -> tuple[Segment, ...]:
-        formats = (each.split("x") for each in text.split())
-        return tuple(Segment(int(length), name, transform="hadamard") for name, length in formats)  # type: ignore[arg-type]
+
+def wide_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """All four layers as a group, runs of more than 128 components, nothing else."""
+    least, most = "int8x16 int4x48 int2x80", "g4x48 g3x64 g2x96 g1x48"
+    pairs = ((least, "int4x176"), (most, least), ("modelx16 int8x128", "int8x32 modelx16"), ("int4x256", most))
+    return _run_plans(config, pairs, ((0, 1, 2, 3),))
+
+
+def _run_plans(
+    config: ModelConfig, pairs: Iterable[tuple[str, str]], groups: tuple[tuple[int, ...], ...]
+) -> dict[str, CompressionPlan]:
+    """Streams of these keys and values, keys in either basis."""
 
     def plan(key: str, value: str, basis: str) -> CompressionPlan:
         streams = (
-            Stream(part, group, segments(text), merge="linear", basis=own)  # type: ignore[arg-type]
+            Stream(part, group, runs_of(text), merge="linear", basis=own)  # type: ignore[arg-type]
             for part, text, own in (("key", key, basis), ("value", value, "post_rope"))
+            for group in groups
+        )
+        return completed(config, *streams)
+
+    return {
+        f"{key} | {value} {basis}": plan(key, value, basis)
+        for key, value in pairs
+        for basis in ("pre_rope", "post_rope")
+    }
+
+
+def channel_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
+    """Pairs of layers with a run whose components have ranges of their own beside runs whose tokens have."""
+    runs = (Segment(80, "int4", "channel", "hadamard"), Segment(16, "int8"), Segment(16, "int4"), Segment(16, "int2"))
+
+    def plan(segments: tuple[Segment, ...], basis: str) -> CompressionPlan:
+        streams = (
+            Stream(part, group, segments, merge="linear", basis=own)  # type: ignore[arg-type]
+            for part, own in (("key", basis), ("value", "post_rope"))
             for group in ((0, 1), (2, 3))
         )
         return completed(config, *streams)
 
-    integers, more = "int8x16 int4x32", "int8x32 int4x48 int2x16"
-    levels, others = "g4x32 g3x16 g2x48 g1x16", "g4x16 g3x48 g2x32 g1x32"
     return {
-        f"{key} | {value} {basis}": plan(key, value, basis)
-        for key, value in ((integers, others), (levels, more), (others, levels), ("modelx16 int4x80", integers))
-        for basis in ("pre_rope", "post_rope")
+        "ranges of channels and tokens": plan(runs, "post_rope"),
+        "ranges of tokens and channels before RoPE": plan(runs[::-1], "pre_rope"),
     }
 
 
 def run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     """Streams of nothing but runs, for which kernels of their own exist."""
-    return single_run_plans(config) | several_run_plans(config)
+    return single_run_plans(config) | several_run_plans(config) | channel_plans(config) | wide_plans(config)
 
 
 def full_codec_plans(config: ModelConfig) -> dict[str, CompressionPlan]:

@@ -213,13 +213,15 @@ __global__ void __launch_bounds__(Kernel::kThreads, MinBlocks<Kernel>::value) en
 // Launch on a stream; `shared` is the dynamic shared memory of a block in bytes.
 template <class Kernel, class Arguments>
 cudaError_t launch(Grid grid, int shared, const Arguments& arguments, cudaStream_t stream) {
-  const auto entry = enter<Kernel, Arguments>;
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
+  const auto* const entry = reinterpret_cast<const void*>(enter<Kernel, Arguments>);
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024) error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) {
+    void* values[] = {const_cast<Arguments*>(&arguments)};
+    error = cudaLaunchKernel(entry, dim3(grid.x, grid.y, grid.z), dim3(Kernel::kThreads), values, shared, stream);
   }
-  entry<<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, shared, stream>>>(arguments);
-  return cudaGetLastError();
+  if (error != cudaSuccess) cudaGetLastError();  // this is its report: who launches next is not to find it
+  return error;
 }
 
 #else

@@ -14,9 +14,12 @@ struct MappedQueries {
 };
 
 // Cache blocks of a stage.
-MC_HD constexpr int stage_blocks(bool rebuilt, int kind) { return rebuilt ? kRebuildBlocks : is_known(kind) ? 2 : 1; }
-
-constexpr int kTurnedBlocks = 2 * kRebuildBlocks;  // blocks that queries are turned for: of a stage and of the next one
+MC_HD constexpr int stage_blocks(bool rebuilt, int kind) {
+  if (kind == kGeneral) return 1;
+  return rebuilt ? kRebuildBlocks : is_known(kind) ? 2 : 1;
+}
+// Blocks that queries are turned for: of a stage and of the next one.
+MC_HD constexpr int turned_blocks(int kind) { return 2 * stage_blocks(true, kind); }
 
 // Where things lie in a thread block's shared memory: byte offsets.
 struct CompressedShared {
@@ -24,20 +27,29 @@ struct CompressedShared {
   std::int32_t scores, sums, exact_weights, exact_rows, rows, map;
   std::int32_t fragments;           // of queries, and in their place then of the weights of a stage's blocks
   std::int32_t weight_bytes;        // of each block
-  std::int32_t turns, offset, bases;  // of keys that are rebuilt
+  std::int32_t turns, offset, bases;  // of keys that are rebuilt; turns: -1, where they stay in global memory
   std::int32_t table, bytes;
   bool map_in_shared;
 };
 
+// How much of what could lie in shared memory does. One stage, and turns that stay in global memory: for streams that
+// are read as general ones.
+struct CompressedRoom {
+  int stages;
+  bool map, turns;
+};
+
 template <class T>
-CompressedShared compressed_shared(const StreamReader& key, const StreamReader& value, int stages, bool map_in_shared) {
+CompressedShared compressed_shared(const StreamReader& key, const StreamReader& value, int kind,
+                                   const CompressedRoom& room) {
   const StreamShape &k = key.shape, &v = value.shape;
   const bool rebuilt = k.basis == Basis::pre_rope;
   CompressedShared shared{};
   SharedFields field;
   constexpr int kStep = QueryFragments::step_bytes<T>();
-  const int kind = kind_of(k, v), held = stage_blocks(rebuilt, kind);
-  const int mapped = rebuilt ? kTurnedBlocks * turned_steps(k.dim) : (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
+  const int held = stage_blocks(rebuilt, kind), stages = room.stages;
+  const int plain = (k.stored + (k.has_residual() ? k.dim : 0)) / 16;
+  const int mapped = rebuilt ? turned_blocks(kind) * turned_steps(k.dim) : plain;
   shared.block_bytes = ceil_div(maximum(key.stage.bytes, value.stage.bytes), 128) * 128;
   shared.stage_bytes =
       maximum(held * shared.block_bytes, v.retained > 0 ? kSplitBlocks * kMaxRetained / 16 * kStep / stages : 0);
@@ -46,7 +58,8 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   field(static_cast<std::int64_t>(stages) * shared.stage_bytes);
   shared.scores = field(Scores::kBytes);
   const bool known = is_known(kind);  // one run, which stays in registers
-  shared.weight_bytes = (known ? 1 : kResidualRun + 1) * (kBlockSize / 16) * kStep;
+  const int runs = v.has_residual() ? kResidualRun + 1 : v.segments;
+  shared.weight_bytes = runs * (kBlockSize / 16) * kStep;
   shared.fragments = field(maximum((mapped + (k.retained > 0 ? k.dim / 16 : 0)) * kStep, held * shared.weight_bytes));
   // QueryFragments::sums and offset; its parts, or WeightFragments::totals and parts
   const int constants = known ? WeightSums<kKnownBits * 16>::kUsed : kConstants;
@@ -54,9 +67,9 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
   shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
   shared.rows = field(rebuilt && !known ? StoredRows::bytes<T>(k) : 0);
-  shared.map_in_shared = rebuilt && map_in_shared;
+  shared.map_in_shared = rebuilt && room.map;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
-  shared.turns = field(rebuilt ? KeyRebuild::turn_bytes<Code<T>>(k.dim) : 0);
+  shared.turns = room.turns ? field(rebuilt ? KeyRebuild::turn_bytes<Code<T>>(k.dim) : 0) : -1;
   shared.offset = field(rebuilt ? 2 * padded_half(k.dim) * 4 : 0);
   shared.bases = field(rebuilt ? kSplitBlocks * padded_half(k.dim) * sizeof(KeyRebuild::Base) : 0);
   shared.table = field(kSplitBlocks * 4);

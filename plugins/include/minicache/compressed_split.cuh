@@ -74,11 +74,20 @@ struct CompressedSplit {
     if constexpr (Rebuild) rebuild = Turned::template prepare_rebuild<Kind>(block, a, key_slot);
     const float scale = a.problem.shape.scale * kLog2e;
     const int start = item.first_block * kBlockSize;
+    // Waits for stage number u of those that `fill` fills, and has one further ahead filled.
+    auto wait_for = [&](int u, auto fill) {
+      const bool single = Kind == kGeneral && a.shared.stages == 1;
+      if (single) {
+        block.sync();  // nobody reads it any more
+        fill(u);
+      }
+      wait_stage(block, a.shared.stages);
+      if (!single) fill(u + a.shared.stages - 1);
+    };
     // Calls `read` with each stage of keys and the place of its first token,
     auto read_keys = [&](auto read) {
       for (int u = 0; u < rounds; ++u) {
-        wait_stage(block, a.shared.stages);
-        fetch(u + a.shared.stages - 1);
+        wait_for(u, fetch);
         read(stages.to_read(), u, start + u * kStageBlocks * kBlockSize);
       }
     };
@@ -93,7 +102,7 @@ struct CompressedSplit {
       typename Block::template PerThread<typename Turned::Step> own;
       block.each([&](Thread thread) { own(thread) = Turned::Step::of(a, item, thread, thread.warp()); });
       block.sync();
-      auto first_step = [&](int b) { return (b & (kTurnedBlocks - 1)) * turned_steps(a.key.shape.dim); };
+      auto first_step = [&](int b) { return (b & (turned_blocks(Kind) - 1)) * turned_steps(a.key.shape.dim); };
       auto turn = [&](int u) {
         MC_UNROLL
         for (int n = 0; n < kStageBlocks; ++n) {
@@ -146,8 +155,7 @@ struct CompressedSplit {
     if (Rebuild) find_values();
     with_formats<Kind>(a.value, [&](auto formats) {
       for (int u = 0; u < rounds; ++u) {
-        wait_stage(block, a.shared.stages);
-        fetch_value(u + a.shared.stages - 1);
+        wait_for(u, fetch_value);
         const char* const first = stages.to_read();
         auto each_block = [&](auto f) {
           each_held(u, [&](int n) {
@@ -244,7 +252,7 @@ struct CompressedSplit {
     };
     int step = 0;
     if constexpr (Rebuild) {
-      step = kTurnedBlocks * turned_steps(shape.dim);
+      step = turned_blocks(Kind) * turned_steps(shape.dim);
     } else {
       KeyStage<Kind>{a.key, nullptr}.each_run([&](int n) {
         const StageRun& run = a.key.runs[n];

@@ -25,7 +25,7 @@ struct alignas(2 * sizeof(Pair<E>)) TurnPair {
 };
 struct KeyRebuild {
   RowRebuild keys;
-  char* turns;  // [kBlockSize] rows of `turn_stride` bytes: [padded half / 2] `TurnPair`s
+  const char* turns;  // [kBlockSize] rows of `turn_stride` bytes: [padded half / 2] `TurnPair`s
 
   // Cosine and sine of a cache block's position, for one component of half a padded key.
   struct Base {
@@ -70,11 +70,9 @@ struct KeyRebuild {
                     const QueryFragments& queries, First first, float scale, Scores scores, int token) const {
     using Stage = KeyStage<Kind, Formats>;
     if constexpr (Kind == kGeneral) {
-      for (int n = 0; n < blocks; ++n) {
-        const Stage stages[1] = {{reader, data + n * block_bytes}};
-        const int steps[1] = {first(n)};
-        tile_logits<T>(block, stages, 1, queries, steps, scale, scores, token + n * kBlockSize);
-      }
+      const Stage stages[1] = {{reader, data}};
+      const int steps[1] = {first(0)};
+      tile_logits<T>(block, stages, 1, queries, steps, scale, scores, token);
     } else {
       const int last = blocks - 1;  // stands in for the second block if there is none
       const Stage stages[kRebuildBlocks] = {{reader, data}, {reader, data + last * block_bytes}};

@@ -302,44 +302,32 @@ template <class T>
 struct LossKernel {
   static constexpr int kThreads = kTileThreads;
 
-  struct Scratch {
-    SharedMap<T> map;
-    float* rows;  // of turned keys
-    int bytes;
-
-    MC_HD Scratch(char* base, const StreamShape& shape) : map(base, shape.stored, shape.dim) {
-      rows = reinterpret_cast<float*>(base + map.bytes);
-      bytes = map.bytes + (turned(shape) ? 4 * kBlockSize * pitch_of(shape.dim) : 0);
-    }
-  };
+  // In shared memory.
+  MC_HD static SharedMap<T> map_of(char* base, const StreamShape& shape) { return {base, shape.stored, shape.dim}; }
 
   template <class Block>
   MC_HD static void run(Block& block, const CompressArguments<T>& a) {
-    const Scratch s(block.shared, a.shape);
+    const SharedMap<T> map = map_of(block.shared, a.shape);
     const int n = block.x(), slot = block.y(), dim = a.shape.dim, stored = a.shape.stored;
     typename Block::template PerThread<float> lost, size;
     const float* const vectors = a.latent_vectors(n, slot);
-    s.map.pad(block);
+    map.pad(block);
     block.each([&](Thread thread) {
       lost(thread) = size(thread) = 0.0f;
       MC_NO_UNROLL
       for (int component = component_of(thread, 0); component < stored; component += kRowThreads * kChunk) {
         float x[kChunk];
         load_chunk(x, vectors + row_of(thread) * stored + component);
-        s.map.store(row_of(thread), component, x);
+        map.store(row_of(thread), component, x);
       }
     });
     for (int member = 0; member < a.shape.members; ++member) {
       const std::int64_t place = static_cast<std::int64_t>(slot) * dim;
       const VectorSource<T> source = a.source(n, member, slot);
-      if (source.rotation.turns()) {
-        block.sync_warp();  // rows are those of their warps
-        rows_to_shared(block, source, s.rows, pitch_of(dim));
-      }
       for (int first = 0; first < dim; first += SharedMap<T>::kColumns) {
-        s.map.multiply(block, a.maps.map[member] + place * stored, first);
+        map.multiply(block, a.maps.map[member] + place * stored, first);
         block.sync();
-        measure(block, s, source, a.maps.offset[member] + place, first, lost, size);
+        measure(block, map, source, a.maps.offset[member] + place, first, lost, size);
       }
     }
     block.template reduce_add<kRowThreads>(lost);
@@ -353,8 +341,8 @@ struct LossKernel {
 
  private:
   template <class Block>
-  MC_HD static void measure(Block& block, const Scratch& s, const VectorSource<T>& source, const float* offset, int first,
-                            typename Block::template PerThread<float>& lost,
+  MC_HD static void measure(Block& block, const SharedMap<T>& map, const VectorSource<T>& source, const float* offset,
+                            int first, typename Block::template PerThread<float>& lost,
                             typename Block::template PerThread<float>& size) {
     block.each([&](Thread thread) {
       const int row = row_of(thread), dim = source.dim;
@@ -362,12 +350,8 @@ struct LossKernel {
       for (int column = component_of(thread, 0); column < minimum(dim - first, SharedMap<T>::kColumns);
            column += kRowThreads * kChunk) {
         float x[kChunk], y[kChunk], constant[kChunk];
-        if (source.rotation.turns()) {
-          load_chunk(x, s.rows + row * pitch_of(dim) + first + column);
-        } else {
-          source.load(x, row, first + column);
-        }
-        load_chunk(y, s.map.chunk(row, column));
+        source.load_unrotated(x, row, first + column);
+        load_chunk(y, map.chunk(row, column));
         load_chunk(constant, offset + first + column);
         MC_UNROLL
         for (int e = 0; e < kChunk; ++e) {

@@ -36,6 +36,16 @@ struct VectorSource {
       load_chunk(x, rows + row * dim + component);
     }
   }
+  // Un-rotated, together with the chunk it is paired with.
+  MC_HD void load_unrotated(float (&x)[kChunk], int row, int component) const {
+    load(x, row, component);
+    if (!rotation.turns()) return;
+    const int half = dim / 2, first = component < half ? component : component - half;
+    const Turn turn = rotation.turn_of(row, first);
+    float other[kChunk];
+    load(other, row, component < half ? component + half : first);
+    component < half ? turn.apply(x, other) : turn.apply(other, x);
+  }
 };
 
 // A source's vectors, un-rotated, as floats in shared memory [B, pitch]: each row by its own four threads.

@@ -53,9 +53,10 @@ struct BlockAddress {
 
 // Ranges and norms of a plain stream: a thread's unit of 16 bytes of either.
 struct StageUnit {
-  static constexpr int kNormThreads = kDecodeThreads / 2;  // threads from here on copy norms, those before ranges
-  static_assert(2 * kMaxSegments * kBlockSize * 2 <= 16 * kNormThreads, "a thread for each unit of ranges per token");
-  static_assert(2 * 32 * kDecodeWarps * 2 <= 16 * kNormThreads, "and per channel");
+  // The last threads copy norms, those before ranges: at most of kMaxRank components in all, per channel or per token.
+  static constexpr int kNormThreads = kBlockSize * 2 / 16, kRangeThreads = kDecodeThreads - kNormThreads;
+  static constexpr int kShort = kMaxSegments - 1, kMostRanges = kMaxRank - 16 * kShort + kBlockSize * kShort;
+  static_assert(2 * kMostRanges * 2 <= 16 * kRangeThreads, "a thread for each unit");
 
   BlockAddress source;
   std::int32_t target;  // in a stage; -1: none
@@ -69,11 +70,11 @@ struct StageUnit {
       unit.source = BlockAddress::of(from, next, 16 * n);
       unit.target = field.offset + 16 * n;
     };
-    if (thread.index < kNormThreads) {
+    if (thread.index < kRangeThreads) {
       take(layout.params, first.params(slot), second.params(slot), thread.index);
     } else {
       const int member = reader.shape.member;
-      take(layout.norms, first.norms(member, slot), second.norms(member, slot), thread.index - kNormThreads);
+      take(layout.norms, first.norms(member, slot), second.norms(member, slot), thread.index - kRangeThreads);
     }
     return unit;
   }

@@ -89,9 +89,12 @@ struct TurnedQueries {
 
   template <int Kind, class Block>
   MC_HD static KeyRebuild prepare_rebuild(Block& block, const Arguments& a, int slot) {
-    KeyRebuild rebuild{RowRebuild::of<T, Kind>(block, a.key, a.map_fragments, slot, a.shared),
-                       block.shared + a.shared.turns};
-    fetch_bytes(block, rebuild.turns, a.turns, KeyRebuild::turn_bytes<Code<T>>(a.key.shape.dim));
+    KeyRebuild rebuild{RowRebuild::of<T, Kind>(block, a.key, a.map_fragments, slot, a.shared), a.turns};
+    if (Kind != kGeneral || a.shared.turns >= 0) {
+      char* const own = block.shared + a.shared.turns;
+      fetch_bytes(block, own, a.turns, KeyRebuild::turn_bytes<Code<T>>(a.key.shape.dim));
+      rebuild.turns = own;
+    }
     rebuild.keys.template fetch_map<T>(block, a.key);
     rebuild.keys.template prepare<T, Kind>(block, a.key, slot, false);
     Block::commit_async();
