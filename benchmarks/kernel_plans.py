@@ -30,6 +30,8 @@ PLANS = (
     "KLT runs post_rope",
     "KLT runs pre_rope",
     "KLT ranges pre_rope",
+    "KLT wide post_rope",
+    "KLT wide pre_rope",
 )
 
 
@@ -41,20 +43,22 @@ def plan_of(name: str, config: ModelConfig) -> CompressionPlan:
 def plan_of_pairs(name: str, config: ModelConfig) -> CompressionPlan:
     """Pairs of layers joined by a linear map.
 
-    Half the numbers in int4, a quarter in g4, half in g4, g3 and g2, or a quarter in int8 and int4.
+    Half the numbers in int4, a quarter in g4, half in g4, g3 and g2, a quarter in int8 and int4, or three quarters in
+    int8, int4 and int2.
     """
     if name not in PLANS or name in METHODS:
         raise UserError(f"unknown plan {name!r}", f"plans: {', '.join((*METHODS, *PLANS))}")
     dim = config.head_dim
-    segments = (Segment(dim, "int4", transform="hadamard"),)
+    lengths = {"int4": dim}
     if name.startswith("KLT pairs"):
-        segments = (Segment(dim // 2, "g4", transform="hadamard"),)
+        lengths = {"g4": dim // 2}
     elif name.startswith("KLT runs"):
         lengths = {"g4": dim // 4, "g3": dim // 4, "g2": dim // 2}
-        segments = tuple(Segment(length, format, transform="hadamard") for format, length in lengths.items())
     elif name.startswith("KLT ranges"):
         lengths = {"int8": 16, "int4": dim // 2 - 16}
-        segments = tuple(Segment(length, format, transform="hadamard") for format, length in lengths.items())
+    elif name.startswith("KLT wide"):
+        lengths = {"int8": 16, "int4": 3 * dim // 4 - 16, "int2": 3 * dim // 4}
+    segments = tuple(Segment(length, format, transform="hadamard") for format, length in lengths.items())
     basis = "pre_rope" if name.endswith("pre_rope") else "post_rope"
     streams = tuple(
         Stream(part, (first, first + 1), segments, merge="linear", basis=basis if part == "key" else "post_rope")

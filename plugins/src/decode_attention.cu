@@ -148,6 +148,8 @@ struct DecodeAttention {
         return splitter_of<Rebuild, 128>();
       case kPlain:
         return splitter_of<Rebuild, kPlain>();
+      case kWide:
+        return splitter_of<Rebuild, kWide>();
       default:
         return splitter_of<Rebuild, kGeneral>();
     }

@@ -60,6 +60,8 @@ struct Restore {
         return launch<128>();
       case kPlain:
         return launch<kPlain>();
+      case kWide:
+        return launch<kWide>();
       default:
         return launch<kGeneral>();
     }

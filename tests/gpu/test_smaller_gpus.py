@@ -53,11 +53,11 @@ def test_restoring_with_one_stage(kernels: Kernels) -> None:
     cache = Case.random(kernels, config, all_plans(config)["minicache"], step(MIXED), torch.float16).cache
     blocks, numbers = torch.tensor([[3, -1, 5, 9, 3, 3, -1, 1], [0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
     expected = cache.restore("key", 1, blocks, numbers)
-    with runtime.device(block_kib=72, processor_kib=100):
+    with runtime.device(block_kib=60, processor_kib=100):
         restored = cache.restore("key", 1, blocks, numbers)
     assert torch.equal(restored[blocks >= 0], expected[blocks >= 0])
     with (
-        runtime.device(block_kib=60, processor_kib=100),
+        runtime.device(block_kib=32, processor_kib=100),
         pytest.raises(KernelError, match=r"restore_blocks: a block of these streams takes [0-9]+ bytes"),
     ):
         cache.restore("key", 1, blocks, numbers)

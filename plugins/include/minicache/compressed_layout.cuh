@@ -15,8 +15,7 @@ struct MappedQueries {
 
 // Cache blocks of a stage.
 MC_HD constexpr int stage_blocks(bool rebuilt, int kind) {
-  if (kind == kGeneral) return 1;
-  return rebuilt ? kRebuildBlocks : is_known(kind) ? 2 : 1;
+  return rebuilt ? rebuilt_blocks(kind) : is_known(kind) ? 2 : 1;
 }
 // Blocks that queries are turned for: of a stage and of the next one.
 MC_HD constexpr int turned_blocks(int kind) { return 2 * stage_blocks(true, kind); }
@@ -66,11 +65,11 @@ CompressedShared compressed_shared(const StreamReader& key, const StreamReader& 
   shared.sums = field(((kRuns + 1 + kConstants) * kQueryTile + constants * kDecodeThreads) * 4);
   shared.exact_weights = field(kQueryTile * kSplitBlocks * v.retained * 4);
   shared.exact_rows = field(kSplitBlocks * maximum(k.retained, v.retained) * static_cast<int>(sizeof(void*)));
-  shared.rows = field(rebuilt && !known ? StoredRows::bytes<T>(k) : 0);
+  shared.rows = field(rebuilt && kind == kPlain ? StoredRows::bytes<T>(k) : 0);
   shared.map_in_shared = rebuilt && room.map;
   shared.map = field(shared.map_in_shared ? rebuild_fragments<T>(k) * sizeof(FragmentB<Code<T>>) : 0);
   shared.turns = room.turns ? field(rebuilt ? KeyRebuild::turn_bytes<Code<T>>(k.dim) : 0) : -1;
-  shared.offset = field(rebuilt ? 2 * padded_half(k.dim) * 4 : 0);
+  shared.offset = field(rebuilt ? RebuildMap::offset_bytes(k.dim) : 0);
   shared.bases = field(rebuilt ? kSplitBlocks * padded_half(k.dim) * sizeof(KeyRebuild::Base) : 0);
   shared.table = field(kSplitBlocks * 4);
   shared.bytes = field.bytes;

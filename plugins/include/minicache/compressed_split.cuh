@@ -12,7 +12,7 @@ template <class T, bool Rebuild, int Kind>
 struct CompressedSplit {
   static constexpr int kThreads = kDecodeThreads;
   // More would spill registers, or, of tables and maps of keys that are rebuilt, find no shared memory.
-  static constexpr int kPlainBlocks = !Kind || kArch == 800 ? 3 : 4;
+  static constexpr int kPlainBlocks = !Kind || Kind == kWide || kArch == 800 ? 3 : 4;
   static constexpr bool kTwoRebuild = Kind != 64 || kArch == 1200;
   static constexpr int kMinBlocks = !Rebuild ? kPlainBlocks : kTwoRebuild ? 2 : 3;
   static constexpr int kStageBlocks = stage_blocks(Rebuild, Kind);

@@ -9,7 +9,7 @@ template <class T, int Kind>
 struct CompressedSums {
   using Arguments = CompressedSplitArguments<T>;
   // Units of a warp: of latent components, then of residual ones.
-  static constexpr int kOwn = Kind ? 1 : 2 * kOwnUnits;
+  static constexpr int kOwn = !Kind ? 2 * kOwnUnits : Kind == kWide ? kOwnUnits : 1;
 
   // Where a known run has fewer units than there are warps, they share its tokens: a warp adds kSteps of a stage's steps
   // of 16.
@@ -102,18 +102,22 @@ struct CompressedSums {
       return {run(32 * unit), run(32 * unit + 16)};
     }
   };
-  // Of each warp's only unit, where that is not a known run's.
+  // Of each unit of a warp of a plain stream.
   template <class Block>
-  using WarpRuns = typename Block::template PerThread<UnitRuns>;
+  using WarpRuns = typename Block::template PerThread<UnitRuns>[kOwn];
   template <class Block>
   MC_HD static void find_runs(Block& block, const StreamShape& shape, WarpRuns<Block>& runs) {
-    if (Kind != kPlain) return;
-    block.each([&](Thread thread) { runs(thread) = UnitRuns::of(shape, thread.warp()); });
+    if (!Kind || is_known(Kind)) return;
+    block.each([&](Thread thread) {
+      MC_UNROLL
+      for (int n = 0; n < kOwn; ++n) runs[n](thread) = UnitRuns::of(shape, n * kDecodeWarps + thread.warp());
+    });
   }
 
-  // Calls f with the number of each run of the warp's unit; on the host, of any warp's.
+  // Calls f with the number of each run of a unit of the warp; on the host, of any warp.
   template <class Block, class F>
-  MC_HD static void each_own_run(Block& block, const StreamReader& reader, const WarpRuns<Block>& runs, F f) {
+  MC_HD static void each_own_run(Block& block, const StreamReader& reader,
+                                 const typename Block::template PerThread<UnitRuns>& runs, F f) {
 #if MC_ON_DEVICE
     (void)reader;
     block.each([&](Thread thread) {
@@ -136,7 +140,11 @@ struct CompressedSums {
     if constexpr (is_known(Kind)) {
       add_unit(block, stage, weights, 0, 0, sums[0]);
     } else if constexpr (Kind) {
-      each_own_run(block, stage.reader, runs, [&](int r) { add_unit(block, stage, weights, r, 0, sums[0]); });
+      MC_UNROLL
+      for (int n = 0; n < kOwn; ++n) {
+        each_own_run(block, stage.reader, runs[n],
+                     [&](int r) { add_unit(block, stage, weights, r, n * kDecodeWarps, sums[n]); });
+      }
     } else {
       const StreamShape& shape = stage.reader.shape;
       for (int n = 0; n < kOwn; ++n) {
@@ -218,10 +226,10 @@ struct CompressedSums {
                                  const WeightFragments& weights, const WarpRuns<Block>& runs,
                                  const Sums<Block> (&sums)[kOwn]) {
     const StreamShape& shape = a.value.shape;
-    auto runs_of = [&](Thread thread, int unit, bool residual) -> UnitRuns {
+    auto runs_of = [&](Thread thread, int n, int unit, bool residual) -> UnitRuns {
       if (residual) return {kResidualRun, kResidualRun};
       if constexpr (is_known(Kind)) return {0, 0};
-      return Kind ? runs(thread) : UnitRuns::of(shape, unit);
+      return Kind ? runs[n](thread) : UnitRuns::of(shape, unit);
     };
     block.each([&](Thread thread) {
       MC_UNROLL
@@ -229,7 +237,7 @@ struct CompressedSums {
         const bool residual = !Kind && n >= kOwnUnits;
         const int unit = n % kOwnUnits * kDecodeWarps + thread.warp(), components = residual ? shape.dim : shape.stored;
         if (residual && !shape.has_residual()) continue;
-        const UnitRuns own = runs_of(thread, unit, residual);
+        const UnitRuns own = runs_of(thread, n, unit, residual);
         const bool shared = 32 * unit + 16 >= components || own.first != own.second;
         store_unit(thread, a, item, unit, shared, components, residual ? residual_vector(shape) : kRecordHead,
                    sums[n][0](thread), sums[n][1](thread), [&](int m, int query) {

@@ -69,14 +69,14 @@ struct KeyRebuild {
   MC_HD void logits(Block& block, const StreamReader& reader, Formats, const char* data, int block_bytes, int blocks,
                     const QueryFragments& queries, First first, float scale, Scores scores, int token) const {
     using Stage = KeyStage<Kind, Formats>;
-    if constexpr (Kind == kGeneral) {
+    if constexpr (rebuilt_blocks(Kind) == 1) {
       const Stage stages[1] = {{reader, data}};
       const int steps[1] = {first(0)};
       tile_logits<T>(block, stages, 1, queries, steps, scale, scores, token);
     } else {
       const int last = blocks - 1;  // stands in for the second block if there is none
-      const Stage stages[kRebuildBlocks] = {{reader, data}, {reader, data + last * block_bytes}};
-      const int steps[kRebuildBlocks] = {first(0), first(last)};
+      const Stage stages[2] = {{reader, data}, {reader, data + last * block_bytes}};
+      const int steps[2] = {first(0), first(last)};
       tile_logits<T>(block, stages, blocks, queries, steps, scale, scores, token);
     }
   }

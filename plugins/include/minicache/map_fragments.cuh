@@ -31,9 +31,9 @@ struct MapFragmentsArguments {
   StreamShape shape;
   ReadMaps maps;
   std::int32_t tiles, steps;  // eights of columns; steps of [y | residual]
-  bool paired;                // as `rebuild_fragment` says
+  bool held;                  // as `rebuild_fragment` says
   bool known;                 // components in the order of `known_component`
-  bool neighbours;            // as `RowRebuild::component` says
+  bool neighbours;            // as `RebuildMap::component` says
   void* out;                  // [slots][rebuild_fragments]
   Turns turns;
 
@@ -45,7 +45,7 @@ struct MapFragmentsArguments {
             reader.maps,
             padded_half(shape.dim) / 4,
             rebuild_steps(shape),
-            kind != kGeneral,
+            holds_rows(kind),
             is_known(kind),
             neighbours,
             out,
@@ -57,7 +57,7 @@ std::int64_t map_fragment_bytes(const StreamShape& shape) {
   return shape.heads * rebuild_fragments<T>(shape) * static_cast<std::int64_t>(sizeof(FragmentB<Code<T>>));
 }
 
-// What RowRebuild takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the
+// What RebuildMap takes: [P | A]^T of every slot, null maps being the identity, components of y and residual in the
 // order of `QueryFragments::component`, run by run; and tables of turns. Thread block: (slot, eight columns), behind
 // the slots (table, four places); a warp for each step, or place.
 template <class T, class Turns>
@@ -84,39 +84,49 @@ struct MapFragments {
   }
 
  private:
-  // The run that a step of 16 components belongs to.
+  // The run that a step of the map belongs to, and which of the run's it is. Unless rows are held, whole units of 32
+  // components of all runs come first, behind them what is left of each.
   struct Run {
-    int first, length;
-    MC_HD static Run of(const StreamShape& shape, int step) {
-      if (16 * step >= shape.stored) return {shape.stored, shape.dim};
-      int s = 0;
-      auto holds = [&](const Segment& segment) {
-        return segment.format != Format::drop && 16 * step - segment.stored < segment.length;
+    int first, length, step;  // first: among stored components; the residual's follow the others
+
+    MC_HD static Run of(const StreamShape& shape, bool held, int step) {
+      const int runs = shape.segments + (shape.has_residual() ? 1 : 0);
+      auto run = [&](int n) -> Run {
+        if (n == shape.segments) return {shape.stored, shape.dim, 0};
+        const Segment& segment = shape.segment[n];
+        return {segment.stored, segment.format == Format::drop ? 0 : segment.length, 0};
       };
-      while (!holds(shape.segment[s])) ++s;
-      return {shape.segment[s].stored, shape.segment[s].length};
+      for (const bool whole : {true, false}) {
+        for (int n = 0; n < runs; ++n) {
+          const Run own = run(n);
+          const int all = own.length / 16, units = held ? all : all & ~1, steps = whole ? units : all - units;
+          if (step < steps) return {own.first, own.length, whole ? step : units + step};
+          step -= steps;
+        }
+      }
+      return {0, 0, 0};  // padding
     }
   };
 
   MC_HD static void fill(Thread thread, const Arguments& a, int slot, int tile) {
     const StreamShape& shape = a.shape;
     const int steps = padded_steps(a.steps), lane = thread.lane();
-    const int d = RowRebuild::component(shape.dim, tile * 8 + lane / 4, a.neighbours);
+    const int d = RebuildMap::component(shape.dim, tile * 8 + lane / 4, a.neighbours);
     FragmentB<E>* const out = static_cast<FragmentB<E>*>(a.out) + std::int64_t{slot} * a.tiles * steps * kWarp;
     MC_NO_UNROLL
     for (int step = thread.warp(); step < steps; step += kDecodeWarps) {
-      FragmentB<E>& target = out[rebuild_fragment(a.paired, steps, tile, step, lane)];
-      const bool own = 16 * step < shape.stored;
+      FragmentB<E>& target = out[rebuild_fragment(a.held, a.tiles, steps, tile, step, lane)];
+      const Run run = Run::of(shape, a.held, step);
+      const bool own = run.first < shape.stored;
       const HeadMatrix matrix = own ? HeadMatrix{a.maps.map, a.maps.map_heads, shape.stored}
                                     : HeadMatrix{a.maps.residual_map, shape.heads, shape.dim};
       const int before = own ? 0 : shape.stored;
       const bool unit = matrix.data == nullptr;
       const float* const row = unit || d < 0 ? nullptr : matrix.of(slot, shape.dim) + d * matrix.columns;
-      const Run run = Run::of(shape, step);
       auto number = [&](int j, int i) {
-        const int c = a.known ? known_component(run.length, step, lane, j, i)
-                              : run.first + QueryFragments::component(run.length, step - run.first / 16, lane, j, i);
-        if (d < 0 || step >= a.steps) return 0.0f;
+        const int c = a.known ? known_component(run.length, run.step, lane, j, i)
+                              : run.first + QueryFragments::component(run.length, run.step, lane, j, i);
+        if (d < 0 || run.length == 0) return 0.0f;
         return unit ? static_cast<float>(c - before == d) : row[c - before];
       };
       MC_UNROLL

@@ -46,9 +46,6 @@ struct BlockTurns {
   }
 };
 
-// Cache blocks that a thread block restores at a time.
-MC_HD constexpr int restored_blocks(int kind) { return kind == kGeneral ? 1 : kRebuildBlocks; }
-
 // Where things lie in a thread block's shared memory: byte offsets.
 struct RestoreShared {
   std::int32_t block_bytes, stage_bytes, stages;  // of a cache block in a stage; of a stage; how many
@@ -63,13 +60,13 @@ RestoreShared restore_shared(const StreamReader& reader, int stages, bool map_in
   RestoreShared shared{};
   SharedFields field;
   shared.block_bytes = reader.stage.bytes;  // whole units of 128
-  shared.stage_bytes = restored_blocks(kind) * shared.block_bytes;
+  shared.stage_bytes = rebuilt_blocks(kind) * shared.block_bytes;
   shared.stages = stages;
   field(std::int64_t{stages} * shared.stage_bytes);
   shared.map_in_shared = map_in_shared;
   shared.map = field(map_in_shared ? rebuild_fragments<T>(shape) * sizeof(FragmentB<Code<T>>) : 0);
-  shared.rows = field(is_known(kind) ? 0 : StoredRows::bytes<T>(shape));
-  shared.offset = field(2 * padded_half(shape.dim) * 4);
+  shared.rows = field(kind == kPlain ? StoredRows::bytes<T>(shape) : 0);
+  shared.offset = field(RebuildMap::offset_bytes(shape.dim));
   shared.places = field(shape.retained > 0 ? kBlockSize * 4 : 0);
   shared.bytes = field.bytes;
   return shared;
@@ -92,10 +89,10 @@ template <class T, int Kind>
 struct RestoreKernel {
   static constexpr int kThreads = kDecodeThreads;
   // More would spill registers.
-  static constexpr bool kFour = Kind == kGeneral || (Kind == 64 && (kArch == 900 || kArch == 0));
-  static constexpr bool kTwo = Kind == kPlain && kArch >= 1000;
+  static constexpr bool kFour = Kind == 64 && (kArch == 900 || kArch == 0);
+  static constexpr bool kTwo = !holds_rows(Kind) || (Kind == kPlain && kArch >= 1000);
   static constexpr int kMinBlocks = kFour ? 4 : kTwo ? 2 : 3;
-  static constexpr int kTiles = restored_blocks(Kind);
+  static constexpr int kTiles = rebuilt_blocks(Kind);
   using Arguments = RestoreArguments<T>;
   using E = Code<T>;
 
@@ -121,7 +118,7 @@ struct RestoreKernel {
       });
       Block::commit_async();
     };
-    rebuild.template fetch_map<T>(block, a.reader);  // arrives with the first stage
+    rebuild.map.template fetch<T>(block, a.reader);  // arrives with the first stage
     rebuild.template prepare<T, Kind>(block, a.reader, slot, true);
     for (int n = 0; n < a.shared.stages - 1; ++n) fetch(block.x() + n * a.groups);
     with_formats<Kind>(a.reader, [&](auto formats) {

@@ -9,10 +9,12 @@ namespace minicache {
 // Runs of a stream's rows: its segments, the residual and the retained vectors.
 constexpr int kResidualRun = kMaxSegments, kExactRun = kMaxSegments + 1, kRuns = kMaxSegments + 2;
 
-// What is known of a layer's streams when a kernel is compiled: nothing, that they are plain (`StreamReader::plain`), or
-// also how many components their runs have, of codes of a format that `with_known_format` has.
-constexpr int kGeneral = 0, kPlain = 1;
-MC_HD constexpr bool is_known(int kind) { return kind > kPlain; }
+// What is known of a layer's streams when a kernel is compiled: nothing, that they are plain, or also how many
+// components their runs have, of codes of a format that `with_known_format` has. Plain: there is nothing beside runs of
+// segments and norms, and ranges are few; wide if not every unit of 32 components has a warp of its own.
+constexpr int kGeneral = 0, kPlain = 1, kWide = 2;
+constexpr int kMostPlainParams = 2 * kMaxSegments * kBlockSize;  // of a head: as many as all runs' ranges per token
+MC_HD constexpr bool is_known(int kind) { return kind > kWide; }
 
 constexpr int kKnownBits = 4;
 MC_HD constexpr bool has_known_format(Format format) { return format == Format::int4 || format == Format::g4; }
@@ -22,10 +24,10 @@ MC_HD void with_known_format(Format format, F f) {
   return f(FormatTag<Format::g4>{});
 }
 
-// Whether there is nothing beside runs of segments and norms, and a unit of 32 components or less for each warp.
 MC_HD bool is_plain(const StreamShape& shape) {
-  return !shape.has_residual() && shape.retained == 0 && shape.stored <= 32 * kDecodeWarps;
+  return !shape.has_residual() && shape.retained == 0 && shape.params <= kMostPlainParams;
 }
+MC_HD bool is_wide(const StreamShape& shape) { return shape.stored > 32 * kDecodeWarps; }
 // The number of components to compile for; 0: none.
 MC_HD int known_length(const StreamShape& shape) {
   const Segment& only = shape.segment[0];
@@ -36,7 +38,8 @@ MC_HD int known_length(const StreamShape& shape) {
 MC_HD int kind_of(const StreamShape& key, const StreamShape& value) {
   const int length = known_length(key);
   if (length > 0 && length == known_length(value)) return length;
-  return is_plain(key) && is_plain(value) ? kPlain : kGeneral;
+  if (!is_plain(key) || !is_plain(value)) return kGeneral;
+  return is_wide(key) || is_wide(value) ? kWide : kPlain;
 }
 
 // A number known when this is compiled.

@@ -24,12 +24,13 @@ struct RowNorms {
 // What the numbers of the thread's rows, lane / 4 and lane / 4 + 8 of the warp's tile, are multiplied with, and what is
 // added: ranges of the tokens, then norms. Products of both are not rounded: their error would be that of all of a
 // row's numbers, which maps add up.
-template <class E, Format F>
+template <class E>
 struct RowRanges {
   Pair<E> scale[2], minimum[2], norm[2];
   bool normed;
 
-  MC_HD static RowRanges of(const TokenRanges& ranges, const RowNorms& norms, int row) {
+  // `integer`: whether there may be minima.
+  MC_HD static RowRanges of(const TokenRanges& ranges, const RowNorms& norms, int row, bool integer) {
     RowRanges result{};
     result.normed = norms.any;
     MC_UNROLL
@@ -37,17 +38,16 @@ struct RowRanges {
       const float scale = ranges.scale(row + 8 * j), lowest = ranges.minimum(row + 8 * j);
       result.norm[j] = round_pair<E>(norms.x[j], norms.x[j]);
       result.scale[j] = round_pair<E>(scale, scale);
-      result.minimum[j] = is_integer(F) ? round_pair<E>(lowest, lowest) : minus_zeros<E>();
+      result.minimum[j] = integer ? round_pair<E>(lowest, lowest) : minus_zeros<E>();
     }
     return result;
   }
+  template <Format F>
   MC_HD FragmentA<E> apply(const FragmentA<E>& unit) const {
+    const Pair<E> zeros[2] = {minus_zeros<E>(), minus_zeros<E>()};
     FragmentA<E> result = unit;
-    if constexpr (has_ranges(F)) result = applied(result, scale, minimum);
-    if (!has_ranges(F) || normed) {
-      const Pair<E> zeros[2] = {minus_zeros<E>(), minus_zeros<E>()};
-      result = applied(result, norm, zeros);
-    }
+    if constexpr (has_ranges(F)) result = applied(result, scale, is_integer(F) ? minimum : zeros);
+    if (!has_ranges(F) || normed) result = applied(result, norm, zeros);
     return result;
   }
 
@@ -63,7 +63,7 @@ struct RowRanges {
 // Unit number `number` of 4 N components of run n of the warp's 16 tokens, as numbers: N / 4 fragments A.
 template <class T, Format F, int N, int Kind, class Formats>
 MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const RowNorms& norms,
-                      const RowRanges<Code<T>, F>& ranges, int n, int number, FragmentA<Code<T>> (&out)[2]) {
+                      const RowRanges<Code<T>>& ranges, int n, int number, FragmentA<Code<T>> (&out)[2]) {
   using E = Code<T>;
   const char* const base = stage.rows(n);
   const int own = own_row(thread), stride = stage.stride(n);
@@ -73,7 +73,7 @@ MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const
   MC_UNROLL
   for (int s = 0; s < N / 4; ++s) {
     if constexpr (std::is_same_v<Element<T, F>, E>) {
-      out[s] = ranges.apply(unit[s]);
+      out[s] = ranges.template apply<F>(unit[s]);
     } else {
       MC_UNROLL
       for (int j = 0; j < 4; ++j) {
@@ -89,22 +89,23 @@ MC_HD void dequantize(Thread thread, const KeyStage<Kind, Formats>& stage, const
 template <class T, int Kind, class Formats, class Block, class Y>
 MC_HD void read_rows(Block& block, const KeyStage<Kind, Formats>& stage, Y y) {
   block.each([&](Thread thread) {
-    using Ranges = RowRanges<Code<T>, Formats::format>;
     const int row = own_row(thread);
-    const auto ranges = Ranges::of(stage.token_ranges(0), RowNorms::of(stage.norms(), row), row);
+    const auto norms = RowNorms::of(stage.norms(), row);
+    const auto ranges = RowRanges<Code<T>>::of(stage.token_ranges(0), norms, row, is_integer(Formats::format));
     const RowWords<Kind> rows[2] = {RowWords<Kind>::load(thread, stage, 0), RowWords<Kind>::load(thread, stage, 1)};
     MC_UNROLL
     for (int n = 0; n < RowWords<Kind>::kWords; ++n) {
       FragmentA<Code<T>> unit[2];
       read_known_unit<T, Formats::format, false>(thread, rows, n, stage.channel_ranges(0), unit);
-      y(thread, 2 * n) = ranges.apply(unit[0]);
-      y(thread, 2 * n + 1) = ranges.apply(unit[1]);
+      y(thread, 2 * n) = ranges.template apply<Formats::format>(unit[0]);
+      y(thread, 2 * n + 1) = ranges.template apply<Formats::format>(unit[1]);
     }
   });
 }
 
-// Rows of any runs in shared memory, run by run, components in the order of `QueryFragments::component`: [kDecodeWarps]
-// [steps][lanes] fragments that only their own threads use. The last of an odd number of steps is followed by zeros.
+// Rows of a plain stream in shared memory, run by run, components in the order of `QueryFragments::component`:
+// [kDecodeWarps] [steps][lanes] fragments that only their own threads use. The last of an odd number of steps is
+// followed by zeros.
 struct StoredRows {
   char* data;
   std::int32_t steps;
@@ -129,11 +130,12 @@ struct StoredRows {
     block.each([&](Thread thread) { norms(thread) = RowNorms::of(stage.norms(), own_row(thread)); });
     stage.each_run([&](int n) {
       const int units = stage.length(n) >> 5, rest = stage.length(n) & 31;
-      const int first = (n == kResidualRun ? stage.reader.shape.stored : stage.run(n).stored) >> 4;
+      const int first = stage.run(n).stored >> 4;
       Formats::with(stage.run(n).format, [&](auto tag) {
         constexpr Format kFormat = decltype(tag)::value;
         block.each([&](Thread thread) {
-          const auto ranges = RowRanges<E, kFormat>::of(stage.token_ranges(n), norms(thread), own_row(thread));
+          const bool integer = is_integer(kFormat);
+          const auto ranges = RowRanges<E>::of(stage.token_ranges(n), norms(thread), own_row(thread), integer);
           FragmentA<E>* const to = &row<E>(thread, first);  // steps are a warp apart
           FragmentA<E> unit[2];
           MC_NO_UNROLL

@@ -53,10 +53,8 @@ struct BlockAddress {
 
 // Ranges and norms of a plain stream: a thread's unit of 16 bytes of either.
 struct StageUnit {
-  // The last threads copy norms, those before ranges: at most of kMaxRank components in all, per channel or per token.
-  static constexpr int kNormThreads = kBlockSize * 2 / 16, kRangeThreads = kDecodeThreads - kNormThreads;
-  static constexpr int kShort = kMaxSegments - 1, kMostRanges = kMaxRank - 16 * kShort + kBlockSize * kShort;
-  static_assert(2 * kMostRanges * 2 <= 16 * kRangeThreads, "a thread for each unit");
+  static constexpr int kNormThreads = kDecodeThreads / 2;  // threads from here on copy norms, those before ranges
+  static_assert(2 * kMostPlainParams <= 16 * kNormThreads, "a thread for each unit");
 
   BlockAddress source;
   std::int32_t target;  // in a stage; -1: none
@@ -70,11 +68,11 @@ struct StageUnit {
       unit.source = BlockAddress::of(from, next, 16 * n);
       unit.target = field.offset + 16 * n;
     };
-    if (thread.index < kRangeThreads) {
+    if (thread.index < kNormThreads) {
       take(layout.params, first.params(slot), second.params(slot), thread.index);
     } else {
       const int member = reader.shape.member;
-      take(layout.norms, first.norms(member, slot), second.norms(member, slot), thread.index - kRangeThreads);
+      take(layout.norms, first.norms(member, slot), second.norms(member, slot), thread.index - kNormThreads);
     }
     return unit;
   }
@@ -137,9 +135,8 @@ struct KnownStageSource {
 };
 
 template <class T, int Kind, Part Of>
-using StageSource =
-    std::conditional_t<is_known(Kind), KnownStageSource<Kind, Of>,
-                       std::conditional_t<Kind == kPlain, PlainStageSource<T>, AnyStageSource<T>>>;
+using StageSource = std::conditional_t<is_known(Kind), KnownStageSource<Kind, Of>,
+                                       std::conditional_t<Kind == kGeneral, AnyStageSource<T>, PlainStageSource<T>>>;
 
 // Stages in shared memory, filled and read in turn.
 struct StageRing {

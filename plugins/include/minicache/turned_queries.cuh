@@ -95,7 +95,7 @@ struct TurnedQueries {
       fetch_bytes(block, own, a.turns, KeyRebuild::turn_bytes<Code<T>>(a.key.shape.dim));
       rebuild.turns = own;
     }
-    rebuild.keys.template fetch_map<T>(block, a.key);
+    rebuild.keys.map.template fetch<T>(block, a.key);
     rebuild.keys.template prepare<T, Kind>(block, a.key, slot, false);
     Block::commit_async();
     Block::template wait_async<0>();
