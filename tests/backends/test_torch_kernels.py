@@ -140,6 +140,8 @@ def test_pools_hold_exactly_the_planned_bytes(tmp_path: Path) -> None:
     sizes = LLM.from_engine(engine).cache_sizes
     assert sum(engine.pool(f"kv.{layer}").nbytes for layer in range(4)) == sizes.full_bytes
     assert engine.allocate(7, 5) == 7 * sizes.full_block_bytes + 5 * sizes.compressed_block_bytes
+    # The first launches have gone to block 0 alone.
+    assert all(not engine.pool(name)[1:].any() for name in engine.cache.tensors)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
