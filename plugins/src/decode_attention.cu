@@ -169,10 +169,10 @@ struct DecodeAttention {
   std::int32_t choose_shared(CompressedShared& shared) {
     DeviceLimits limits{};
     if (const std::int32_t status = device_limits(kName, limits)) return status;
-    if (shares_processor(limits, shared)) return ok;
+    if (finds_room(limits, shared)) return ok;
     if (kind != kGeneral) {
       read_as(kGeneral);
-      if (shares_processor(limits, shared)) return ok;
+      if (finds_room(limits, shared)) return ok;
     }
     for (const CompressedRoom room : {CompressedRoom{2, false, false}, CompressedRoom{1, false, false}}) {
       if (fits(room, limits.block, limits, shared)) return ok;
@@ -182,7 +182,7 @@ struct DecodeAttention {
 
   // As many thread blocks on a multiprocessor as there are registers for, then as many stages; what fits at all is
   // better than a map outside of shared memory.
-  bool shares_processor(const DeviceLimits& limits, CompressedShared& shared) const {
+  bool finds_room(const DeviceLimits& limits, CompressedShared& shared) const {
     constexpr int kReserved = 1024;  // of each thread block
     const bool long_stages = stage_blocks(sizes.rebuilt(), kind) > 1;
     for (const bool resident : {true, false}) {

@@ -71,6 +71,18 @@ def test_runs(kernels: Kernels, plan: str) -> None:
     assert_agrees(kernels, Case.random(kernels, config, run_plans(config)[plan], step(MIXED), torch.float16))
 
 
+def test_a_refused_launch_is_not_the_next_ones_error(kernels: Kernels) -> None:
+    case = Case.random(kernels, model(128), all_plans(model(128))["kivi4"], step(MIXED), torch.float16)
+    with (
+        EmulatedRuntime(kernels.library.path).device(block_kib=60, processor_kib=100),
+        pytest.raises(
+            KernelError, match=r"decode_attention: .* takes [0-9]+ bytes of shared memory, the device has 61440"
+        ),
+    ):
+        case.attend(kernels, 1)
+    assert_agrees(kernels, case)
+
+
 def test_streams_too_large_are_refused_when_their_pools_are_made(kernels: Kernels, tmp_path: Path) -> None:
     directory = build(tmp_path, "keys before RoPE")
     own = engine(kernels, directory, captured=False)
