@@ -35,6 +35,10 @@ class EmulatedRuntime:
         """Thread blocks run from the last to the first; a GPU promises no order."""
         self._functions.emulator_reverse(int(reverse))
 
+    def last_error(self) -> int:
+        """What ``cudaGetLastError`` would return; 0: no error is left behind."""
+        return int(self._functions.emulator_last_error())
+
     @contextmanager
     def device(self, processors: int = 1, block_kib: int = 227, processor_kib: int = 228) -> Iterator[None]:
         """Another GPU for a while: its multiprocessors, shared memory of a thread block and of a multiprocessor.

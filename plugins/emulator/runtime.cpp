@@ -360,6 +360,8 @@ void emulator_allow_all() {
 
 void emulator_reverse(std::int32_t reverse) { runtime().reverse = reverse != 0; }
 
+std::int32_t emulator_last_error() { return emulator::last_error; }
+
 void emulator_exchange_device(std::int32_t* numbers) {
   auto& state = runtime();
   std::swap(state.processors, numbers[0]);

@@ -12,6 +12,8 @@ EMULATOR_API void emulator_allow_all();
 
 // Order in which thread blocks run: 0 first to last, 1 last to first. A GPU promises none.
 EMULATOR_API void emulator_reverse(std::int32_t reverse);
+// What cudaGetLastError would return to the calling thread, and stays.
+EMULATOR_API std::int32_t emulator_last_error();
 
 // What launchers are told of the GPU: multiprocessors, and bytes of shared memory that a thread block may have and that
 // a multiprocessor has. Takes three numbers and gives back those before.
