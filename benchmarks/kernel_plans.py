@@ -49,15 +49,13 @@ def plan_of_pairs(name: str, config: ModelConfig) -> CompressionPlan:
     if name not in PLANS or name in METHODS:
         raise UserError(f"unknown plan {name!r}", f"plans: {', '.join((*METHODS, *PLANS))}")
     dim = config.head_dim
-    lengths = {"int4": dim}
-    if name.startswith("KLT pairs"):
-        lengths = {"g4": dim // 2}
-    elif name.startswith("KLT runs"):
-        lengths = {"g4": dim // 4, "g3": dim // 4, "g2": dim // 2}
-    elif name.startswith("KLT ranges"):
-        lengths = {"int8": 16, "int4": dim // 2 - 16}
-    elif name.startswith("KLT wide"):
-        lengths = {"int8": 16, "int4": 3 * dim // 4 - 16, "int2": 3 * dim // 4}
+    lengths = {
+        "int4 pairs": {"int4": dim},
+        "KLT pairs": {"g4": dim // 2},
+        "KLT runs": {"g4": dim // 4, "g3": dim // 4, "g2": dim // 2},
+        "KLT ranges": {"int8": 16, "int4": dim // 2 - 16},
+        "KLT wide": {"int8": 16, "int4": 3 * dim // 4 - 16, "int2": 3 * dim // 4},
+    }[" ".join(name.split()[:2])]
     segments = tuple(Segment(length, format, transform="hadamard") for format, length in lengths.items())
     basis = "pre_rope" if name.endswith("pre_rope") else "post_rope"
     streams = tuple(

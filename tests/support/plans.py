@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from minicache_trt.compression.methods import MERGING_METHODS, METHODS, MethodOptions, make_plan
@@ -82,12 +82,8 @@ def single_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
 
     def plan(length: int, key: str, value: str, axis: str = "token", basis: str = "post_rope") -> CompressionPlan:
         merge = "none" if length == config.head_dim and basis == "post_rope" else "linear"
-        streams = (
-            Stream(part, group, (Segment(length, format, axis),), merge=merge, basis=own)  # type: ignore[arg-type]
-            for part, format, own in (("key", key, basis), ("value", value, "post_rope"))
-            for group in (layers if merge == "none" else pairs)
-        )
-        return completed(config, *streams)
+        runs = ((Segment(length, format, axis),) for format in (key, value))  # type: ignore[arg-type]
+        return _alike(config, *runs, basis, layers if merge == "none" else pairs, merge)
 
     rank = 192 - config.head_dim
     return {
@@ -99,12 +95,6 @@ def single_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
         "int4 pairs before RoPE": plan(rank, "int4", "int4", basis="pre_rope"),
         "int4 channels before RoPE": plan(config.head_dim, "int4", "g4", "channel", "pre_rope"),
     }
-
-
-def runs_of(text: str) -> tuple[Segment, ...]:
-    """Rotated runs, as "int8x16 int4x32"."""
-    formats = (each.split("x") for each in text.split())
-    return tuple(Segment(int(length), name, transform="hadamard") for name, length in formats)  # type: ignore[arg-type]
 
 
 def several_run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
@@ -123,20 +113,16 @@ def wide_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
 
 
 def _run_plans(
-    config: ModelConfig, pairs: Iterable[tuple[str, str]], groups: tuple[tuple[int, ...], ...]
+    config: ModelConfig, pairs: Iterable[tuple[str, str]], groups: Sequence[tuple[int, ...]]
 ) -> dict[str, CompressionPlan]:
     """Streams of these keys and values, keys in either basis."""
 
-    def plan(key: str, value: str, basis: str) -> CompressionPlan:
-        streams = (
-            Stream(part, group, runs_of(text), merge="linear", basis=own)  # type: ignore[arg-type]
-            for part, text, own in (("key", key, basis), ("value", value, "post_rope"))
-            for group in groups
-        )
-        return completed(config, *streams)
+    def segments(text: str) -> tuple[Segment, ...]:
+        formats = (each.split("x") for each in text.split())
+        return tuple(Segment(int(length), name, transform="hadamard") for name, length in formats)  # type: ignore[arg-type]
 
     return {
-        f"{key} | {value} {basis}": plan(key, value, basis)
+        f"{key} | {value} {basis}": _alike(config, segments(key), segments(value), basis, groups)
         for key, value in pairs
         for basis in ("pre_rope", "post_rope")
     }
@@ -145,19 +131,28 @@ def _run_plans(
 def channel_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
     """Pairs of layers with a run whose components have ranges of their own beside runs whose tokens have."""
     runs = (Segment(80, "int4", "channel", "hadamard"), Segment(16, "int8"), Segment(16, "int4"), Segment(16, "int2"))
-
-    def plan(segments: tuple[Segment, ...], basis: str) -> CompressionPlan:
-        streams = (
-            Stream(part, group, segments, merge="linear", basis=own)  # type: ignore[arg-type]
-            for part, own in (("key", basis), ("value", "post_rope"))
-            for group in ((0, 1), (2, 3))
-        )
-        return completed(config, *streams)
-
+    back, pairs = runs[::-1], ((0, 1), (2, 3))
     return {
-        "ranges of channels and tokens": plan(runs, "post_rope"),
-        "ranges of tokens and channels before RoPE": plan(runs[::-1], "pre_rope"),
+        "ranges of channels and tokens": _alike(config, runs, runs, "post_rope", pairs),
+        "ranges of tokens and channels before RoPE": _alike(config, back, back, "pre_rope", pairs),
     }
+
+
+def _alike(
+    config: ModelConfig,
+    key: tuple[Segment, ...],
+    value: tuple[Segment, ...],
+    basis: str,
+    groups: Sequence[tuple[int, ...]],
+    merge: str = "linear",
+) -> CompressionPlan:
+    """Every group's keys stored as ``key`` in a basis, its values as ``value``."""
+    streams = (
+        Stream(part, group, segments, merge=merge, basis=own)  # type: ignore[arg-type]
+        for part, segments, own in (("key", key, basis), ("value", value, "post_rope"))
+        for group in groups
+    )
+    return completed(config, *streams)
 
 
 def run_plans(config: ModelConfig) -> dict[str, CompressionPlan]:
